@@ -1,0 +1,1 @@
+"""What prepare.py, train.py and sample.py share, one plain idea to a module."""

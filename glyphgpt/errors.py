@@ -1,0 +1,55 @@
+"""What a user sees when something goes wrong: one clear line and an exit status, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class Failure(Exception):
+    """Something the user can mend; its message says what is wrong and what to do. One line per problem."""
+
+    status = 1
+
+
+class UsageError(Failure):
+    """A wrong command line or setting."""
+
+    status = 2
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its status; tell failures in one line each on standard error."""
+    for stream in (sys.stdout, sys.stderr):  # Windows' consoles default to other encodings
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except Failure as failure:
+        status = report(failure)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        status = report(Failure(describe(error)))
+    sys.exit(status)
+
+
+def report(failure: Failure) -> int:
+    """Print each of a failure's lines, and return the exit status that it asks for."""
+    for line in str(failure).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return failure.status
+
+
+def warn(message: str) -> None:
+    """Print one line of warning on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def describe(error: OSError) -> str:
+    """Tell an operating system's error in one line: the file, then the reason."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason

@@ -1,0 +1,229 @@
+"""Every setting of the three scripts, declared once: its type, bounds, default and meaning.
+
+The class a setting stands in is its heading in `--help`; the line below a setting is its help.
+`glyphgpt/commandline.py` turns TOML files and flags into these classes.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Typed, frozen settings that know nothing of where their values came from."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Say, a line each, which values do not go together."""
+        yield from ()
+
+
+class Files(Settings):
+    """Data and results"""
+
+    dataset: str = "shakespeare_char"
+    """Name of a prepared data set: the folder that prepare.py wrote in data_dir."""
+    data_dir: str = "data"
+    """Folder of the data sets."""
+    out_dir: str = "out/run"
+    """Folder of this run: checkpoints, metrics and settings."""
+
+
+class Network(Settings):
+    """The network"""
+
+    n_layer: Count = 4
+    """Number of blocks."""
+    n_head: Count = 4
+    """Attention heads per block; n_embd must be a multiple of it."""
+    n_embd: Count = 128
+    """Channels: the width of the residual stream."""
+    block_size: Count = 64
+    """Context: how many tokens the model sees at once."""
+    dropout: Fraction = 0.0
+    """Share of activations dropped while training; 0.1 to 0.3 where a text is seen many times."""
+    bias: bool = False
+    """Biases in the linear layers and LayerNorms, as GPT-2 has them."""
+    position: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    """How positions are told: a learned table (GPT-2), fixed waves (Attention is all you need) or rotation of
+    queries and keys (RoFormer)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, before the MLP and before the head."""
+    activation: Literal["gelu", "relu2"] = "gelu"
+    """The MLP's non-linearity: GPT-2's GELU, or ReLU squared (Primer)."""
+    qk_norm: bool = False
+    """Normalise queries and keys, which allows higher learning rates."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head too."""
+
+
+class Optimization(Settings):
+    """Optimization"""
+
+    batch_size: Count = 12
+    """Sequences that go through the network at once; lower it when memory runs out."""
+    gradient_accumulation_steps: Count = 1
+    """Batches summed into one update: an update sees batch_size x this many sequences, however many
+    processes share them."""
+    max_steps: CountOrZero = 2000
+    """Number of updates."""
+    learning_rate: Positive = 1e-3
+    """Highest learning rate."""
+    min_lr: NotNegative = 1e-4
+    """Learning rate at the end of the schedule."""
+    warmup_steps: CountOrZero = 100
+    """Steps over which the learning rate rises to its highest."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from learning_rate after the warm-up to min_lr at max_steps."""
+    weight_decay: NotNegative = 0.1
+    """AdamW's weight decay; matrices only."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: Fraction = 0.99
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: NotNegative = 1.0
+    """Gradients are scaled down to at most this norm; 0 leaves them alone."""
+    seed: CountOrZero = 1337
+    """Decides the initial weights, the order of the data and the dropout."""
+
+
+class Watching(Settings):
+    """Evaluation, logs and checkpoints"""
+
+    eval_every: Count = 250
+    """Steps between evaluations on the validation split; each one also saves."""
+    eval_tokens: CountOrZero = 0
+    """Evaluate on the first so many validation tokens; 0 takes all."""
+    patience: CountOrZero = 0
+    """Stop after so many evaluations in a row without a better loss; 0 never stops early."""
+    sample_tokens: CountOrZero = 120
+    """Tokens of sample text shown at each evaluation."""
+    log_every: Count = 10
+    """Steps between lines of training loss in metrics.jsonl."""
+    save_every: CountOrZero = 0
+    """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
+    tensorboard: bool = False
+    """Write TensorBoard logs to out_dir (pip install 'glyphgpt[tensorboard]')."""
+    wandb: bool = False
+    """Log to Weights & Biases (pip install 'glyphgpt[wandb]')."""
+    wandb_project: str = "glyphgpt"
+    """Project to log to there."""
+
+
+class Machine(Settings):
+    """The machine"""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the products; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on an
+    older one, else float32."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the model, which takes up to a minute before the first step. auto: on CUDA only."""
+
+
+class Action(Settings):
+    """What to do"""
+
+    resume: bool = False
+    """Go on from out_dir/last.safetensors, exactly."""
+    overwrite: bool = False
+    """Replace the run that out_dir holds."""
+    eval_only: bool = False
+    """Evaluate out_dir/best.safetensors, and stop."""
+    dry_run: bool = False
+    """Print a walk through the network, shape by shape, and stop."""
+
+
+class TrainSettings(Files, Network, Optimization, Watching, Machine, Action):
+    """Settings of train.py."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Say, a line each, which values do not go together."""
+        if self.n_embd % self.n_head:
+            yield f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}"
+        elif self.position == "rotary" and self.n_embd // self.n_head % 2:
+            yield f"position = 'rotary' needs an even head size; n_embd / n_head is {self.n_embd // self.n_head}"
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            yield f"position = 'sinusoidal' needs an even n_embd, not {self.n_embd}"
+        if self.min_lr > self.learning_rate:
+            yield f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}"
+        if self.resume and self.overwrite:
+            yield "resume and overwrite contradict each other; choose one"
+
+
+class SampleSettings(Settings):
+    """Settings of sample.py"""
+
+    prompt: str = ""
+    """Text to go on from; when empty, a new line."""
+    prompt_file: str = ""
+    """Read the prompt from this UTF-8 file; - is standard input."""
+    num_samples: Count = 1
+    """Samples to draw, all in one batch."""
+    max_new_tokens: CountOrZero = 500
+    """Length of each sample."""
+    temperature: NotNegative = 0.8
+    """Below 1 safer, above 1 wilder; 0 always takes the likeliest token."""
+    top_k: CountOrZero = 0
+    """Draw from the k likeliest tokens only; 0 allows all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw from tokens at least this share as likely as the likeliest."""
+    stop: tuple[str, ...] = ()
+    """End a sample before this text; may be given several times."""
+    seed: CountOrZero = 1337
+    """Same seed, same samples."""
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with characters that the model has never seen."""
+    interactive: bool = False
+    """Ask for prompts in a loop; the text so far is kept as context."""
+    score: str = ""
+    """Instead of sampling, tell the loss of this text file under the model; - is standard input."""
+    cache: bool = True
+    """Keep keys and values between tokens: the same text, sooner."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the products. auto: bfloat16 on a GPU that has it, float16 on an older one, else float32."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Say, a line each, which values do not go together."""
+        if self.prompt and self.prompt_file:
+            yield "prompt and prompt_file contradict each other; choose one"
+        if self.interactive and self.num_samples > 1:
+            yield "interactive shows one sample at a time; leave num_samples out"
+        if self.interactive and "-" in (self.prompt_file, self.score):
+            yield "interactive reads standard input itself; give the prompt another way"
+        if self.score and self.interactive:
+            yield "score and interactive contradict each other; choose one"
+
+
+class PrepareSettings(Settings):
+    """Settings of prepare.py"""
+
+    name: str = ""
+    """Name of the data set; a recipe's or a single file's own name when left out."""
+    tokenizer: Literal["char", "byte", "gpt2"] = "char"
+    """char: one token per character of the text; byte: per UTF-8 byte; gpt2: GPT-2's 50,257 word pieces."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the text, at its end, that is kept for validation."""
+    encoding: str = "utf-8"
+    """How the files' bytes spell characters."""
+    shard_tokens: Count = 100_000_000
+    """Tokens per shard file."""
+    data_dir: str = "data"
+    """Folder of recipes and data sets."""
+    overwrite: bool = False
+    """Replace the data set of that name."""

@@ -1,0 +1,221 @@
+"""Token shards on disk: data/<name>/{train,val}-NNNNN.npy and meta.json.
+
+A shard is a one-dimensional .npy array of the smallest unsigned type that holds the vocabulary. meta.json
+holds the format's number, the tokenizer, counts, and a SHA-256 for each shard; nothing is used unverified.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from glyphgpt.corpus import file_sha256
+from glyphgpt.errors import Failure
+from glyphgpt.tokenizer import Tokenizer, Tokens, from_plain, token_dtype
+
+FORMAT = 1
+META = "meta.json"
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Shard(_Plain):
+    """One file of tokens."""
+
+    file: Annotated[str, Field(pattern=r"^(train|val)-\d{5,}\.npy$")]
+    tokens: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class SplitMeta(_Plain):
+    """One split's counts and files."""
+
+    tokens: Annotated[int, Field(ge=0)]
+    characters: Annotated[int, Field(ge=0)]
+    shards: list[Shard]
+
+
+class SourceMeta(_Plain):
+    """The text that a data set was made from."""
+
+    names: list[str]
+    bytes: int
+    sha256: str
+
+
+class Meta(_Plain):
+    """What meta.json holds."""
+
+    format: Literal[1] = FORMAT
+    recipe: str
+    tokenizer: dict[str, Any]
+    vocab_size: Annotated[int, Field(ge=1)]
+    val_fraction: float
+    source: SourceMeta
+    train: SplitMeta
+    val: SplitMeta
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name for the very tokens, in their order."""
+        shards = [shard.sha256 for shard in (*self.train.shards, *self.val.shards)]
+        return hashlib.sha256(json.dumps([self.tokenizer, shards]).encode()).hexdigest()
+
+
+class ShardWriter:
+    """Writes a stream of tokens as shards of at most `shard_tokens` each."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
+        """Begin a split; `folder` exists."""
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.dtype = token_dtype(vocab_size)
+        self.shards: list[Shard] = []
+        self._file = None
+        self._count = 0
+
+    def write(self, tokens: Tokens) -> None:
+        """Append tokens, shape (n,)."""
+        while tokens.size:
+            if self._file is None:
+                self._begin()
+            part = tokens[: self.shard_tokens - self._count]
+            self._file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
+            self._count += part.size
+            tokens = tokens[part.size :]
+            if self._count == self.shard_tokens:
+                self._end()
+
+    def close(self, characters: int) -> SplitMeta:
+        """Finish the split and tell what was written."""
+        if self._file is not None:
+            self._end()
+        return SplitMeta(tokens=sum(s.tokens for s in self.shards), characters=characters, shards=self.shards)
+
+    def _begin(self) -> None:
+        self._path = self.folder / f"{self.split}-{len(self.shards):05d}.npy"
+        self._file = self._path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """Write the .npy header; it keeps its length as the count grows, so it can be written again."""
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, {**header, "shape": (self._count,)})
+
+    def _end(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+        self.shards.append(Shard(file=self._path.name, tokens=self._count, sha256=file_sha256(self._path)))
+        self._file, self._count = None, 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's tokens, memory-mapped."""
+
+    shards: tuple[Tokens, ...]
+    characters: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the ids."""
+        return self.shards[0].dtype
+
+    def slice(self, start: int, stop: int) -> Tokens:
+        """Return the tokens from `start` up to `stop`, shape (stop - start,), across shards."""
+        parts = []
+        for shard in self.shards:
+            if start < shard.size and stop > 0:
+                parts.append(shard[max(start, 0) : stop])
+            start, stop = start - shard.size, stop - shard.size
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set, verified."""
+
+    folder: Path
+    meta: Meta
+    tokenizer: Tokenizer
+    train: Split
+    val: Split
+
+
+def read_meta(folder: Path) -> Meta:
+    """Read a data set's meta.json.
+
+    Raises:
+        Failure: it is missing or not one of this format.
+    """
+    path = folder / META
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        name = folder.name
+        raise Failure(
+            f"{folder}: no data set here; prepare it first: python prepare.py {name}"
+            f" (a recipe) or python prepare.py FILE --name={name}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"{path}: damaged ({error}); prepare the data set again") from error
+    if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+        raise Failure(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
+    try:
+        return Meta.model_validate(data)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise Failure(f"{path}: damaged at '{place}'; prepare the data set again") from error
+
+
+def load_dataset(folder: Path, data_dir: Path) -> Dataset:
+    """Open a data set, every shard checked against meta.json.
+
+    Raises:
+        Failure: it is missing, damaged, or not of this format.
+    """
+    meta = read_meta(folder)
+    tokenizer = from_plain(meta.tokenizer, data_dir)
+    if tokenizer.vocab_size != meta.vocab_size:
+        raise Failure(f"{folder / META}: tokenizer and vocab_size disagree; prepare the data set again")
+    train, val = (_load_split(folder, split, meta.vocab_size) for split in (meta.train, meta.val))
+    return Dataset(folder, meta, tokenizer, train, val)
+
+
+def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:
+    shards = tuple(_load_shard(folder / shard.file, shard, vocab_size) for shard in split.shards)
+    if not shards or sum(shard.size for shard in shards) != split.tokens:
+        raise Failure(f"{folder / META}: the counts of tokens disagree; prepare the data set again")
+    return Split(shards, split.characters)
+
+
+def _load_shard(path: Path, shard: Shard, vocab_size: int) -> Tokens:
+    try:
+        if file_sha256(path) != shard.sha256:
+            raise Failure(f"{path}: damaged, its checksum is another; prepare the data set again")
+        tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path}: cannot be read ({error}); prepare the data set again") from error
+    fits = tokens.ndim == 1 and tokens.dtype == token_dtype(vocab_size) and tokens.size == shard.tokens
+    if not fits or (tokens.size and int(tokens.max()) >= vocab_size):
+        raise Failure(f"{path}: does not hold what {META} tells; prepare the data set again")
+    return tokens
+
+
+def write_dataset(folder: Path, meta: Meta) -> None:
+    """Write meta.json into a folder that holds the shards."""
+    text = json.dumps(meta.model_dump(), ensure_ascii=False, indent=1)
+    (folder / META).write_text(text + "\n", encoding="utf-8")
+
+
