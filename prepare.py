@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from glyphgpt.commandline import parse
 from glyphgpt.corpus import Text, fetch, open_text, read_recipe
-from glyphgpt.errors import Failure, UsageError, run
+from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.settings import PrepareSettings
 from glyphgpt.shards import META, Meta, ShardWriter, SourceMeta, SplitMeta, read_meta, write_dataset
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
@@ -226,4 +226,5 @@ def next_step(name: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    with plain_errors():
+        main()

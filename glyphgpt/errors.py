@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Failure(Exception):
@@ -18,23 +18,22 @@ class UsageError(Failure):
     status = 2
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its status; tell failures in one line each on standard error."""
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn failures within a script into one line each on standard error, and its exit status."""
     for stream in (sys.stdout, sys.stderr):  # Windows' consoles default to other encodings
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        status = main() or 0
+        yield
         sys.stdout.flush()
     except Failure as failure:
-        status = report(failure)
+        sys.exit(report(failure))
     except KeyboardInterrupt:
-        status = 130
+        sys.exit(130)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     except OSError as error:
-        status = report(Failure(describe(error)))
-    sys.exit(status)
+        sys.exit(report(Failure(describe(error))))
 
 
 def report(failure: Failure) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,7 +52,7 @@ class SourceMeta(_Plain):
 class Meta(_Plain):
     """What meta.json holds."""
 
-    format: Literal[1] = FORMAT
+    format: int = FORMAT
     recipe: str
     tokenizer: dict[str, Any]
     vocab_size: Annotated[int, Field(ge=1)]
@@ -76,43 +76,47 @@ class ShardWriter:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype = token_dtype(vocab_size)
         self.shards: list[Shard] = []
-        self._file = None
-        self._count = 0
+        self._file: BinaryIO | None = None
+        self._count = 0  # tokens in the file
 
     def write(self, tokens: Tokens) -> None:
         """Append tokens, shape (n,)."""
         while tokens.size:
-            if self._file is None:
-                self._begin()
+            file = self._file or self._begin()
             part = tokens[: self.shard_tokens - self._count]
-            self._file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
+            file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
             self._count += part.size
             tokens = tokens[part.size :]
             if self._count == self.shard_tokens:
-                self._end()
+                self._end(file)
 
     def close(self, characters: int) -> SplitMeta:
         """Finish the split and tell what was written."""
-        if self._file is not None:
-            self._end()
+        if self._file:
+            self._end(self._file)
         return SplitMeta(tokens=sum(s.tokens for s in self.shards), characters=characters, shards=self.shards)
 
-    def _begin(self) -> None:
-        self._path = self.folder / f"{self.split}-{len(self.shards):05d}.npy"
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.shards):05d}.npy"
+
+    def _begin(self) -> BinaryIO:
+        self._count = 0
         self._file = self._path.open("wb")
-        self._write_header()
+        self._write_header(self._file)
+        return self._file
 
-    def _write_header(self) -> None:
-        """Write the .npy header; it keeps its length as the count grows, so it can be written again."""
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(self._file, {**header, "shape": (self._count,)})
+    def _write_header(self, file: BinaryIO) -> None:
+        """Write the .npy header; it keeps its length as the count grows, so it can be written over."""
+        kind = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**kind, "shape": (self._count,)})
 
-    def _end(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
+    def _end(self, file: BinaryIO) -> None:
+        file.seek(0)
+        self._write_header(file)
+        file.close()
+        self._file = None
         self.shards.append(Shard(file=self._path.name, tokens=self._count, sha256=file_sha256(self._path)))
-        self._file, self._count = None, 0
 
 
 @dataclass(frozen=True)

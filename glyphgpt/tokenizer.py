@@ -226,6 +226,11 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
     return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
 
 
+def first_token(tokenizer: Tokenizer) -> int:
+    """Return what a text without a prompt starts from: a new line, or the first token where there is none."""
+    return 0 if tokenizer.unknown("\n") else int(tokenizer.encode("\n")[0])
+
+
 class StreamDecoder:
     """Decodes token by token; a character comes out once its last byte is there."""
 

@@ -1,0 +1,224 @@
+"""The one owner of the checkpoint format: save, verify, load.
+
+A checkpoint is one safetensors file; nothing in it is ever executed. Tensors stand under `model.` and
+`optimizer.`; the rest is JSON in the header. A SHA-256 of the whole file, taken with the digest's own place
+filled with zeros, stands in the header too: whatever is cut or flipped is found before a weight is used.
+
+There is no random state to save: every random number of training follows from the seed and the step.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from glyphgpt.errors import Failure
+
+FORMAT = 1
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+
+_DIGEST_KEY = b'"sha256":"'
+_NO_DIGEST = b"0" * 64
+_CHUNK_BYTES = 1 << 22
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Info(BaseModel):
+    """All of a checkpoint that is not a tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: int = FORMAT
+    model: dict[str, Any]
+    """The model's config."""
+    tokenizer: dict[str, Any]
+    settings: dict[str, Any]
+    data: str
+    """Fingerprint of the data set."""
+    step: int
+    """Updates done."""
+    val_loss: float | None
+    """Of these very weights, where they were evaluated."""
+    progress: dict[str, Any]
+    """What the training loop needs to go on."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory; `path` is where it came from."""
+
+    info: Info
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    path: Path = Path()
+
+    def make_model(self, model_class: type[M], config_class: type) -> M:
+        """Return the model with its weights, on the CPU.
+
+        Raises:
+            Failure: config and weights do not belong together.
+        """
+        try:
+            config = TypeAdapter(config_class).validate_python(self.info.model, strict=True)
+            model: M = model_class(config)
+            model.load_state_dict(self.model)
+        except (ValidationError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise Failure(f"{self.path}: its config and its weights do not belong together") from error
+        return model
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Return the optimizers' state by parameter name; it aliases the live state."""
+    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint: Checkpoint) -> None:
+    """Load the optimizers' state; learning rates and the like stay those of the settings.
+
+    Raises:
+        Failure: the state is of another model or optimizer.
+    """
+    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    if {name for name, value in state.items() if isinstance(value, Tensor)} != set(checkpoint.optimizer):
+        raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
+    set_optimizer_state_dict(model, optimizers, {**state, **checkpoint.optimizer}, options=_FLAT)
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint beside `path`, flush it, seal it, and rename it into place.
+
+    Raises:
+        Failure: it could not be written; what stood at `path` is untouched.
+    """
+    tensors = {f"model.{name}": value for name, value in checkpoint.model.items()}
+    tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
+    header = {"glyphgpt": checkpoint.info.model_dump_json(), "sha256": _NO_DIGEST.decode()}
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, header)
+        with unfinished.open("r+b") as file:
+            place = _digest_place(file, path)
+            digest = _digest(file, place)
+            file.seek(place)
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        before = "; the checkpoint before it is as it was" if path.exists() else ""
+        raise Failure(f"{path}: could not be written: {_reason(error)}{before}") from error
+
+
+def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
+    """Read a checkpoint onto the CPU, verified.
+
+    Raises:
+        Failure: it is missing, damaged, of a newer format, or no checkpoint of glyphgpt.
+    """
+    try:
+        with path.open("rb") as file:
+            place = _digest_place(file, path)
+            digest = _digest(file, place)
+            file.seek(place)
+            if file.read(len(_NO_DIGEST)) != digest:
+                raise Failure(f"{path}: damaged: its checksum does not match; use another checkpoint")
+        with safe_open(path, framework="pt") as file:
+            info = _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
+            wanted = [name for name in file.keys() if with_optimizer or name.startswith("model.")]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except FileNotFoundError as error:
+        raise Failure(f"{path}: no checkpoint there") from error
+    except OSError as error:
+        raise Failure(f"{path}: cannot be read: {_reason(error)}") from error
+    except SafetensorError as error:
+        raise Failure(f"{path}: damaged or cut short: {_reason(error)}; use another checkpoint") from error
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise Failure(f"{path}: holds a tensor of an unknown kind, {name!r}")
+        parts[part][rest] = tensor
+    return Checkpoint(info, parts["model"], parts["optimizer"], path)
+
+
+def find(place: Path) -> Path:
+    """Return the checkpoint file that a path names: itself, or a run's best, or its last.
+
+    Raises:
+        Failure: the run holds none yet.
+    """
+    if not place.is_dir():
+        return place
+    for name in (BEST, LAST):
+        if (place / name).is_file():
+            return place / name
+    raise Failure(f"{place}: no checkpoint in this folder; train first: python train.py CONFIG --out_dir={place}")
+
+
+def _read_info(text: str, path: Path) -> Info:
+    try:
+        data = json.loads(text)
+        newer = isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT
+        if newer:
+            raise Failure(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
+        return Info.model_validate(data)
+    except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
+        raise Failure(f"{path}: no checkpoint of glyphgpt: its header tells nothing of a model") from error
+
+
+def _digest_place(file: BinaryIO, path: Path) -> int:
+    """Return where in a safetensors file the digest stands: 8 bytes of header length, then the JSON header."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(length) if length <= size - 8 else b""
+    if not header.startswith(b"{"):
+        raise Failure(f"{path}: no checkpoint of glyphgpt, or cut short")
+    place = header.find(_DIGEST_KEY)
+    if place < 0:
+        raise Failure(f"{path}: a safetensors file, but no checkpoint of glyphgpt")
+    return 8 + place + len(_DIGEST_KEY)
+
+
+def _digest(file: BinaryIO, place: int) -> bytes:
+    """Return the SHA-256 of a file in hexadecimal, the digest's own place taken as zeros."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    digest.update(file.read(place))
+    file.seek(len(_NO_DIGEST), os.SEEK_CUR)
+    digest.update(_NO_DIGEST)
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest().encode()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; only POSIX knows how."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,130 @@
+"""What a run tells while it trains: metrics.jsonl, and optional trackers."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from glyphgpt.errors import UsageError
+from glyphgpt.settings import TrainSettings
+
+METRICS = "metrics.jsonl"
+
+Row = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes rows of metrics."""
+
+    def write(self, row: Row) -> None:
+        """Take one row; its `step` is the number of updates done."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each flushed at once.
+
+    `kind` is "train" (loss of that step's batch) or "val" (loss of the whole validation split).
+    """
+
+    def __init__(self, folder: Path, *, keep_steps: int) -> None:
+        """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
+        path = folder / METRICS
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [row for row in rows if _step_of(row) <= keep_steps]
+        unfinished = path.with_name(METRICS + ".unfinished")
+        unfinished.write_text("".join(kept), encoding="utf-8", newline="\n")
+        unfinished.replace(path)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, row: Row) -> None:
+        """Append a row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Return a row's step; a line that was cut counts as the far future."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class TensorBoard:
+    """Writes rows as TensorBoard events."""
+
+    def __init__(self, folder: Path, *, keep_steps: int) -> None:
+        """Open an event file in the run's folder; events after `keep_steps` are hidden."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+        except ImportError as error:
+            raise UsageError("tensorboard = true needs: pip install 'glyphgpt[tensorboard]'") from error
+        self._writer = SummaryWriter(str(folder), purge_step=keep_steps + 1)
+
+    def write(self, row: Row) -> None:
+        """Write each number under its name."""
+        for name, value in numbers(row).items():
+            self._writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Logs rows to Weights & Biases."""
+
+    def __init__(self, folder: Path, settings: TrainSettings) -> None:
+        """Start a run named as the folder."""
+        try:
+            import wandb  # noqa: PLC0415
+        except ImportError as error:
+            raise UsageError("wandb = true needs: pip install 'glyphgpt[wandb]'") from error
+        self._run = wandb.init(
+            project=settings.wandb_project, name=folder.name, dir=folder, config=settings.model_dump()
+        )
+
+    def write(self, row: Row) -> None:
+        """Log each number under its name."""
+        self._run.log(numbers(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def numbers(row: Row) -> Row:
+    """Return a row's measurements, named by kind and key, as in "val/loss"."""
+    return {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step")}
+
+
+class Metrics:
+    """Every tracker that the settings ask for, as one."""
+
+    def __init__(self, settings: TrainSettings, *, keep_steps: int) -> None:
+        """Open them; rows after step `keep_steps` are to come again."""
+        folder = Path(settings.out_dir)
+        self._trackers: list[Tracker] = [MetricsFile(folder, keep_steps=keep_steps)]
+        if settings.tensorboard:
+            self._trackers.append(TensorBoard(folder, keep_steps=keep_steps))
+        if settings.wandb:
+            self._trackers.append(WeightsAndBiases(folder, settings))
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Write one row."""
+        row = {"kind": kind, "step": step, **values}
+        for tracker in self._trackers:
+            tracker.write(row)
+
+    def close(self) -> None:
+        """Finish them all."""
+        for tracker in self._trackers:
+            tracker.close()

@@ -1,0 +1,164 @@
+"""The machine a script runs on: device, precision, compilation, processes, and requests to stop."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from glyphgpt.errors import Failure, UsageError, warn
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the work happens, and which process of how many this one is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes files."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which products are computed in `dtype`."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, *values: float) -> list[float]:
+        """Add up numbers over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def start(device: str, dtype: str) -> Iterator[Runtime]:
+    """Choose the device and precision, and join the other processes if torchrun started several.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        if world_size > 1:
+            chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
+    if world_size == 1:
+        yield runtime
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield runtime
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name, or for "auto" the fastest one here.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    here = ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * mps
+    if name not in here:
+        raise UsageError(f"device = '{name}' is not on this machine; here: auto, {', '.join(here)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision of that name, or for "auto" the fastest that trains well on the device."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
+    """Return the model compiled if it is asked for and works, else with one warning as it is.
+
+    The compiled model is tried, forward and backward, on `example`; gradients are cleared again.
+    """
+    if choice is False or (choice == "auto" and runtime.device.type != "cuda"):
+        return model
+    try:
+        compiled = torch.compile(model)
+        with runtime.autocast():
+            compiled(*example).backward()
+    except Exception as error:  # whatever breaks inside the compiler, eager still trains
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warn(f"torch.compile failed ({reason[0][:200]}); going on without it, slower")
+        compiled = model
+    model.zero_grad(set_to_none=True)
+    return compiled  # type: ignore[return-value]
+
+
+def parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """Wrap a model so that its gradients are averaged over all processes."""
+    if runtime.world_size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
+
+
+class StopRequest:
+    """Remembers Ctrl-C or SIGTERM, so that a loop can end at a good place; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        """Begin with no request."""
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Take the signals while in this context."""
+        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def memory_hint(settings_to_lower: str) -> Iterator[None]:
+    """Turn running out of memory into one line that says which settings to lower.
+
+    Raises:
+        Failure: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise Failure(f"out of memory; lower {settings_to_lower}") from error
+        raise

@@ -1,0 +1,290 @@
+"""The whole GPT in one file.
+
+Shape letters, used at every reshape: B batch, T time (tokens in the window), C channels (n_embd), H heads,
+D head size (C / H), V vocabulary, S time of the keys (T, and before it what a cache holds).
+
+The form is GPT-2's (Radford et al. 2019, https://github.com/openai/gpt-2): learned positions, blocks of
+pre-LayerNorm attention and GELU MLP on a residual stream, a head tied to the token embedding. The switches of
+`GPTConfig` choose small modules once, in the constructors; `forward` knows nothing of them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The network's shape and form. Defaults live with the settings of train.py, which explain each field."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+    position: Literal["learned", "sinusoidal", "rotary"]
+    norm: Literal["layernorm", "rmsnorm"]
+    activation: Literal["gelu", "relu2"]
+    qk_norm: bool
+    tie_embeddings: bool
+
+    @property
+    def head_size(self) -> int:
+        """D, the channels of one head."""
+        return self.n_embd // self.n_head
+
+
+class LayerCache:
+    """Keys and values of one layer for the tokens seen so far, each (B, H, S, D)."""
+
+    def __init__(self, block_size: int) -> None:
+        """Begin empty; there is room for `block_size` tokens."""
+        self.block_size = block_size
+        self.length = 0
+        self.keys: Tensor
+        self.values: Tensor
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values (B, H, T, D) of T more tokens; return all so far, (B, H, S, D)."""
+        if self.length == 0:
+            B, H, _, D = keys.shape
+            self.keys = keys.new_empty(B, H, self.block_size, D)
+            self.values = values.new_empty(B, H, self.block_size, D)
+        start, self.length = self.length, self.length + keys.size(2)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class LearnedPosition(nn.Module):
+    """Adds a learned vector for each place in the window, as GPT-2 does."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.block_size, config.n_embd)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Add positions start, start + 1, ... to embeddings x (B, T, C)."""
+        return x + self.embedding.weight[start : start + x.size(1)]
+
+
+class SinusoidalPosition(nn.Module):
+    """Adds fixed waves, "Attention is all you need" (Vaswani et al. 2017, section 3.5).
+
+    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). As in section 3.4, embeddings
+    are scaled by the square root of C, lest the waves drown them.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        angle = angles(config.block_size, config.n_embd)  # (T, C / 2)
+        waves = torch.stack((angle.sin(), angle.cos()), dim=-1)  # (T, C / 2, 2)
+        self.scale = math.sqrt(config.n_embd)
+        self.register_buffer("waves", waves.flatten(1), persistent=False)  # (T, C)
+
+    waves: Tensor
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Add positions start, start + 1, ... to embeddings x (B, T, C)."""
+        return x * self.scale + self.waves[start : start + x.size(1)]
+
+
+class NoPosition(nn.Module):
+    """Leaves embeddings as they are: rotary positions act on queries and keys instead."""
+
+    def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
+        """Return x (B, T, C)."""
+        return x
+
+
+class Rotary(nn.Module):
+    """Rotates queries and keys by their position (RoFormer, Su et al. 2021), so that scores see distances."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        angle = angles(config.block_size, config.head_size)  # (T, D / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    cos: Tensor
+    sin: Tensor
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Rotate x (B, H, T, D), whose first token stands at `start`; channels i and i + D/2 form a pair."""
+        cos, sin = (table[start : start + x.size(2)].to(x.dtype) for table in (self.cos, self.sin))
+        first, second = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
+        return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class NoRotation(nn.Module):
+    """Leaves queries and keys as they are: their positions came with the embeddings."""
+
+    def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
+        """Return x (B, H, T, D)."""
+        return x
+
+
+def angles(length: int, channels: int) -> Tensor:
+    """Return t / 10000^(2i / channels) for each position t and pair i, shape (length, channels / 2)."""
+    pair = torch.arange(channels // 2, dtype=torch.float64)
+    frequency = 10000.0 ** (-2 * pair / channels)
+    return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()
+
+
+class ReLUSquared(nn.Module):
+    """max(0, x)², the activation that Primer found (So et al. 2021)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same shape."""
+        return F.relu(x).square()
+
+
+def make_position(config: GPTConfig) -> nn.Module:
+    """Return what tells embeddings their positions."""
+    if config.position == "learned":
+        return LearnedPosition(config)
+    return SinusoidalPosition(config) if config.position == "sinusoidal" else NoPosition()
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """Return the normalisation over channels that the config names."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token gathers values from itself and the tokens before it, in H heads."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.query_norm = nn.RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.rotary = Rotary(config) if config.position == "rotary" else NoRotation()
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C); a cache holds the tokens before these, and takes these in."""
+        B, T, C = x.shape
+        start = cache.length if cache else 0
+        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
+        q = self.rotary(self.query_norm(q), start)
+        k = self.rotary(self.key_norm(k), start)
+        if cache:
+            k, v = cache.append(k, v)  # (B, H, S, D) each
+        # softmax(q k^T / sqrt(D)) v, where query t sees keys 0 ... start + t
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=causal_mask(T, k.size(2), x.device) if start else None,
+            is_causal=start == 0,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # (B, H, T, D)
+        mixed = mixed.transpose(1, 2).reshape(B, T, C)
+        return self.residual_dropout(self.out(mixed))
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:  # noqa: N803
+    """Return True where the last T of S tokens may look: at themselves and before, shape (T, S)."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+
+
+class MLP(nn.Module):
+    """Each token on its own: up to 4C channels, a non-linearity, and down again."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.activation = ReLUSquared() if config.activation == "relu2" else nn.GELU(approximate="tanh")
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.dropout(self.down(self.activation(self.up(x))))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = CausalSelfAttention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Tokens in, a distribution over the next token out, at every place."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position = make_position(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """GPT-2's: normal of 0.02, smaller where blocks write to the residual stream; biases zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def new_cache(self) -> list[LayerCache]:
+        """Return an empty cache for `next_logits`."""
+        return [LayerCache(self.config.block_size) for _ in self.blocks]
+
+    def hidden(self, tokens: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+        """Run the blocks: tokens (B, T) to the normalised residual stream (B, T, C)."""
+        x = self.token_embedding(tokens)  # (B, T, C)
+        x = self.dropout(self.position(x, cache[0].length if cache else 0))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache[layer] if cache else None)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map (..., C) to unnormalised log-probabilities (..., V)."""
+        return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T, V), or with targets (B, T) the mean loss in nats per token, a scalar.
+
+        T is at most block_size.
+        """
+        logits = self.logits(self.hidden(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def next_logits(self, tokens: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+        """Return the logits (B, V) of the token after these (B, T).
+
+        With a cache, `tokens` are only those that it has not seen yet; together they are at most block_size.
+        """
+        return self.logits(self.hidden(tokens, cache)[:, -1])

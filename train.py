@@ -1,0 +1,400 @@
+"""Train a GPT on a prepared data set.
+
+    python train.py config/quick.toml                        one or more TOML files of settings
+    python train.py config/quick.toml --batch_size=32        flags come last and win
+    python train.py out/quick/config.toml --resume           go on with a run, exactly
+    torchrun --standalone --nproc_per_node=2 train.py ...    several processes share each batch
+
+Writes {last,best}.safetensors, metrics.jsonl and config.toml into out_dir.
+"""
+
+import sys
+
+from glyphgpt.commandline import parse
+from glyphgpt.errors import Failure, UsageError, plain_errors, warn
+from glyphgpt.settings import Action, TrainSettings
+
+USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
+
+if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
+    with plain_errors():
+        SETTINGS, _ = parse(TrainSettings, sys.argv[1:], USAGE, __doc__ or "", files=True)
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt import runtime as runtimes
+from glyphgpt.batches import Windows, window_starts, windows_per_epoch
+from glyphgpt.checkpoint import BEST, LAST, Checkpoint
+from glyphgpt.evaluate import Score, evaluate
+from glyphgpt.generate import SamplingRule, generate
+from glyphgpt.metrics import METRICS, Metrics
+from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
+from glyphgpt.runtime import Runtime, StopRequest
+from glyphgpt.shards import Dataset, load_dataset
+from glyphgpt.tokenizer import decode, first_token
+from glyphgpt.walk import Walk
+from model import GPT, GPTConfig
+
+
+def main(settings: TrainSettings) -> None:
+    """Do what the settings ask for: train, or only evaluate, or only show the network."""
+    with runtimes.start(settings.device, settings.dtype) as runtime:
+        data_dir = Path(settings.data_dir)
+        dataset = load_dataset(data_dir / settings.dataset, data_dir)
+        check_text(settings, dataset)
+        if settings.dry_run:
+            print(Walk(settings, dataset.tokenizer.vocab_size, settings.batch_size).table())
+            return
+        with runtimes.memory_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
+            if settings.eval_only:
+                print(score_best(settings, dataset, runtime))
+            else:
+                Trainer(settings, dataset, runtime).train()
+
+
+def check_text(settings: TrainSettings, dataset: Dataset) -> None:
+    """Compare the text's length with the context's.
+
+    Raises:
+        Failure: the text to train on is shorter than a window.
+    """
+    train, val, block_size = dataset.train.tokens, dataset.val.tokens, settings.block_size
+    if train <= block_size:
+        raise Failure(
+            f"{dataset.folder}: {train:,} tokens to train on do not fill a window of block_size + 1 = "
+            f"{block_size + 1:,}; lower block_size to at most {train - 1:,}, or prepare a longer text"
+        )
+    if val <= block_size:
+        warn(f"the validation text has {val:,} tokens, less than block_size = {block_size:,}: its loss says little")
+
+
+def score_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> Score:
+    """Evaluate a run's best model on the validation split."""
+    best = checkpoints.load(Path(settings.out_dir) / BEST, with_optimizer=False)
+    check_vocabulary(best, dataset)
+    model = best.make_model(GPT, GPTConfig).to(runtime.device)
+    return evaluate(
+        model,
+        Windows(dataset.val, runtime.device),
+        runtime,
+        block_size=model.config.block_size,
+        batch_size=settings.batch_size,
+        max_tokens=settings.eval_tokens,
+    )
+
+
+def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """Make sure that a checkpoint reads the data set's ids as they are meant.
+
+    Raises:
+        Failure: its tokenizer is another.
+    """
+    if checkpoint.info.tokenizer != dataset.meta.tokenizer:
+        raise Failure(f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the data set of that run")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the weights and the optimizer, all that resuming needs."""
+
+    step: int = 0
+    """Updates done."""
+    seconds: float = 0.0
+    """Time spent so far."""
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update looked like."""
+
+    loss: float
+    """Of the batch, before the update, in nats per token."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+
+
+class Trainer:
+    """One run: a model, its optimizers, its data, and how far it has come."""
+
+    def __init__(self, settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> None:
+        """Build everything anew; `train` resumes if that is asked for."""
+        self.settings, self.dataset, self.runtime = settings, dataset, runtime
+        self.out_dir = Path(settings.out_dir)
+        self.sequences = settings.batch_size * settings.gradient_accumulation_steps
+        if self.sequences % runtime.world_size:
+            raise UsageError(
+                f"{runtime.world_size} processes cannot share {self.sequences} sequences evenly; change batch_size "
+                f"or gradient_accumulation_steps so that their product is a multiple of {runtime.world_size}"
+            )
+        torch.manual_seed(settings.seed)
+        shape = {field.name: getattr(settings, field.name, 0) for field in fields(GPTConfig)}
+        self.config = GPTConfig(**{**shape, "vocab_size": dataset.tokenizer.vocab_size})
+        self.model = GPT(self.config).to(runtime.device)
+        self.optimizers = make_optimizers(self.model, settings)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+        self.train_windows = Windows(dataset.train, runtime.device)
+        self.val_windows = Windows(dataset.val, runtime.device)
+        self.progress = Progress()
+
+    def train(self) -> None:
+        """Train from where the run stands until max_steps, until patience runs out, or until asked to stop."""
+        settings, progress = self.settings, self.progress
+        resumed = self.open_run()
+        self.preflight()
+        self.started = time.perf_counter() - progress.seconds
+        stop = StopRequest()
+        metrics = Metrics(settings, keep_steps=progress.step if resumed else -1) if self.runtime.is_main else None
+        bar = tqdm(total=settings.max_steps, initial=progress.step, unit="step", disable=not self.runtime.is_main or None)
+        with stop.listening(), bar:
+            self.forward = self.make_forward()
+            if not resumed:
+                self.evaluate_and_save(metrics)
+            while progress.step < settings.max_steps and not self.out_of_patience():
+                update, stopping = self.update(stop)
+                self.tell(update, bar, metrics)
+                if progress.step % settings.eval_every == 0 or progress.step == settings.max_steps:
+                    self.evaluate_and_save(metrics)
+                elif stopping or (settings.save_every and progress.step % settings.save_every == 0):
+                    self.save(LAST)
+                if stopping:
+                    break
+        if metrics:
+            metrics.close()
+        self.farewell(stop)
+
+    def open_run(self) -> bool:
+        """Make the run's folder ready, never over another run's files; load its last checkpoint to resume.
+
+        Returns whether the run is resumed.
+
+        Raises:
+            UsageError: the folder holds a run, and neither resume nor overwrite is set.
+            Failure: there is nothing to resume, or it does not fit the settings.
+        """
+        settings, out_dir = self.settings, self.out_dir
+        if settings.resume:
+            self.restore(checkpoints.load(out_dir / LAST))
+        elif any((out_dir / name).exists() for name in (BEST, LAST)):
+            if not settings.overwrite:
+                raise UsageError(
+                    f"{out_dir} holds a run already; add --resume to go on with it, --overwrite to replace it, "
+                    "or --out_dir=ANOTHER"
+                )
+            self.runtime.wait()
+            if self.runtime.is_main:
+                for name in (BEST, LAST, METRICS):
+                    (out_dir / name).unlink(missing_ok=True)
+        self.runtime.wait()  # every process has looked before one writes
+        if self.runtime.is_main:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            lasting = settings.model_dump(exclude=set(Action.model_fields))
+            (out_dir / "config.toml").write_text(tomli_w.dumps(lasting), encoding="utf-8")
+        return settings.resume
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's weights, optimizer state and progress.
+
+        Raises:
+            Failure: it is of another model or vocabulary.
+        """
+        check_vocabulary(checkpoint, self.dataset)
+        saved, wanted = checkpoint.info.model, asdict(self.config)
+        for name in wanted.keys() - {"dropout"}:
+            if saved.get(name) != wanted[name]:
+                raise Failure(f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings")
+        if checkpoint.info.data != self.dataset.meta.fingerprint:
+            warn(f"{self.dataset.folder} is not the data that the run began with; it goes on, but not exactly")
+        self.model.load_state_dict(checkpoint.model)
+        checkpoints.restore_optimizers(self.model, self.optimizers, checkpoint)
+        state = dict(checkpoint.info.progress)
+        self.scaler.load_state_dict(state.pop("scaler"))
+        self.progress.__dict__.update(state)
+
+    def preflight(self) -> None:
+        """Say what the run means before it starts."""
+        settings, train = self.settings, self.dataset.train.tokens
+        tokens = self.sequences * settings.block_size
+        epochs = settings.max_steps * self.sequences / windows_per_epoch(train, settings.block_size)
+        processes = f", {self.runtime.world_size} processes" if self.runtime.world_size > 1 else ""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.say(
+            f"{self.out_dir}: {parameters:,} parameters on {self.runtime.device}, "
+            f"{str(self.runtime.dtype).removeprefix('torch.')}{processes}; {tokens:,} tokens a step, "
+            f"{settings.max_steps:,} steps = {epochs:.2f} epochs over {train:,} tokens"
+        )
+
+    def make_forward(self) -> nn.Module:
+        """Return the model as training calls it: compiled, and averaging gradients over processes."""
+        example = self.batch()[: self.settings.batch_size]
+        compiled = runtimes.compile_or_eager(
+            self.model, self.settings.compile, self.runtime, (example[:, :-1], example[:, 1:])
+        )
+        return runtimes.parallel(compiled, self.runtime)
+
+    def batch(self) -> Tensor:
+        """Return this process's share of the step's sequences, each with its target: (share, block_size + 1)."""
+        share = self.sequences // self.runtime.world_size
+        first = self.progress.step * self.sequences + self.runtime.rank * share
+        block_size, train = self.settings.block_size, self.dataset.train
+        return self.train_windows.at(
+            window_starts(train.tokens, block_size, self.settings.seed, first, share), block_size + 1
+        )
+
+    def update(self, stop: StopRequest) -> tuple[Update, bool]:
+        """Do one update; return how it went, and whether any process was asked to stop.
+
+        Raises:
+            Failure: loss or gradients are not finite; the weights are left as they were.
+        """
+        settings, runtime, step = self.settings, self.runtime, self.progress.step
+        rate = learning_rate(step, settings)
+        set_learning_rate(self.optimizers, rate)
+        if settings.dropout:  # dropout follows from seed and step, so there is no random state to save
+            seed = np.random.SeedSequence((settings.seed, step, runtime.rank))
+            torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        share_loss = self.gradients(self.batch())
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(self.model, settings.grad_clip).item()
+        loss_sum, stops = runtime.sum(share_loss, float(stop.signal is not None))
+        loss = loss_sum / runtime.world_size
+        if not math.isfinite(loss + (0.0 if self.scaler.is_enabled() else grad_norm)):  # the scaler skips such steps
+            raise Failure(
+                f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite, so training stopped "
+                f"before the update; the checkpoints are as they were; lower learning_rate or raise warmup_steps, "
+                "then go on with --resume"
+            )
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.progress.step += 1
+        return Update(loss, grad_norm, rate), stops > 0
+
+    def gradients(self, sequences: Tensor) -> float:
+        """Add up the gradients of the mean loss over sequences, batch_size at a time, and return that loss."""
+        total = torch.zeros((), device=self.runtime.device)
+        parts = sequences.split(self.settings.batch_size)
+        for number, part in enumerate(parts, start=1):
+            wait = self.runtime.world_size > 1 and number < len(parts)  # processes exchange gradients once
+            with self.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]
+                with self.runtime.autocast():
+                    loss = self.forward(part[:, :-1], part[:, 1:]) * (len(part) / len(sequences))
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total.item()
+
+    def tell(self, update: Update, bar: "tqdm[Any]", metrics: Metrics | None) -> None:
+        """Show an update on the progress bar, and log it when it is time."""
+        step, tokens = self.progress.step, self.sequences * self.settings.block_size
+        speed = bar.format_dict["rate"] or 0.0
+        bar.set_postfix_str(f"loss {update.loss:.3f}, {speed * tokens:,.0f} tokens/s", refresh=False)
+        bar.update()
+        if metrics and step % self.settings.log_every == 0:
+            metrics.write("train", step, **asdict(update), tokens=step * tokens, seconds=self.seconds())
+
+    def seconds(self) -> float:
+        """Return the time spent on this run, in this process and those before it."""
+        return round(time.perf_counter() - self.started, 3)
+
+    def evaluate_and_save(self, metrics: Metrics | None) -> None:
+        """Score the validation split, log it, keep the best weights, save the last, and show a sample."""
+        settings, progress = self.settings, self.progress
+        score = evaluate(
+            self.model,
+            self.val_windows,
+            self.runtime,
+            block_size=settings.block_size,
+            batch_size=settings.batch_size,
+            max_tokens=settings.eval_tokens,
+        )
+        if metrics:
+            tokens = progress.step * self.sequences * settings.block_size
+            metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
+        better = progress.best_loss is None or score.loss < progress.best_loss
+        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+        if better:  # before last.safetensors, which would otherwise promise a best that is not there
+            progress.best_loss = score.loss
+            self.save(BEST, score)
+        self.save(LAST, score)
+        self.say(f"step {progress.step:,}: validation {score}{', the best so far' if better else ''}")
+        if settings.sample_tokens and self.runtime.is_main:
+            self.say("".join(f"  | {line}\n" for line in self.sample().splitlines()))
+
+    def save(self, name: str, score: Score | None = None) -> None:
+        """Write a checkpoint: best.safetensors holds the model alone, last.safetensors all that resuming needs."""
+        if not self.runtime.is_main:
+            return
+        self.progress.seconds = self.seconds()
+        progress = {**asdict(self.progress), "scaler": self.scaler.state_dict()}
+        info = checkpoints.Info(
+            model=asdict(self.config),
+            tokenizer=self.dataset.meta.tokenizer,
+            settings=self.settings.model_dump(),
+            data=self.dataset.meta.fingerprint,
+            step=self.progress.step,
+            val_loss=score.loss if score else None,
+            progress=progress,
+        )
+        optimizer = checkpoints.optimizer_tensors(self.model, self.optimizers) if name == LAST else {}
+        checkpoints.save(Checkpoint(info, self.model.state_dict(), optimizer), self.out_dir / name)
+
+    def sample(self) -> str:
+        """Generate a little text, the same way each time."""
+        self.model.eval()
+        prompt = torch.tensor([first_token(self.dataset.tokenizer)], device=self.runtime.device)
+        with self.runtime.autocast():
+            tokens = generate(
+                self.model,
+                prompt,
+                block_size=self.settings.block_size,
+                num_samples=1,
+                max_new_tokens=self.settings.sample_tokens,
+                rule=SamplingRule(temperature=0.8),
+                seed=self.settings.seed,
+            )
+            text = decode(self.dataset.tokenizer, [int(token) for token in tokens])
+        self.model.train()
+        return text
+
+    def out_of_patience(self) -> bool:
+        """Tell whether the validation loss has not improved for `patience` evaluations."""
+        return 0 < self.settings.patience <= self.progress.evaluations_since_best
+
+    def farewell(self, stop: StopRequest) -> None:
+        """Say how the run ended and what to do next; a signal becomes the exit status."""
+        progress, out_dir = self.progress, self.out_dir
+        resume = f"python train.py {out_dir / 'config.toml'} --resume"
+        if self.out_of_patience():
+            self.say(f"stopped at step {progress.step:,}: no better loss in {self.settings.patience} evaluations")
+        if stop.signal and progress.step < self.settings.max_steps:
+            self.say(f"stopped by {stop.signal.name} at step {progress.step:,}, saved; go on with: {resume}")
+            raise SystemExit(128 + stop.signal)
+        self.say(f"best validation loss {progress.best_loss:.4f}; sample it: python sample.py {out_dir}")
+        if progress.step >= self.settings.max_steps:
+            self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
+
+    def say(self, text: str) -> None:
+        """Print, from one process only, without breaking the progress bar."""
+        if self.runtime.is_main:
+            tqdm.write(text)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(SETTINGS)
