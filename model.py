@@ -196,7 +196,7 @@ class CausalSelfAttention(nn.Module):
         return self.residual_dropout(self.out(mixed))
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:  # noqa: N803
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """Return True where the last T of S tokens may look: at themselves and before, shape (T, S)."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 

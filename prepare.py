@@ -12,7 +12,6 @@ it. The first part trains, the last (val_fraction) validates; decoding both give
 import hashlib
 import itertools
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator

@@ -102,7 +102,9 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
         Failure: its tokenizer is another.
     """
     if checkpoint.info.tokenizer != dataset.meta.tokenizer:
-        raise Failure(f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the data set of that run")
+        raise Failure(
+            f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the data set of that run"
+        )
 
 
 @dataclass
@@ -142,8 +144,8 @@ class Trainer:
                 f"or gradient_accumulation_steps so that their product is a multiple of {runtime.world_size}"
             )
         torch.manual_seed(settings.seed)
-        shape = {field.name: getattr(settings, field.name, 0) for field in fields(GPTConfig)}
-        self.config = GPTConfig(**{**shape, "vocab_size": dataset.tokenizer.vocab_size})
+        form = settings.model_dump(include={field.name for field in fields(GPTConfig)})
+        self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **form)
         self.model = GPT(self.config).to(runtime.device)
         self.optimizers = make_optimizers(self.model, settings)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -159,7 +161,9 @@ class Trainer:
         self.started = time.perf_counter() - progress.seconds
         stop = StopRequest()
         metrics = Metrics(settings, keep_steps=progress.step if resumed else -1) if self.runtime.is_main else None
-        bar = tqdm(total=settings.max_steps, initial=progress.step, unit="step", disable=not self.runtime.is_main or None)
+        bar = tqdm(
+            total=settings.max_steps, initial=progress.step, unit="step", disable=not self.runtime.is_main or None
+        )
         with stop.listening(), bar:
             self.forward = self.make_forward()
             if not resumed:
@@ -216,7 +220,9 @@ class Trainer:
         saved, wanted = checkpoint.info.model, asdict(self.config)
         for name in wanted.keys() - {"dropout"}:
             if saved.get(name) != wanted[name]:
-                raise Failure(f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings")
+                raise Failure(
+                    f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings"
+                )
         if checkpoint.info.data != self.dataset.meta.fingerprint:
             warn(f"{self.dataset.folder} is not the data that the run began with; it goes on, but not exactly")
         self.model.load_state_dict(checkpoint.model)
@@ -289,7 +295,7 @@ class Trainer:
     def gradients(self, sequences: Tensor) -> float:
         """Add up the gradients of the mean loss over sequences, batch_size at a time, and return that loss."""
         total = torch.zeros((), device=self.runtime.device)
-        parts = sequences.split(self.settings.batch_size)
+        parts = torch.split(sequences, self.settings.batch_size)
         for number, part in enumerate(parts, start=1):
             wait = self.runtime.world_size > 1 and number < len(parts)  # processes exchange gradients once
             with self.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]

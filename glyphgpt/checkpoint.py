@@ -75,7 +75,7 @@ class Checkpoint:
             Failure: config and weights do not belong together.
         """
         try:
-            config = TypeAdapter(config_class).validate_python(self.info.model, strict=True)
+            config: Any = TypeAdapter(config_class).validate_json(json.dumps(self.info.model), strict=True)
             model: M = model_class(config)
             model.load_state_dict(self.model)
         except (ValidationError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
@@ -85,7 +85,7 @@ class Checkpoint:
 
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Return the optimizers' state by parameter name; it aliases the live state."""
-    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_FLAT)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -95,10 +95,11 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
     Raises:
         Failure: the state is of another model or optimizer.
     """
-    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_FLAT)
     if {name for name, value in state.items() if isinstance(value, Tensor)} != set(checkpoint.optimizer):
         raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
-    set_optimizer_state_dict(model, optimizers, {**state, **checkpoint.optimizer}, options=_FLAT)
+    state.update(checkpoint.optimizer)
+    set_optimizer_state_dict(model, optimizers, state, options=_FLAT)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -113,6 +114,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, header)
+        unfinished.chmod(path.parent.stat().st_mode & 0o666)  # as open as its folder; safetensors makes it private
         with unfinished.open("r+b") as file:
             place = _digest_place(file, path)
             digest = _digest(file, place)

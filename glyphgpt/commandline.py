@@ -5,6 +5,7 @@ Order: defaults, files from left to right, flags. Nothing is executed, and all p
 
 import argparse
 import difflib
+import inspect
 import tomllib
 import types
 from collections import deque
@@ -12,8 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import annotated_types
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from glyphgpt.errors import UsageError
@@ -23,7 +23,6 @@ S = TypeVar("S", bound=Settings)
 Values = dict[str, Any]
 
 COMMAND_LINE = "command line"
-BOOLEANS = {"true", "false", "1", "0", "yes", "no", "on", "off"}
 
 # nanoGPT's names for settings that are called otherwise here.
 NANOGPT_NAMES = {
@@ -59,9 +58,8 @@ def read_words(settings_class: type[Settings], words: Sequence[str]) -> tuple[li
         field = settings_class.model_fields.get(key)
         switch = field is not None and bool in {field.annotation, *get_args(field.annotation)}
         value: str | None = text if equals else None
-        if value is None and rest and not rest[0].startswith("--"):
-            if not switch or rest[0].lower() in BOOLEANS or rest[0] in literals(field):
-                value = rest.popleft()
+        if value is None and rest and (not rest[0].startswith("--") if not switch else fits(field, rest[0])):
+            value = rest.popleft()
         if value is None and switch:
             value = "true"
         if field is not None and get_origin(field.annotation) is tuple:
@@ -130,27 +128,29 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
     return f"{source}: {name} must be {expected(field)}, not {value!r}"
 
 
-def literals(field: FieldInfo | None) -> tuple[Any, ...]:
-    """Return the words that a setting takes besides those of its type."""
-    return () if field is None else tuple(
-        word for choice in get_args(field.annotation) for word in get_args(choice)
-    )
+def fits(field: FieldInfo | None, word: str) -> bool:
+    """Tell whether a word can be a setting's value; the one after a bare switch need not belong to it."""
+    try:
+        TypeAdapter[Any](field and field.annotation).validate_python(word)
+    except ValidationError:
+        return False
+    return True
+
+
+def bounds(field: FieldInfo) -> list[str]:
+    """Say a setting's bounds, as in ["at least 0", "below 1"]."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return [
+        f"{phrase} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, phrase in words.items()
+        if hasattr(bound, name)
+    ]
 
 
 def expected(field: FieldInfo) -> str:
     """Say which values a setting takes, as in "a whole number, at least 1"."""
-    bounds = []
-    for bound in field.metadata:
-        match bound:
-            case annotated_types.Ge():
-                bounds.append(f"at least {bound.ge}")
-            case annotated_types.Gt():
-                bounds.append(f"above {bound.gt}")
-            case annotated_types.Le():
-                bounds.append(f"at most {bound.le}")
-            case annotated_types.Lt():
-                bounds.append(f"below {bound.lt}")
-    return ", ".join([type_name(field.annotation), *bounds])
+    return ", ".join([type_name(field.annotation), *bounds(field)])
 
 
 def type_name(annotation: Any) -> str:
@@ -168,9 +168,23 @@ def type_name(annotation: Any) -> str:
 def groups(settings_class: type[Settings]) -> Iterator[tuple[str, Mapping[str, FieldInfo]]]:
     """Yield each heading of a settings class with the settings that stand under it."""
     for group in settings_class.__mro__:
-        own = [key for key in group.__dict__.get("__annotations__", {}) if key in settings_class.model_fields]
+        own = [key for key in inspect.get_annotations(group) if key in settings_class.model_fields]
         if own:
             yield (group.__doc__ or "").strip(), {key: settings_class.model_fields[key] for key in own}
+
+
+def default_text(field: FieldInfo) -> str:
+    """Write a default as one would in TOML or on the command line."""
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+def metavar(annotation: Any) -> str:
+    """Name a setting's type as help does: INT, or the words to choose from."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return "|".join(metavar(choice) for choice in get_args(annotation))
+    return {int: "INT", float: "NUMBER", bool: "true|false"}.get(annotation, "TEXT")
 
 
 def help_text(settings_class: type[Settings], usage: str, description: str) -> str:
@@ -182,13 +196,15 @@ def help_text(settings_class: type[Settings], usage: str, description: str) -> s
         section = parser.add_argument_group(heading)
         for key, field in fields.items():
             meaning = " ".join((field.description or "").split())
-            default = "" if field.default in ("", ()) else f"; default {field.default}"
-            text = f"{meaning} ({expected(field)}{default})".replace("%", "%%")
-            section.add_argument(f"--{key}", metavar="X", help=text)
+            facts = bounds(field) + [f"default {default_text(field)}"] * (field.default not in ("", ()))
+            text = f"{meaning} ({'; '.join(facts)})" if facts else meaning
+            section.add_argument(f"--{key}", metavar=metavar(field.annotation), help=text.replace("%", "%%"))
     return parser.format_help()
 
 
-def parse(settings_class: type[S], words: Sequence[str], usage: str, description: str, *, files: bool) -> tuple[S, list[str]]:
+def parse(
+    settings_class: type[S], words: Sequence[str], usage: str, description: str, *, files: bool
+) -> tuple[S, list[str]]:
     """Read a script's command line into its settings and its plain words.
 
     Where `files` is true, the plain words are TOML files of settings. `-h` or `--help` among the words prints

@@ -24,14 +24,17 @@ def plain_errors() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):  # Windows' consoles default to other encodings
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except Failure as failure:
         sys.exit(report(failure))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         sys.exit(report(Failure(describe(error))))
 

@@ -23,7 +23,9 @@ class Score:
 
     def __str__(self) -> str:
         """Tell all three."""
-        return f"loss {self.loss:.4f}, {self.bits_per_character:.3f} bits per character, perplexity {self.perplexity:.2f}"
+        return (
+            f"loss {self.loss:.4f}, {self.bits_per_character:.3f} bits per character, perplexity {self.perplexity:.2f}"
+        )
 
 
 @torch.no_grad()

@@ -191,6 +191,8 @@ class SampleSettings(Settings):
     """Ask for prompts in a loop; the text so far is kept as context."""
     score: str = ""
     """Instead of sampling, tell the loss of this text file under the model; - is standard input."""
+    data_dir: str = "data"
+    """Folder where GPT-2's vocabulary is kept, for models that use it."""
     cache: bool = True
     """Keep keys and values between tokens: the same text, sooner."""
     device: str = "auto"

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -221,5 +221,3 @@ def write_dataset(folder: Path, meta: Meta) -> None:
     """Write meta.json into a folder that holds the shards."""
     text = json.dumps(meta.model_dump(), ensure_ascii=False, indent=1)
     (folder / META).write_text(text + "\n", encoding="utf-8")
-
-

@@ -1,0 +1,112 @@
+"""Small texts, data sets and settings that the tests share."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare
+from glyphgpt.settings import PrepareSettings, TrainSettings
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(2)
+
+
+def tiny_config(**changes: object) -> GPTConfig:
+    """A network small enough for any test: GPT-2's form unless changed."""
+    form = {
+        "vocab_size": 11,
+        "block_size": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "dropout": 0.0,
+        "bias": True,
+        "position": "learned",
+        "norm": "layernorm",
+        "activation": "gelu",
+        "qk_norm": False,
+        "tie_embeddings": True,
+    }
+    return GPTConfig(**{**form, **changes})  # type: ignore[arg-type]
+
+
+def tiny_model(seed: int = 0, **changes: object) -> GPT:
+    """Such a network with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    return GPT(tiny_config(**changes)).eval()
+
+
+def some_text(characters: int, seed: int = 0) -> str:
+    """Text with enough pattern to learn: a few words in random order."""
+    chosen = random.Random(seed)
+    words = ["to be", "or not", "the king", "my lord,", "good night.\n", "exit", "Ophelia:", "why?"]
+    text = ""
+    while len(text) < characters:
+        text += chosen.choice(words) + " "
+    return text[:characters]
+
+
+def prepare_text(text: str, data_dir: Path, name: str = "small", **changes: object) -> Path:
+    """Prepare a text as a user's file, and return the data set's folder."""
+    file = data_dir / f"{name}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text.encode())
+    settings = {"name": name, "data_dir": str(data_dir), **changes}
+    prepare.prepare_files([str(file)], PrepareSettings.model_validate(settings))
+    return data_dir / name
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with a small data set, `small`: 6,000 characters."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_text(some_text(6000), folder)
+    return folder
+
+
+def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSettings:
+    """Settings of a run of seconds on the data set `small`."""
+    settings = {
+        "dataset": "small",
+        "data_dir": str(data_dir),
+        "out_dir": str(out_dir),
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "batch_size": 4,
+        "max_steps": 20,
+        "eval_every": 10,
+        "eval_tokens": 200,
+        "sample_tokens": 10,
+        "log_every": 1,
+        "warmup_steps": 2,
+        "device": "cpu",
+    }
+    return TrainSettings.model_validate({**settings, **changes})
+
+
+def as_flags(settings: TrainSettings) -> list[str]:
+    """Write settings as command-line flags."""
+    return [f"--{key}={value}" for key, value in settings.model_dump(exclude_unset=True).items()]
+
+
+def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does, and return its output and exit status."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *words],
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        timeout=240,
+        check=False,
+    )
