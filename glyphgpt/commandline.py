@@ -56,13 +56,12 @@ def read_words(settings_class: type[Settings], words: Sequence[str]) -> tuple[li
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         field = settings_class.model_fields.get(key)
-        switch = field is not None and bool in {field.annotation, *get_args(field.annotation)}
         value: str | None = text if equals else None
-        if value is None and rest and (not rest[0].startswith("--") if not switch else fits(field, rest[0])):
+        if value is None and rest and is_value(rest[0], field):
             value = rest.popleft()
-        if value is None and switch:
+        if value is None and is_switch(field):
             value = "true"
-        if field is not None and get_origin(field.annotation) is tuple:
+        if field and get_origin(field.annotation) is tuple:
             flags.setdefault(key, []).append(value)
         else:
             flags[key] = value
@@ -128,10 +127,18 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
     return f"{source}: {name} must be {expected(field)}, not {value!r}"
 
 
-def fits(field: FieldInfo | None, word: str) -> bool:
-    """Tell whether a word can be a setting's value; the one after a bare switch need not belong to it."""
+def is_switch(field: FieldInfo | None) -> bool:
+    """Tell whether a setting may stand bare on the command line."""
+    return field is not None and bool in {field.annotation, *get_args(field.annotation)}
+
+
+def is_value(word: str, field: FieldInfo | None) -> bool:
+    """Tell whether the word after a bare key is its value; after a switch it need not be."""
+    if field is None or not is_switch(field):
+        return not word.startswith("--")
+    annotation: Any = field.annotation
     try:
-        TypeAdapter[Any](field and field.annotation).validate_python(word)
+        TypeAdapter(annotation).validate_python(word)
     except ValidationError:
         return False
     return True
