@@ -161,9 +161,8 @@ class Trainer:
         self.started = time.perf_counter() - progress.seconds
         stop = StopRequest()
         metrics = Metrics(settings, keep_steps=progress.step if resumed else -1) if self.runtime.is_main else None
-        bar = tqdm(
-            total=settings.max_steps, initial=progress.step, unit="step", disable=not self.runtime.is_main or None
-        )
+        hidden = None if self.runtime.is_main else True  # None hides the bar where there is no terminal
+        bar = tqdm(total=settings.max_steps, initial=progress.step, unit="step", disable=hidden)
         with stop.listening(), bar:
             self.forward = self.make_forward()
             if not resumed:

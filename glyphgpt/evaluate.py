@@ -55,4 +55,5 @@ def evaluate(
     (total,) = runtime.sum(total)
     loss = total / (tokens - 1)
     tokens_per_character = windows.split.tokens / windows.split.characters
-    return Score(loss, loss * tokens_per_character / math.log(2), math.exp(min(loss, 700.0)))
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # a float holds no more
+    return Score(loss, loss * tokens_per_character / math.log(2), perplexity)

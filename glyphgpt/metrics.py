@@ -1,6 +1,7 @@
 """What a run tells while it trains: metrics.jsonl, and optional trackers."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +42,11 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: Row) -> None:
-        """Append a row."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append a row; JSON has no word for numbers that are not finite, so they become null."""
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
 
     def close(self) -> None:

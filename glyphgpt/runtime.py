@@ -62,14 +62,17 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     chosen = choose_device(device)
     if chosen.type == "cuda":
         if world_size > 1:
-            chosen = torch.device("cuda", local_rank)
+            chosen = choose_device(f"cuda:{local_rank}")  # a GPU for each process of this machine
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
     if world_size == 1:
         yield runtime
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield runtime
     finally:
@@ -145,6 +148,7 @@ class StopRequest:
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
+        os.write(2, b"\nfinishing this step; once more stops at once\n")  # print could meet itself halfway
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -158,6 +158,8 @@ class TrainSettings(Files, Network, Optimization, Watching, Machine, Action):
             yield f"position = 'sinusoidal' needs an even n_embd, not {self.n_embd}"
         if self.min_lr > self.learning_rate:
             yield f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}"
+        if self.eval_tokens == 1:
+            yield "eval_tokens = 1 leaves nothing to predict; take at least 2, or 0 for all"
         if self.resume and self.overwrite:
             yield "resume and overwrite contradict each other; choose one"
 

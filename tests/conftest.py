@@ -18,6 +18,14 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
 def tiny_config(**changes: object) -> GPTConfig:
     """A network small enough for any test: GPT-2's form unless changed."""
     form = {
