@@ -1,6 +1,6 @@
 """Measure prepare.py on generated text: seconds, megabytes a second, peak memory.
 
-python bench/prepare.py [--megabytes=1000] [--tokenizers=char,byte]
+python bench/prepare_speed.py [--megabytes=1000] [--tokenizers=char,byte]
 
 Each run is a process of its own; its peak memory is what the operating system counted (ru_maxrss). Needs free
 disk of twice the text's size. Prints a table for bench/RESULTS.md.
@@ -17,7 +17,26 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORDS = "the of and to in that is was he for it with as his on be at by had not are but from or have an they".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "that",
+    "is",
+    "was",
+    "he",
+    "for",
+    "it",
+    "with",
+    "as",
+    "his",
+    "on",
+    "be",
+    "at",
+    "by",
+]
 
 
 def main() -> None:
