@@ -36,7 +36,7 @@ from tqdm import tqdm
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt import runtime as runtimes
 from glyphgpt.batches import Windows, window_starts, windows_per_epoch
-from glyphgpt.checkpoint import BEST, LAST, Checkpoint
+from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
 from glyphgpt.evaluate import Score, evaluate
 from glyphgpt.generate import SamplingRule, generate
 from glyphgpt.metrics import METRICS, Metrics
@@ -107,18 +107,6 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
         )
 
 
-@dataclass
-class Progress:
-    """Where a run stands: with the weights and the optimizer, all that resuming needs."""
-
-    step: int = 0
-    """Updates done."""
-    seconds: float = 0.0
-    """Time spent so far."""
-    best_loss: float | None = None
-    evaluations_since_best: int = 0
-
-
 @dataclass(frozen=True)
 class Update:
     """What one update looked like."""
@@ -155,9 +143,9 @@ class Trainer:
 
     def train(self) -> None:
         """Train from where the run stands until max_steps, until patience runs out, or until asked to stop."""
-        settings, progress = self.settings, self.progress
         resumed = self.open_run()
         self.preflight()
+        settings, progress = self.settings, self.progress
         self.started = time.perf_counter() - progress.seconds
         stop = StopRequest()
         metrics = Metrics(settings, keep_steps=progress.step if resumed else -1) if self.runtime.is_main else None
@@ -226,9 +214,8 @@ class Trainer:
             warn(f"{self.dataset.folder} is not the data that the run began with; it goes on, but not exactly")
         self.model.load_state_dict(checkpoint.model)
         checkpoints.restore_optimizers(self.model, self.optimizers, checkpoint)
-        state = dict(checkpoint.info.progress)
-        self.scaler.load_state_dict(state.pop("scaler"))
-        self.progress.__dict__.update(state)
+        self.scaler.load_state_dict(checkpoint.info.scaler)
+        self.progress = checkpoint.info.progress
 
     def preflight(self) -> None:
         """Say what the run means before it starts."""
@@ -346,15 +333,14 @@ class Trainer:
         if not self.runtime.is_main:
             return
         self.progress.seconds = self.seconds()
-        progress = {**asdict(self.progress), "scaler": self.scaler.state_dict()}
         info = checkpoints.Info(
             model=asdict(self.config),
             tokenizer=self.dataset.meta.tokenizer,
             settings=self.settings.model_dump(),
             data=self.dataset.meta.fingerprint,
-            step=self.progress.step,
             val_loss=score.loss if score else None,
-            progress=progress,
+            progress=self.progress,
+            scaler=self.scaler.state_dict(),
         )
         optimizer = checkpoints.optimizer_tensors(self.model, self.optimizers) if name == LAST else {}
         checkpoints.save(Checkpoint(info, self.model.state_dict(), optimizer), self.out_dir / name)

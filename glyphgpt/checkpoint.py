@@ -39,6 +39,19 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 M = TypeVar("M", bound=nn.Module)
 
 
+class Progress(BaseModel):
+    """Where a run stands: with the weights and the optimizer, all that resuming needs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    step: int = 0
+    """Updates done."""
+    seconds: float = 0.0
+    """Time spent so far."""
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+
+
 class Info(BaseModel):
     """All of a checkpoint that is not a tensor."""
 
@@ -51,12 +64,11 @@ class Info(BaseModel):
     settings: dict[str, Any]
     data: str
     """Fingerprint of the data set."""
-    step: int
-    """Updates done."""
     val_loss: float | None
     """Of these very weights, where they were evaluated."""
-    progress: dict[str, Any]
-    """What the training loop needs to go on."""
+    progress: Progress
+    scaler: dict[str, float]
+    """State of float16's gradient scaler."""
 
 
 @dataclass(frozen=True)
