@@ -25,7 +25,7 @@ from glyphgpt.commandline import parse
 from glyphgpt.corpus import Text, fetch, open_text, read_recipe
 from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.settings import PrepareSettings
-from glyphgpt.shards import META, Meta, ShardWriter, SourceMeta, SplitMeta, read_meta, write_dataset
+from glyphgpt.shards import FORMAT, META, Meta, ShardWriter, SourceMeta, SplitMeta, read_meta, write_dataset
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]"
@@ -100,9 +100,15 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         scratch = Path(temporary) / "new"
         scratch.mkdir()
         yield scratch
+        old = Path(temporary) / "old"
         if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        scratch.rename(folder)
+            folder.rename(old)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) -> Meta:
@@ -131,6 +137,7 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
                 f"fall to {name}, which needs 2 to predict anything; use more text"
             )
     meta = Meta(
+        format=FORMAT,
         recipe=recipe,
         tokenizer=survey.tokenizer.to_plain(),
         vocab_size=survey.tokenizer.vocab_size,

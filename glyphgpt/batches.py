@@ -17,7 +17,7 @@ RESIDENT_BYTES = 1 << 30  # a text up to this size is kept on the device whole
 
 
 def windows_per_epoch(tokens: int, block_size: int) -> int:
-    """Return how many windows an epoch visits: as many as fit behind any phase below block_size."""
+    """Return how many windows an epoch visits: so many that their common phase can vary by a block or more."""
     return max(1, (tokens - block_size) // block_size)
 
 
@@ -30,7 +30,7 @@ def epoch_starts(tokens: int, block_size: int, seed: int, epoch: int) -> NDArray
     """
     windows = windows_per_epoch(tokens, block_size)
     random = np.random.default_rng((seed, epoch))
-    phase = random.integers(min(block_size, tokens - windows * block_size))
+    phase = random.integers(tokens - windows * block_size)
     return phase + block_size * random.permutation(windows)
 
 

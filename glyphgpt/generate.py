@@ -37,7 +37,8 @@ class SamplingRule:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits (B, V) into the probabilities to draw from, (B, V); the temperature is above 0."""
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # so that nothing overflows
         if 0 < self.top_k < logits.size(-1):
             least = logits.topk(self.top_k).values[:, -1:]  # (B, 1)
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -53,7 +54,7 @@ class SamplingRule:
 
     def draw(self, logits: Tensor, random: torch.Generator) -> Tensor:
         """Draw a token for each row of logits (B, V); shape (B, 1)."""
-        if self.temperature == 0:
+        if self.temperature < 1e-6:  # the limit, long before float32 could not divide
             return logits.argmax(-1, keepdim=True)
         return torch.multinomial(self.probabilities(logits), 1, generator=random)
 

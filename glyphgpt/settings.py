@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -93,7 +94,7 @@ class Optimization(Settings):
     """AdamW's decay of the mean squared gradient."""
     grad_clip: NotNegative = 1.0
     """Gradients are scaled down to at most this norm; 0 leaves them alone."""
-    seed: CountOrZero = 1337
+    seed: Seed = 1337
     """Decides the initial weights, the order of the data and the dropout."""
 
 
@@ -145,7 +146,7 @@ class Action(Settings):
     """Print a walk through the network, shape by shape, and stop."""
 
 
-class TrainSettings(Files, Network, Optimization, Watching, Machine, Action):
+class TrainSettings(Action, Machine, Watching, Optimization, Network, Files):  # pydantic takes the last first
     """Settings of train.py."""
 
     def conflicts(self) -> Iterator[str]:
@@ -185,7 +186,7 @@ class SampleSettings(Settings):
     """Draw from tokens at least this share as likely as the likeliest."""
     stop: tuple[str, ...] = ()
     """End a sample before this text; may be given several times."""
-    seed: CountOrZero = 1337
+    seed: Seed = 1337
     """Same seed, same samples."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with characters that the model has never seen."""

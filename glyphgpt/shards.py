@@ -52,7 +52,7 @@ class SourceMeta(_Plain):
 class Meta(_Plain):
     """What meta.json holds."""
 
-    format: int = FORMAT
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     recipe: str
     tokenizer: dict[str, Any]
     vocab_size: Annotated[int, Field(ge=1)]
@@ -143,7 +143,7 @@ class Split:
             if start < shard.size and stop > 0:
                 parts.append(shard[max(start, 0) : stop])
             start, stop = start - shard.size, stop - shard.size
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,12 @@ def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:
 
 def _load_shard(path: Path, shard: Shard, vocab_size: int) -> Tokens:
     try:
-        if file_sha256(path) != shard.sha256:
-            raise Failure(f"{path}: damaged, its checksum is another; prepare the data set again")
-        tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        intact = file_sha256(path) == shard.sha256
+        tokens = np.lib.format.open_memmap(path, mode="r") if intact else None  # never unpickles
+    except Exception as error:  # a crafted header can make numpy raise anything
         raise Failure(f"{path}: cannot be read ({error}); prepare the data set again") from error
+    if tokens is None:
+        raise Failure(f"{path}: damaged, its checksum is another; prepare the data set again")
     fits = tokens.ndim == 1 and tokens.dtype == token_dtype(vocab_size) and tokens.size == shard.tokens
     if not fits or (tokens.size and int(tokens.max()) >= vocab_size):
         raise Failure(f"{path}: does not hold what {META} tells; prepare the data set again")

@@ -156,7 +156,7 @@ class GPT2Tokenizer:
     vocab_size = 50257
 
     # GPT-2's pattern cuts between a visible character and white space that follows, whatever stands around.
-    _CUT = re.compile(r"\S(?=[ \n])")
+    _CUT_REVERSED = re.compile(r"[ \n](?=\S)")
 
     def __init__(self, data_dir: Path) -> None:
         """Load the vocabulary, fetching it into `data_dir` where it is not there yet."""
@@ -191,14 +191,8 @@ class GPT2Tokenizer:
 
     def split_point(self, text: str) -> int:
         """Return the last place between a visible character and a space or new line; 0 if there is none."""
-        last = None
-        window = 1 << 10
-        while last is None and window < 2 * len(text):  # look near the end first
-            start = max(0, len(text) - window)
-            for last in self._CUT.finditer(text, start):  # noqa: B007
-                pass
-            window *= 4
-        return last.end() if last else 0
+        last = self._CUT_REVERSED.search(text[::-1])
+        return len(text) - last.start() - 1 if last else 0
 
     def to_plain(self) -> dict[str, Any]:
         """Return the kind."""

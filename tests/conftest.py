@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny networks gain nothing from more, and suites may run side by side
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,7 +114,7 @@ def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) ->
         capture_output=True,
         encoding="utf-8",
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
         timeout=240,
         check=False,
     )

@@ -1,0 +1,129 @@
+"""Who imports whom, and what nobody does, read from the syntax trees."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["prepare", "train", "sample"]
+FILES = {path.stem: path for path in ROOT.glob("*.py")}
+FILES |= {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("glyphgpt/**/*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+OTHERS = [path for path in ROOT.glob("*/**/*.py") if path.parts[len(ROOT.parts)] in ("bench", "docs", "config")]
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "importlib"}
+FORBIDDEN_BUILTINS = {"eval", "exec", "__import__"}
+FORBIDDEN_FUNCTIONS = {"torch.load", "torch.save", "os.system", "os.popen"}
+FORBIDDEN_KEYWORDS = {"shell", "allow_pickle"}
+
+
+def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what runs when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from outside_functions(node)
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """Return the modules that import statements name, `from a import b` giving both a and a.b."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def ours(nodes: Iterator[ast.AST]) -> set[str]:
+    return imported(nodes) & TREES.keys()
+
+
+ANYWHERE = {name: ours(ast.walk(tree)) for name, tree in TREES.items()}
+AT_ONCE = {name: ours(outside_functions(tree)) for name, tree in TREES.items()}
+
+
+def test_the_files_are_those_of_the_design() -> None:
+    assert {*SCRIPTS, "model", "glyphgpt.settings", "glyphgpt.commandline", "glyphgpt.shards"} < TREES.keys()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_point_one_way(name: str) -> None:
+    allowed = {module for module in TREES if module.partition(".")[0] == "glyphgpt"}
+    if name == "model":
+        allowed = set()
+    elif name in SCRIPTS:
+        allowed |= {"model"}
+    assert ANYWHERE[name] <= allowed
+    assert not [module for module in imported(ast.walk(TREES[name])) if module.startswith(".")]
+
+
+def test_prepare_does_not_know_the_model() -> None:
+    assert "model" not in ANYWHERE["prepare"]
+
+
+def test_there_are_no_circles() -> None:
+    parents = {name: modules - {"glyphgpt"} for name, modules in ANYWHERE.items()}
+    assert set(TopologicalSorter(parents).static_order()) >= TREES.keys() - {"glyphgpt"}
+
+
+def test_preparing_does_not_import_torch() -> None:
+    reached, new = set(), {"prepare"}
+    while new:
+        reached |= new
+        new = set().union(*(AT_ONCE[name] for name in new)) - reached
+    assert {"glyphgpt.corpus", "glyphgpt.tokenizer", "glyphgpt.errors"} < reached
+    for name in reached:
+        assert not [m for m in imported(outside_functions(TREES[name])) if m.partition(".")[0] == "torch"]
+
+
+def dangers(tree: ast.AST) -> set[str]:
+    """Find what could run code that a file or a user brings along."""
+    found = {module.partition(".")[0] for module in imported(ast.walk(tree))} & FORBIDDEN_MODULES
+    found |= imported(ast.walk(tree)) & FORBIDDEN_FUNCTIONS
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in FORBIDDEN_BUILTINS:
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in FORBIDDEN_FUNCTIONS:
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS and ast.unparse(node.value) != "False":
+            found.add(node.arg)
+    return found
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_runs_code_from_outside(path: Path) -> None:
+    assert dangers(ast.parse(path.read_text(encoding="utf-8"))) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "danger"),
+    [
+        ("import pickle", "pickle"),
+        ("def f():\n    from pickle import loads", "pickle"),
+        ("import importlib.util", "importlib"),
+        ("torch.load(path, weights_only=True)", "torch.load"),
+        ("from torch import load", "torch.load"),
+        ("read = torch.load", "torch.load"),
+        ("eval(text)", "eval"),
+        ("run = exec", "exec"),
+        ("os.system(text)", "os.system"),
+        ("subprocess.run(text, shell=True)", "shell"),
+        ("subprocess.run(text, shell=wanted)", "shell"),
+        ("np.load(path, allow_pickle=True)", "allow_pickle"),
+    ],
+)
+def test_dangers_are_found(code: str, danger: str) -> None:
+    assert dangers(ast.parse(code)) == {danger}
+
+
+@pytest.mark.parametrize(
+    "code", ["model.eval()", "torch.compile(model)", "np.load(path, allow_pickle=False)", "run(words, shell=False)"]
+)
+def test_the_harmless_is_left_alone(code: str) -> None:
+    assert dangers(ast.parse(code)) == set()

@@ -1,0 +1,428 @@
+"""prepare.py: any text becomes shards that decode to the very text, or one clear line and nothing else."""
+
+import io
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, prepare_text, script, some_text
+from hypothesis import example, given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+
+import prepare
+from glyphgpt import corpus, shards
+from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
+from glyphgpt.errors import Failure, UsageError
+from glyphgpt.shards import Dataset, load_dataset, read_meta
+from glyphgpt.tokenizer import decode
+
+TEXT = some_text(200)
+NO_TEXT = "is not utf-8 text; convert the file, leave it out, or name its --encoding"
+NO_NAME = "give the data set a name of letters, digits, '_', '-' and '.': --name=NAME"
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run prepare.py in this process, with `tmp_path` as its data folder."""
+
+    def run(*words: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words), f"--data_dir={tmp_path / 'data'}"])
+        prepare.main()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gpt2_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a data folder with GPT-2's vocabulary in it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    (folder / "downloads").mkdir()
+    for source in (GPT2_ENCODER, GPT2_MERGES):
+        try:
+            found = fetch(source, ROOT / "data")
+        except Failure as failure:
+            pytest.skip(str(failure))
+        (folder / "downloads" / source.file).write_bytes(found.read_bytes())
+    return folder
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def load(data_dir: Path, name: str) -> Dataset:
+    return load_dataset(data_dir / name, data_dir)
+
+
+def splits(dataset: Dataset) -> tuple[str, str]:
+    train, val = (decode(dataset.tokenizer, part.slice(0, part.tokens)) for part in (dataset.train, dataset.val))
+    return train, val
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")} if folder.exists() else {}
+
+
+def refusal(run: Run, data_dir: Path, *words: str | Path, kind: type[Failure] = Failure) -> str:
+    """Return the one line that refuses these words, having made sure that the data folder is as before."""
+    before = snapshot(data_dir)
+    with pytest.raises(kind) as caught:
+        run(*words)
+    assert snapshot(data_dir) == before
+    [line] = str(caught.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+@tries(deadline=None, max_examples=60)
+@given(text=st.text(min_size=4, max_size=40), chunk=st.integers(1, 7), shard_tokens=st.integers(1, 9))
+@example(text="\ufeffé\r\n🙂\r\r\n\0🙂", chunk=1, shard_tokens=1)
+@example(text="🙂🙂🙂🙂", chunk=3, shard_tokens=9)
+def test_shards_decode_to_the_very_text(tokenizer: str, text: str, chunk: int, shard_tokens: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "CHUNK_BYTES", chunk)
+        data_dir = Path(folder)
+        prepare_text(text, data_dir, tokenizer=tokenizer, val_fraction=0.5, shard_tokens=shard_tokens)
+        dataset = load(data_dir, "small")
+        assert splits(dataset) == (text[: len(text) // 2], text[len(text) // 2 :])
+        assert dataset.train.characters + dataset.val.characters == len(text)
+        for split in (dataset.train, dataset.val):
+            assert [s.size for s in split.shards[:-1]] == [shard_tokens] * (len(split.shards) - 1)
+            assert 0 < split.shards[-1].size <= shard_tokens
+        assert dataset.meta.source.sha256 == sha256(text.encode()).hexdigest()
+        assert dataset.meta.source.bytes == len(text.encode())
+
+
+@pytest.mark.parametrize(("chunk", "shard_tokens"), [(1, 100), (500, 7), (1 << 22, 10**8)])
+def test_word_pieces_of_a_streamed_text_are_those_of_the_whole(
+    gpt2_data_dir: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, shard_tokens: int
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk)
+    chosen = random.Random(chunk)
+    pieces = [" ", "   ", "\n", "\n\n ", "\t", "it's", " we'll", "'", "2024", "é", "字", "🙂", "!?", "word", " word"]
+    text = "".join(chosen.choices(pieces, k=1500))
+    prepare_text(text, gpt2_data_dir, f"chunk{chunk}", tokenizer="gpt2", shard_tokens=shard_tokens)
+    dataset = load(gpt2_data_dir, f"chunk{chunk}")
+    cut = int(len(text) * 0.9)
+    for split, part in ((dataset.train, text[:cut]), (dataset.val, text[cut:])):
+        assert split.slice(0, split.tokens).tolist() == dataset.tokenizer.encode(part).tolist()
+        assert split.dtype == "uint16"
+
+
+def test_streaming_keeps_little_text_in_memory(gpt2_data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 50)
+    kept: list[int] = []
+    feed = prepare.SplitEncoder.feed
+
+    def watched(encoder: prepare.SplitEncoder, piece: str) -> None:
+        feed(encoder, piece)
+        kept.append(len(encoder.pending))
+
+    monkeypatch.setattr(prepare.SplitEncoder, "feed", watched)
+    prepare_text(some_text(6000), gpt2_data_dir, "streamed", tokenizer="gpt2")
+    assert len(kept) > 200
+    assert max(kept) < 200
+
+
+def test_the_last_tenth_validates(tmp_path: Path) -> None:
+    text = some_text(1005)
+    prepare_text(text, tmp_path)
+    assert splits(load(tmp_path, "small")) == (text[:904], text[904:])
+
+
+def test_several_files_are_one_text_in_the_order_given(run: Run, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "z.txt", "\ufeffone\r\n" * 9), write(tmp_path / "a.txt", "two" * 9)
+    run(first, second, "--name=both")
+    dataset = load(tmp_path / "data", "both")
+    assert "".join(splits(dataset)) == "\ufeffone\r\n" * 9 + "two" * 9
+    assert dataset.meta.source.names == [str(first), str(second)]
+
+
+def test_a_folder_is_read_whole_and_sorted_without_hidden_files(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    for name, text in {"b/2.txt": "two.", "a.txt": "zero.", "b/1.md": "one.", "c": "three." * 9}.items():
+        write(folder / name, text)
+    for name in (".hidden", "b/.hidden", ".git/config"):
+        write(folder / name, b"\xff")
+    run(folder)
+    assert "".join(splits(load(tmp_path / "data", "texts"))) == "zero.one.two." + "three." * 9
+
+
+def test_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "typed\r\n" * 20 + "é"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+    run("-", "--name=typed")
+    dataset = load(tmp_path / "data", "typed")
+    assert "".join(splits(dataset)) == text
+    assert dataset.meta.source.names == ["standard input"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["typed"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig", "cp932"])
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
+def test_other_encodings(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, chunk: int) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk)
+    text = ("日本語\r\n" if encoding == "cp932" else "café\r\n") * 9
+    run(write(tmp_path / "mine.txt", text.encode(encoding)), f"--encoding={encoding}")
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == text
+
+
+def test_shards_of_any_size_hold_the_same_tokens(tmp_path: Path) -> None:
+    whole = load(prepare_text(TEXT, tmp_path, "whole").parent, "whole")
+    parts = load(prepare_text(TEXT, tmp_path, "parts", shard_tokens=7).parent, "parts")
+    assert (len(whole.train.shards), len(parts.train.shards), len(parts.val.shards)) == (1, 26, 3)
+    for one, other in ((whole.train, parts.train), (whole.val, parts.val)):
+        assert one.slice(0, one.tokens).tolist() == other.slice(0, other.tokens).tolist()
+
+
+def test_what_is_reported(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(write(tmp_path / "mine.txt", "é" * 1500 + "a" * 500), "--tokenizer=byte")
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'data' / 'mine'}: 2,000 characters, 3,500 tokens (3,300 to train, 200 to validate)\n"
+        "vocabulary: 256 (byte), 0.57 characters per token\n"
+        "next: python train.py config/quick.toml --dataset=mine --out_dir=out/mine\n"
+    )
+
+
+@pytest.fixture(params=[1, 2, 3, 5, 1 << 22])
+def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Read files in pieces of so many bytes."""
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "the text is empty; there is nothing to learn from"),
+        (
+            b"a",
+            "FILE: too short: of 1 characters, 0 tokens fall to training, which needs 2 to predict anything; "
+            "use more text",
+        ),
+        (
+            b"abcdefghij",
+            "FILE: too short: of 10 characters, 1 tokens fall to validation, which needs 2 to predict anything; "
+            "use more text",
+        ),
+        (b"\x89PNG\r\n" * 9, f"FILE: byte 0x89 at offset 0 {NO_TEXT}"),
+        (b"caf\xe9 au lait" * 9, f"FILE: byte 0xe9 at offset 3 {NO_TEXT}"),
+        (b"a" * 1234 + b"\xff" + b"a" * 99, f"FILE: byte 0xff at offset 1,234 {NO_TEXT}"),
+        ("🙂🙂🙂".encode()[:-1], f"FILE: byte 0xf0 at offset 8 {NO_TEXT}"),
+        (b"ab\xe2\x82cd", f"FILE: byte 0xe2 at offset 2 {NO_TEXT}"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("chunk_bytes")
+def test_a_file_that_will_not_do(run: Run, tmp_path: Path, content: bytes, line: str) -> None:
+    file = write(tmp_path / "mine.txt", content)
+    (tmp_path / "data").mkdir()
+    assert refusal(run, tmp_path / "data", file) == line.replace("FILE", str(file))
+
+
+def test_the_place_of_a_bad_byte_is_that_in_its_own_file(run: Run, tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "good.txt", TEXT), write(tmp_path / "bad.txt", b"ab\xff")
+    (tmp_path / "data").mkdir()
+    assert refusal(run, tmp_path / "data", good, bad, "--name=both") == f"{bad}: byte 0xff at offset 2 {NO_TEXT}"
+
+
+NO_CODEC = "--encoding must be a character set that Python knows, utf-8 or latin-1 say"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["missing.txt"], "missing.txt: no such file or folder"),
+        (["mine.txt", "missing.txt", "--name=x"], "missing.txt: no such file or folder"),
+        (["missing"], "missing: no such file, folder or recipe; recipes in DATA: none"),
+        (["hollow"], "hollow: this folder holds no files"),
+        (["mine.txt", "--encoding=utf-99"], f"{NO_CODEC}, not 'utf-99'"),
+        (["mine.txt", "mine.txt"], NO_NAME),
+        (["-"], NO_NAME),
+        (["mine.txt", "--name=a/b"], NO_NAME),
+        (["mine.txt", "--name=.."], NO_NAME),
+        (["mine.txt", "--name=downloads"], "--name=downloads is taken by fetched files; choose another"),
+        (["mine.txt", "--tokenizr=byte"], "command line: unknown key --tokenizr; did you mean 'tokenizer'?"),
+    ],
+    ids=str,
+)
+def test_words_that_will_not_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], line: str
+) -> None:
+    write(tmp_path / "mine.txt", TEXT)
+    for name in ("data", "hollow"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = refusal(run, tmp_path / "data", *words, kind=UsageError)
+    assert said == line.replace("DATA", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "undefined", "unicode_escape", "utf-7", "punycode"])
+def test_a_codec_that_is_no_encoding(run: Run, tmp_path: Path, encoding: str) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    (tmp_path / "data").mkdir()
+    said = refusal(run, tmp_path / "data", file, f"--encoding={encoding}", kind=UsageError)
+    assert said == f"{NO_CODEC}, not '{encoding}'"
+
+
+def test_standard_input_is_taken_once(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    said = refusal(run, tmp_path / "data", "-", "-", "--name=x", kind=UsageError)
+    assert said == "standard input (-) can be read only once"
+
+
+def test_no_words_at_all(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "mine.toml", "")
+    assert refusal(run, tmp_path / "data", kind=UsageError) == (
+        f"name a recipe or a text: {prepare.USAGE}; recipes here: mine"
+    )
+
+
+def test_a_data_set_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "first.txt", TEXT), write(tmp_path / "second.txt", TEXT[::-1])
+    folder = tmp_path / "data" / "mine"
+    run(first, "--name=mine")
+    assert refusal(run, tmp_path / "data", second, "--name=mine") == (
+        f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER"
+    )
+    run(second, "--name=mine", "--overwrite", "--shard_tokens=50")
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == TEXT[::-1]
+    run(first, "--name=mine", "--overwrite")
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train-00000.npy", "val-00000.npy"]
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]
+
+
+def test_a_failing_replacement_keeps_the_old_data_set(run: Run, tmp_path: Path) -> None:
+    run(write(tmp_path / "good.txt", TEXT), "--name=mine")
+    refusal(run, tmp_path / "data", write(tmp_path / "bad.txt", b"\xff"), "--name=mine", "--overwrite")
+
+
+def test_a_folder_that_is_no_data_set_is_never_replaced(run: Run, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    write(tmp_path / "data" / "mine" / "precious.txt", "precious")
+    said = refusal(run, tmp_path / "data", file, "--overwrite")
+    assert said == f"{tmp_path / 'data' / 'mine'} is no data set, so it is not replaced; choose another --name"
+    assert "mine holds" in refusal(run, tmp_path / "data", file)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("place", ["write", "close"])
+def test_a_full_disk_leaves_nothing_half_done(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, old: bool
+) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    (tmp_path / "data").mkdir()
+    if old:
+        run(file)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.ShardWriter, place, full)
+    before = snapshot(tmp_path / "data")
+    with pytest.raises(OSError, match="No space left"):
+        run(file, "--overwrite")
+    assert snapshot(tmp_path / "data") == before
+
+
+def test_a_text_that_grows_while_it_is_read(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    survey = prepare.Survey.__init__
+
+    def grow(*words: Any) -> None:
+        survey(*words)
+        file.write_text(TEXT + TEXT)
+
+    monkeypatch.setattr(prepare.Survey, "__init__", grow)
+    (tmp_path / "data").mkdir()
+    assert refusal(run, tmp_path / "data", file) == f"{file}: the text changed while it was read; try again"
+
+
+RECIPE = """
+title = "A text"
+licence = "none"
+tokenizer = "byte"
+val_fraction = 0.25
+[source]
+file = "known.txt"
+sha256 = "{sha256}"
+url = "https://example.org/known.txt"
+wheel = "none"
+wheel_sha256 = "{sha256}"
+wheel_members = []
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write a recipe, `known`, whose file has been fetched already."""
+    write(tmp_path / "data" / "downloads" / "known.txt", TEXT)
+    return write(tmp_path / "data" / "known.toml", RECIPE.format(sha256=sha256(TEXT.encode()).hexdigest()))
+
+
+def test_a_recipe_decides_tokenizer_and_split(run: Run, tmp_path: Path, recipe: Path) -> None:
+    run(recipe.stem)
+    dataset = load(tmp_path / "data", "known")
+    assert splits(dataset) == (TEXT[:150], TEXT[150:])
+    assert (dataset.tokenizer.kind, dataset.meta.recipe, dataset.meta.val_fraction) == ("byte", "known", 0.25)
+
+
+def test_a_recipe_that_is_prepared_already_is_left_alone(
+    run: Run, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(recipe.stem)
+    before = snapshot(tmp_path / "data")
+    times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "data" / "known").iterdir())]
+    capsys.readouterr()
+    run(recipe.stem)
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'data' / 'known'} is prepared already; "
+        "next: python train.py config/quick.toml --dataset=known --out_dir=out/known\n"
+    )
+    assert snapshot(tmp_path / "data") == before
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "data" / "known").iterdir())] == times
+
+
+def test_a_recipe_does_not_replace_another_text_of_its_name(run: Run, tmp_path: Path, recipe: Path) -> None:
+    run(write(tmp_path / "mine.txt", TEXT[::-1]), "--name=known")
+    assert "holds a data set already" in refusal(run, tmp_path / "data", recipe.stem)
+    run(recipe.stem, "--overwrite")
+    assert read_meta(tmp_path / "data" / "known").recipe == "known"
+
+
+@pytest.mark.parametrize("flag", ["--name=x", "--tokenizer=char", "--val_fraction=0.5", "--encoding=latin-1"])
+def test_a_recipe_takes_no_settings_of_its_own(run: Run, tmp_path: Path, recipe: Path, flag: str) -> None:
+    assert refusal(run, tmp_path / "data", recipe.stem, flag, kind=UsageError) == (
+        f"{flag.partition('=')[0]} goes with your own text; the recipe {recipe} decides it here"
+    )
+
+
+def test_a_file_of_a_recipes_name_is_read_itself(
+    run: Run, tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / recipe.stem, TEXT[::-1])
+    run(recipe.stem)
+    assert "".join(splits(load(tmp_path / "data", "known"))) == TEXT[::-1]
+
+
+def test_the_script_from_a_pipe_to_a_line_on_standard_error(tmp_path: Path) -> None:
+    words = ("-", "--name=typed", f"--data_dir={tmp_path}")
+    done = script("prepare.py", *words, text=TEXT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "typed" / "meta.json").read_text())["source"]["bytes"] == len(TEXT)
+    again = script("prepare.py", *words, text=TEXT)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr == (
+        f"error: {tmp_path / 'typed'} holds a data set already; add --overwrite to replace it, or --name=ANOTHER\n"
+    )

@@ -1,0 +1,104 @@
+"""The README's commands work, and the page of settings tells what the code declares."""
+
+import importlib.util
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, some_text
+
+import prepare
+import sample
+import train
+from glyphgpt.commandline import parse
+from glyphgpt.settings import SampleSettings, TrainSettings
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+FEW = ["--max_new_tokens=3", "--device=cpu", "--unknown=skip"]  # the small text lacks some letters
+SMALL = ["--max_steps=1", "--eval_tokens=100", "--sample_tokens=5", "--batch_size=1", "--device=cpu"]
+
+
+def own_commands() -> list[list[str]]:
+    """The README's calls of the three scripts, in order, without the python before them."""
+    return [words[1:] for words in COMMANDS if words[:1] == ["python"] and words[1].endswith(".py")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a fresh clone is, with a small text in place of Tiny Shakespeare, already prepared."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "my.txt").write_text(some_text(5000), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    run(["prepare.py", "my.txt", "--name=shakespeare_char"], monkeypatch)
+    return tmp_path
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script in this process, as its command line would; training takes one step only."""
+    name, *rest = words
+    if name == "prepare.py":
+        monkeypatch.setattr(sys, "argv", words)
+        prepare.main()
+    elif name == "train.py":
+        settings, _ = parse(TrainSettings, [*rest, *SMALL], "", "", files=True)
+        train.main(settings)
+    else:
+        chosen, (place,) = parse(SampleSettings, [*rest, *FEW], "", "", files=False)
+        sample.main(chosen, place)
+
+
+def test_every_command_in_the_readme_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [words for words in own_commands() if words != ["prepare.py", "shakespeare_char"]]
+    assert len(commands) >= 12
+    for words in commands:
+        run(words, monkeypatch)
+    assert (checkout / "out/mine/best.safetensors").is_file()
+
+
+def test_torchrun_and_make_commands_are_real() -> None:
+    torchrun = next(words for words in COMMANDS if words[:1] == ["torchrun"])
+    parse(TrainSettings, torchrun[torchrun.index("train.py") + 1 :], "", "", files=True)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {words[1] for words in COMMANDS if words[:1] == ["make"]}
+    assert targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_make_demo_and_the_plain_commands_are_the_same() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in ("prepare.py shakespeare_char", "train.py config/quick.toml", "sample.py out/quick --num_samples=3"):
+        assert line in makefile
+        assert line in README
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_page_of_settings_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs/make_settings.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == module.page()
+
+
+def test_readme_names_real_settings_only() -> None:
+    table = README[README.index("| setting |") : README.index("[docs/settings.md]")]
+    cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert names
+    assert names <= set(TrainSettings.model_fields)
