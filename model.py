@@ -34,6 +34,12 @@ class GPTConfig:
     qk_norm: bool
     tie_embeddings: bool
 
+    def __post_init__(self) -> None:
+        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError("every size must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+
     @property
     def head_size(self) -> int:
         """D, the channels of one head."""

@@ -92,10 +92,11 @@ class Sampler:
         """Ask for text and go on from all of it, again and again; what is on the screen is what the model sees."""
         print("Type a text to go on from; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
         history = np.array([first_token(self.tokenizer)])
+        end_of_line = "" if self.tokenizer.unknown("\n") else "\n"
         opening = self.prompt()
         for turn in range(sys.maxsize):
             try:
-                line = (opening if opening else input("> ")) + "\n"
+                line = (opening if opening else input("> ")) + end_of_line
                 opening = ""
             except EOFError:
                 print()

@@ -107,6 +107,14 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
         )
 
 
+def diverged(step: int, what: str, when: str) -> Failure:
+    """Return the failure that says what is not finite, and what to change."""
+    return Failure(
+        f"step {step:,}: {what}: not finite, so training stopped {when}; the checkpoints are as they were; "
+        "lower learning_rate or raise warmup_steps, then go on with --resume"
+    )
+
+
 @dataclass(frozen=True)
 class Update:
     """What one update looked like."""
@@ -265,12 +273,8 @@ class Trainer:
         grad_norm = clip_gradients(self.model, settings.grad_clip).item()
         loss_sum, stops = runtime.sum(share_loss, float(stop.signal is not None))
         loss = loss_sum / runtime.world_size
-        if not math.isfinite(loss + (0.0 if self.scaler.is_enabled() else grad_norm)):  # the scaler skips such steps
-            raise Failure(
-                f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite, so training stopped "
-                f"before the update; the checkpoints are as they were; lower learning_rate or raise warmup_steps, "
-                "then go on with --resume"
-            )
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled())):  # it skips such steps
+            raise diverged(step + 1, f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", "before the update")
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -305,7 +309,11 @@ class Trainer:
         return round(time.perf_counter() - self.started, 3)
 
     def evaluate_and_save(self, metrics: Metrics | None) -> None:
-        """Score the validation split, log it, keep the best weights, save the last, and show a sample."""
+        """Score the validation split, log it, keep the best weights, save the last, and show a sample.
+
+        Raises:
+            Failure: the loss is not finite; nothing is saved.
+        """
         settings, progress = self.settings, self.progress
         score = evaluate(
             self.model,
@@ -315,10 +323,12 @@ class Trainer:
             batch_size=settings.batch_size,
             max_tokens=settings.eval_tokens,
         )
+        if not math.isfinite(score.loss):
+            raise diverged(progress.step, f"validation loss {score.loss}", "before saving")
         if metrics:
             tokens = progress.step * self.sequences * settings.block_size
             metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
-        better = progress.best_loss is None or score.loss < progress.best_loss
+        better = score.loss < progress.best_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         if better:  # before last.safetensors, which would otherwise promise a best that is not there
             progress.best_loss = score.loss

@@ -9,7 +9,9 @@ There is no random state to save: every random number of training follows from t
 
 import hashlib
 import json
+import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -42,20 +44,21 @@ M = TypeVar("M", bound=nn.Module)
 class Progress(BaseModel):
     """Where a run stands: with the weights and the optimizer, all that resuming needs."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
     step: int = 0
     """Updates done."""
     seconds: float = 0.0
     """Time spent so far."""
-    best_loss: float | None = None
+    best_loss: float = math.inf
+    """Of the validation split, nats per token."""
     evaluations_since_best: int = 0
 
 
 class Info(BaseModel):
     """All of a checkpoint that is not a tensor."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
     format: int = FORMAT
     model: dict[str, Any]
@@ -67,7 +70,7 @@ class Info(BaseModel):
     val_loss: float | None
     """Of these very weights, where they were evaluated."""
     progress: Progress
-    scaler: dict[str, float]
+    scaler: dict[str, int | float]
     """State of float16's gradient scaler."""
 
 
@@ -84,8 +87,10 @@ class Checkpoint:
         """Return the model with its weights, on the CPU.
 
         Raises:
-            Failure: config and weights do not belong together.
+            Failure: config and weights do not belong together, or the weights are no numbers.
         """
+        if not all(tensor.isfinite().all() for tensor in self.model.values()):
+            raise Failure(f"{self.path}: some weights are not finite; use an earlier checkpoint")
         try:
             config: Any = TypeAdapter(config_class).validate_json(json.dumps(self.info.model), strict=True)
             model: M = model_class(config)
@@ -96,7 +101,9 @@ class Checkpoint:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' state by parameter name; it aliases the live state."""
+    """Return the optimizers' state by parameter name, which aliases the live state; nothing before the first step."""
+    if not any(optimizer.state for optimizer in optimizers):
+        return {}  # torch would make up a state, and count it as a step
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_FLAT)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
@@ -107,6 +114,8 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
     Raises:
         Failure: the state is of another model or optimizer.
     """
+    if checkpoint.info.progress.step == 0:
+        return
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_FLAT)
     if {name for name, value in state.items() if isinstance(value, Tensor)} != set(checkpoint.optimizer):
         raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
@@ -228,10 +237,9 @@ def _sync_folder(folder: Path) -> None:
     """Make a rename durable; only POSIX knows how."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
-        try:
+        with suppress(OSError):  # some network file systems refuse
             os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.close(handle)
 
 
 def _reason(error: Exception) -> str:

@@ -227,7 +227,7 @@ def parse(
     the help and exits.
     """
     if {"-h", "--help"} & set(words):
-        print(help_text(settings_class, usage, description))
+        print(help_text(settings_class, usage, description), flush=True)
         raise SystemExit(0)
     plain, flags = read_words(settings_class, words)
     sources = [(path, read_toml(path)) for path in plain] if files else []

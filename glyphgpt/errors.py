@@ -21,22 +21,26 @@ class UsageError(Failure):
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn failures within a script into one line each on standard error, and its exit status."""
-    for stream in (sys.stdout, sys.stderr):  # Windows' consoles default to other encodings
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    modes = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
+    for stream, errors in modes.items():  # Windows' consoles default to other encodings
+        stream.reconfigure(encoding="utf-8", errors=errors)  # type: ignore[union-attr]
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
+        yield
+        sys.stdout.flush()
+        return
     except Failure as failure:
-        sys.exit(report(failure))
+        status = report(failure)
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        status = 0
     except OSError as error:
-        sys.exit(report(Failure(describe(error))))
+        status = report(Failure(describe(error)))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # lest Python complain about it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def report(failure: Failure) -> int:

@@ -34,10 +34,9 @@ class MetricsFile:
     def __init__(self, folder: Path, *, keep_steps: int) -> None:
         """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
         path = folder / METRICS
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [row for row in rows if _step_of(row) <= keep_steps]
+        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         unfinished = path.with_name(METRICS + ".unfinished")
-        unfinished.write_text("".join(kept), encoding="utf-8", newline="\n")
+        unfinished.write_bytes(b"".join(row for row in rows if _step_of(row) <= keep_steps))
         unfinished.replace(path)
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
@@ -54,12 +53,13 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Return a row's step; a line that was cut counts as the far future."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = None
+    return step if isinstance(step, int) else math.inf
 
 
 class TensorBoard:

@@ -1,0 +1,515 @@
+"""Checkpoints: exact, verified, never executed, never half-written."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    Info,
+    Progress,
+    find,
+    load,
+    optimizer_tensors,
+    restore_optimizers,
+    save,
+)
+from glyphgpt.errors import Failure
+from model import GPT, GPTConfig
+
+INFO = Info(
+    model=asdict(tiny_config()),
+    tokenizer={"kind": "char", "characters": '\x00\n "\\abé\u2028\ufeff中🙂'},
+    settings={
+        "learning_rate": 0.1 + 0.2,
+        "out_dir": "out/ü",
+        "resume": True,
+        "stop": None,
+        "huge": 1.7976931348623157e308,
+    },
+    data="f" * 64,
+    val_loss=1 / 3,
+    progress=Progress(step=2**53 + 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
+    scaler={"scale": 65536.0, "growth_factor": 2.1},
+)
+SMALL = Checkpoint(INFO, {"weight": torch.tensor([[1.5, -2.0], [0.0, 3e-39]]), "bias": torch.tensor([7, 8, 9])})
+
+
+def seal(metadata: dict[str, str], tensors: dict[str, Any] | None = None, data: bytes = b"") -> bytes:
+    """Build a file as the format's description says, byte by byte, with a correct checksum."""
+    zeros = "0" * 64
+    header = {"__metadata__": {"sha256": zeros, **metadata}, **(tensors or {})}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    whole = len(text).to_bytes(8, "little") + text + data
+    return whole.replace(zeros.encode(), hashlib.sha256(whole).hexdigest().encode(), 1)
+
+
+def assert_same(seen: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert seen.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert seen[name].dtype == value.dtype and seen[name].shape == value.shape
+        assert torch.equal(seen[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8))
+
+
+def train(model: GPT, optimizers: list[Optimizer], steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(step))
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def adamw(model: nn.Module) -> list[Optimizer]:
+    return [AdamW(model.parameters(), lr=0.01)]
+
+
+def two_kinds(model: nn.Module) -> list[Optimizer]:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": vectors[:3], "weight_decay": 0.0}, {"params": vectors[3:]}]
+    return [SGD(matrices, lr=0.1, momentum=0.9), AdamW(groups, lr=0.01)]
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizers = adamw(model)
+    train(model, optimizers, range(2))
+    before = Checkpoint(INFO, model.state_dict(), optimizer_tensors(model, optimizers))
+    save(before, tmp_path / LAST)
+    after = load(tmp_path / LAST)
+    assert after.info == INFO
+    assert after.path == tmp_path / LAST
+    assert_same(after.model, before.model)
+    assert_same(after.optimizer, before.optimizer)
+    assert len(after.optimizer) == 3 * len(before.model)  # AdamW: step and two means
+    assert load(tmp_path / LAST, with_optimizer=False).optimizer == {}
+
+
+@pytest.mark.parametrize("bits", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_every_type_of_number_survives(tmp_path: Path, bits: torch.dtype) -> None:
+    values = torch.randn(3, 4).to(bits)
+    turned = values.t()  # not contiguous
+    save(Checkpoint(INFO, {"values": values, "turned": turned, "none": values[:0]}), tmp_path / BEST)
+    assert_same(load(tmp_path / BEST).model, {"values": values, "turned": turned, "none": values[:0]})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_come_back(tmp_path: Path, number: float) -> None:
+    info = INFO.model_copy(update={"val_loss": number, "progress": Progress(best_loss=number)})
+    save(Checkpoint(info, SMALL.model), tmp_path / LAST)
+    after = load(tmp_path / LAST).info
+    assert (after.val_loss, after.progress.best_loss) == pytest.approx((number, number), nan_ok=True)
+
+
+def test_the_gradient_scaler_goes_on_from_its_state(tmp_path: Path) -> None:
+    first, second = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu")
+    info = Info.model_validate({**INFO.model_dump(), "scaler": first.state_dict()})
+    save(Checkpoint(info, SMALL.model), tmp_path / LAST)
+    second.load_state_dict(load(tmp_path / LAST).info.scaler)
+    assert second.state_dict() == first.state_dict()
+
+    model = nn.Linear(2, 1)
+    (optimizer,) = adamw(model)
+    second.scale(model(torch.ones(1, 2)).sum()).backward()
+    second.step(optimizer)
+    second.update()
+    assert second.state_dict()["_growth_tracker"] == 1
+
+
+@pytest.mark.parametrize("make", [adamw, two_kinds])
+def test_training_goes_on_bit_for_bit(tmp_path: Path, make: Callable[[nn.Module], list[Optimizer]]) -> None:
+    straight = tiny_model(seed=1)
+    train(straight, make(straight), range(6))
+
+    first = tiny_model(seed=1)
+    optimizers = make(first)
+    train(first, optimizers, range(3))
+    save(Checkpoint(INFO, first.state_dict(), optimizer_tensors(first, optimizers)), tmp_path / LAST)
+
+    second = tiny_model(seed=2)
+    optimizers = make(second)
+    checkpoint = load(tmp_path / LAST)
+    second.load_state_dict(checkpoint.model)
+    restore_optimizers(second, optimizers, checkpoint)
+    train(second, optimizers, range(3, 6))
+    assert_same(second.state_dict(), straight.state_dict())
+
+
+def test_restoring_keeps_the_settings_of_the_optimizer() -> None:
+    model = tiny_model()
+    saved = adamw(model)
+    train(model, saved, range(1))
+    checkpoint = Checkpoint(INFO, model.state_dict(), optimizer_tensors(model, saved))
+    optimizer = AdamW(model.parameters(), lr=0.5, weight_decay=0.25, betas=(0.5, 0.75))
+    restore_optimizers(model, [optimizer], checkpoint)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.5, 0.75))
+
+
+def test_optimizer_state_of_something_else_is_refused() -> None:
+    model = tiny_model()
+    other = two_kinds(model)
+    train(model, other, range(1))
+    checkpoint = Checkpoint(INFO, model.state_dict(), optimizer_tensors(model, other), Path("x/last"))
+    for state in (checkpoint, Checkpoint(INFO, model.state_dict(), {}, Path("x/last"))):
+        with pytest.raises(Failure, match=r"x/last: .*optimizer"):
+            restore_optimizers(model, adamw(model), state)
+
+
+def test_the_model_alone_is_complete(tmp_path: Path) -> None:
+    model = tiny_model(seed=5)
+    save(Checkpoint(INFO, model.state_dict()), tmp_path / BEST)
+    made = load(tmp_path / BEST).make_model(GPT, GPTConfig)
+    assert made.config == model.config
+    assert_same(made.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_embd": 32},
+        {"n_layer": 3},
+        {"n_layer": 1},
+        {"n_head": 0},
+        {"n_head": 3},
+        {"vocab_size": 12},
+        {"vocab_size": -1},
+        {"block_size": 9},
+        {"n_embd": 10**30},
+        {"n_embd": "16"},
+        {"n_embd": None},
+        {"n_embd": 16.0},
+        {"dropout": 2.0},
+        {"dropout": []},
+        {"tie_embeddings": False},
+        {"tie_embeddings": 1},
+        {"bias": False},
+        {"position": "rotary"},
+        {"position": "elsewhere"},
+        {"norm": "rmsnorm"},
+        {"qk_norm": True},
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any]) -> None:
+    info = INFO.model_copy(update={"model": {**INFO.model, **change}})
+    with pytest.raises(Failure, match=r"^x/best: [^\n]*$"):
+        Checkpoint(info, tiny_model().state_dict(), path=Path("x/best")).make_model(GPT, GPTConfig)
+
+
+@pytest.mark.parametrize("key", INFO.model)
+def test_a_config_without_one_of_its_keys_is_refused(key: str) -> None:
+    config = {name: value for name, value in INFO.model.items() if name != key}
+    with pytest.raises(Failure):
+        Checkpoint(INFO.model_copy(update={"model": config}), tiny_model().state_dict()).make_model(GPT, GPTConfig)
+
+
+def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
+    path = tmp_path / LAST
+    save(SMALL, path)
+    whole = path.read_bytes()
+    random_bits = random.Random(0)
+    for place, byte in enumerate(whole):
+        for mask in (0xFF, 1 << random_bits.randrange(8)):
+            path.write_bytes(whole[:place] + bytes([byte ^ mask]) + whole[place + 1 :])
+            with pytest.raises(Failure, match=r"^.*last\.safetensors: [^\n]*$"):
+                load(path)
+    path.write_bytes(whole)
+    load(path)
+
+
+def test_a_cut_at_any_length_is_found(tmp_path: Path) -> None:
+    path = tmp_path / LAST
+    save(SMALL, path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Failure, match=r"^.*last\.safetensors: [^\n]*$"):
+            load(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(Failure, match="damaged"):
+        load(path)
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip"])
+def test_pickles_are_never_executed(tmp_path: Path, kind: str) -> None:
+    path, sprung = tmp_path / BEST, tmp_path / "sprung"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Trap(sprung)))
+    else:
+        torch.save({"model": Trap(sprung)}, path)
+    with pytest.raises(Failure, match="no checkpoint of glyphgpt"):
+        load(path)
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"To be, or not to be, that is the question.\n",
+        b"\xff" * 8 + b"{}",
+        (2**62).to_bytes(8, "little") + b'{"sha256":"' + b"0" * 64,
+        (2).to_bytes(8, "little") + b"{}",
+        (11).to_bytes(8, "little") + b'{"sha256":"',
+        (15).to_bytes(8, "little") + b'{"sha256":"0"} ',
+        safetensors.torch.save({"weight": torch.zeros(3)}),
+        safetensors.torch.save({"weight": torch.zeros(3)}, {"sha256": "0" * 64}),
+        seal({}),
+        seal({}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    ],
+    ids=[
+        "empty",
+        "one byte",
+        "text",
+        "longest header",
+        "header of exabytes",
+        "no metadata",
+        "header ends at the checksum",
+        "short checksum",
+        "foreign",
+        "foreign with a wrong checksum",
+        "sealed without info",
+        "sealed tensor without info",
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / BEST
+    path.write_bytes(content)
+    with pytest.raises(Failure, match=r"^.*best\.safetensors: [^\n]*$"):
+        load(path)
+
+
+def test_a_folder_or_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"nowhere: no checkpoint there$"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(Failure, match=r"cannot be read: \S"):
+        load(tmp_path)
+
+
+def test_the_format_is_as_described(tmp_path: Path) -> None:
+    path = tmp_path / BEST
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    path.write_bytes(seal({"glyphgpt": INFO.model_dump_json()}, {"model.x": tensor}, b"\0\0\x80\x3f"))
+    assert load(path).info == INFO
+    assert_same(load(path).model, {"x": torch.tensor([1.0])})
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"model.x": {"dtype": "F32", "shape": [2**61], "data_offsets": [0, 2**63]}},
+        {"model.x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}},
+        {"model.x": {"dtype": "F32", "shape": [2**63, 2**63], "data_offsets": [0, 4]}},
+        {"model.x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"model.x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"model.x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        {"model.x": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}},
+        {"rng.x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"model.x": "weights"},
+    ],
+    ids=lambda tensors: str(*tensors.values()),
+)
+def test_impossible_tensors_are_refused(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    path = tmp_path / BEST
+    path.write_bytes(seal({"glyphgpt": INFO.model_dump_json()}, tensors, bytes(4)))
+    with pytest.raises(Failure, match=r"^.*best\.safetensors: [^\n]*$"):
+        load(path)
+
+
+def info_with(**changes: object) -> str:
+    return json.dumps({**INFO.model_dump(), **changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        '{"format": 1}',
+        "{" * 100_000,
+        "[" * 100_000 + "]" * 100_000,
+        info_with(format="1"),
+        info_with(format=None),
+        info_with(format=True),
+        info_with(model=[]),
+        info_with(model={"n_layer": 1}, extra=1),
+        info_with(tokenizer="char"),
+        info_with(progress={"step": "3"}),
+        info_with(progress={"step": 1.5}),
+        info_with(progress={"steps": 1}),
+        info_with(scaler={"scale": "big"}),
+        info_with(val_loss="low"),
+        info_with(progress=None),
+        info_with(data=None),
+        info_with().replace(str(INFO.progress.step), "9" * 5000),
+        *(
+            json.dumps({k: v for k, v in INFO.model_dump().items() if k not in (key, "format")})
+            for key in ("data", "progress")
+        ),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_hostile_info_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / BEST
+    path.write_bytes(seal({"glyphgpt": text}))
+    with pytest.raises(Failure, match=r"^.*best\.safetensors: [^\n]*$"):
+        load(path)
+
+
+@pytest.mark.parametrize("depth", [50, 400, 900, 5000])
+def test_deep_nesting_is_no_crash(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / BEST
+    deep = '{"a":' * depth + "1" + "}" * depth
+    path.write_bytes(seal({"glyphgpt": info_with(model="DEEP").replace('"DEEP"', deep)}))
+    with pytest.raises(Failure):
+        load(path).make_model(GPT, GPTConfig)
+
+
+def test_a_newer_format_says_to_update(tmp_path: Path) -> None:
+    save(Checkpoint(INFO.model_copy(update={"format": 99}), SMALL.model), tmp_path / BEST)
+    with pytest.raises(Failure, match=r"format 99\); update glyphgpt"):
+        load(tmp_path / BEST)
+
+
+def test_a_newer_format_may_hold_anything(tmp_path: Path) -> None:
+    (tmp_path / BEST).write_bytes(seal({"glyphgpt": '{"format": 2, "new": {}}'}))
+    with pytest.raises(Failure, match="update glyphgpt"):
+        load(tmp_path / BEST)
+
+
+@contextmanager
+def full_disk_for_safetensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def fail(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", fail)
+        yield
+
+
+@contextmanager
+def full_disk_at_flush(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        yield
+
+
+@contextmanager
+def small_file_limit(_: pytest.MonkeyPatch) -> Iterator[None]:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("trouble", [full_disk_for_safetensors, full_disk_at_flush, small_file_limit])
+@pytest.mark.parametrize("replacing", [True, False])
+def test_a_failed_write_leaves_things_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Any, replacing: bool
+) -> None:
+    path = tmp_path / LAST
+    if replacing:
+        save(SMALL, path)
+    newer = Checkpoint(INFO.model_copy(update={"data": "another"}), {"weight": torch.ones(1000)})
+    with pytest.raises(Failure, match=r"^.*last\.safetensors: could not be written: [^\n]*$"), trouble(monkeypatch):
+        save(newer, path)
+    assert [file.name for file in tmp_path.iterdir()] == ([LAST] if replacing else [])
+    if replacing:
+        assert load(path).info == INFO
+    save(newer, path)
+    assert load(path).info == newer.info
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"gone.*last\.safetensors: could not be written"):
+        save(SMALL, tmp_path / "gone" / LAST)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
+def test_a_folder_that_cannot_be_synced_is_no_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems answer EINVAL; the file is complete and in place by then."""
+    sync = os.fsync
+
+    def refuse_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save(SMALL, tmp_path / LAST)
+    assert load(tmp_path / LAST).info == INFO
+
+
+def test_the_file_is_flushed_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, seen = os.fsync, []
+
+    def watch(handle: int) -> None:
+        seen.append((tmp_path / LAST).exists())
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    save(SMALL, tmp_path / LAST)
+    assert seen[0] is False
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize(("folder", "file"), [(0o700, 0o600), (0o750, 0o640), (0o755, 0o644), (0o775, 0o664)])
+def test_files_are_as_open_as_their_folder(tmp_path: Path, folder: int, file: int) -> None:
+    tmp_path.chmod(folder)
+    save(SMALL, tmp_path / LAST)
+    assert stat.S_IMODE((tmp_path / LAST).stat().st_mode) == file
+
+
+def test_find_prefers_the_best(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="no checkpoint in this folder; train first"):
+        find(tmp_path)
+    (tmp_path / LAST).touch()
+    assert find(tmp_path) == tmp_path / LAST
+    (tmp_path / BEST).touch()
+    assert find(tmp_path) == tmp_path / BEST
+    assert find(tmp_path / LAST) == tmp_path / LAST
+    assert find(tmp_path / "else.safetensors") == tmp_path / "else.safetensors"

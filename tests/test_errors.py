@@ -1,0 +1,105 @@
+"""One clear line and an exit status."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from glyphgpt.errors import Failure, UsageError, describe, plain_errors, report, warn
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (Failure("no such thing"), 1, "error: no such thing\n"),
+        (Failure("first\nsecond"), 1, "error: first\nerror: second\n"),
+        (UsageError("a: wrong\nb: wrong too"), 2, "error: a: wrong\nerror: b: wrong too\n"),
+        (UsageError("wörd 中 🙂"), 2, "error: wörd 中 🙂\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 1, "error: a.txt: No such file\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
+        (OSError("something odd"), 1, "error: something odd\n"),
+    ],
+    ids=repr,
+)
+def test_errors_become_lines_and_a_status(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, words: str
+) -> None:
+    with pytest.raises(SystemExit) as caught, plain_errors():
+        print("so far", end="")
+        raise error
+    assert caught.value.code == status
+    assert capsys.readouterr() == ("so far", words)
+
+
+def test_an_exit_keeps_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, plain_errors():
+        raise SystemExit(7)
+    assert caught.value.code == 7
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), AssertionError("bug")], ids=repr)
+def test_bugs_pass(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, plain_errors():
+        raise error
+    assert caught.value is error
+    assert capsys.readouterr().err == ""
+
+
+def test_without_errors_nothing_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    with plain_errors():
+        print("fine")
+    assert capsys.readouterr() == ("fine\n", "")
+
+
+def test_report_and_warn_write_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(UsageError("one\ntwo")) == 2
+    warn("careful")
+    assert capsys.readouterr() == ("", "error: one\nerror: two\nwarning: careful\n")
+
+
+def test_an_os_error_is_one_line() -> None:
+    try:
+        (ROOT / "nowhere" / "x").read_text()
+    except OSError as error:
+        assert describe(error) == f"{ROOT / 'nowhere' / 'x'}: No such file or directory"
+
+
+def run(code: str, *, close_output: bool = False, encoding: str = "utf-8") -> tuple[int, str]:
+    """Run lines inside plain_errors in a process of their own; return its status and standard error."""
+    lines = "\n".join(f"    {line}" for line in code.splitlines())
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from glyphgpt.errors import *\nwith plain_errors():\n{lines}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""},
+    )
+    assert process.stdout and process.stderr
+    if close_output:
+        process.stdout.close()
+    else:
+        process.stdout.read()
+    errors = process.stderr.read().decode()
+    return process.wait(), errors
+
+
+@pytest.mark.parametrize("text", ["'x'", "'x' * 10**6", "'x', flush=True"])
+def test_a_reader_that_has_seen_enough_is_no_error(text: str) -> None:
+    assert run(f"print({text})", close_output=True) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [("raise Failure('disk on fire')", 1, "error: disk on fire\n"), ("raise SystemExit(7)", 7, "")],
+)
+def test_the_end_is_told_even_when_nobody_reads_the_output(code: str, status: int, words: str) -> None:
+    assert run(f"print('x')\n{code}", close_output=True) == (status, words)
+
+
+def test_any_character_can_be_shown_on_any_console() -> None:
+    assert run("print('中🙂\\ud800')\nwarn('中\\ud800')", encoding="ascii") == (0, "warning: 中\\ud800\n")

@@ -1,0 +1,115 @@
+"""metrics.jsonl and the optional trackers."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import tiny_settings
+
+from glyphgpt.errors import UsageError
+from glyphgpt.metrics import METRICS, Metrics, MetricsFile
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_are_written_at_once(tmp_path: Path) -> None:
+    metrics = Metrics(tiny_settings(tmp_path, tmp_path), keep_steps=-1)
+    metrics.write("val", 0, loss=2.5)
+    assert rows(tmp_path) == [{"kind": "val", "step": 0, "loss": 2.5}]
+    metrics.write("train", 1, loss=1 / 3, learning_rate=1e-300)
+    assert rows(tmp_path)[1:] == [{"kind": "train", "step": 1, "loss": 1 / 3, "learning_rate": 1e-300}]
+    metrics.close()
+    assert [file.name for file in tmp_path.iterdir()] == [METRICS]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_null(tmp_path: Path, number: float) -> None:
+    file = MetricsFile(tmp_path, keep_steps=-1)
+    file.write({"kind": "train", "step": 1, "grad_norm": number})
+    file.close()
+    assert rows(tmp_path) == [{"kind": "train", "step": 1, "grad_norm": None}]
+
+
+KEPT = [
+    b'{"kind": "val", "step": 0, "loss": 2.50}\n',
+    b'{"kind":"train",  "step": 3, "note": "\xc3\xbc"}\n',
+    b'{"kind": "train", "step": 5}\n',
+]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        b"",
+        b'{"kind": "val", "step": 6}\n{"kind": "train", "step": 7}\n',
+        b'{"kind": "train", "step": 4, "lo',
+        b'{"kind": "train", "step": 4}',
+        b"\0\0\0\0",
+        b"\xff\xfe\xfa",
+        b"\n",
+        b'[1]\n"step"\n{"kind": "train"}\n',
+        b'{"kind": "train", "step": "4"}\n{"kind": "train", "step": null}\n',
+    ],
+    ids=["nothing", "later rows", "cut", "no end of line", "zeros", "no UTF-8", "empty", "no steps", "no numbers"],
+)
+def test_reopening_keeps_whole_rows_up_to_the_step(tmp_path: Path, after: bytes) -> None:
+    (tmp_path / METRICS).write_bytes(b"".join(KEPT) + after)
+    file = MetricsFile(tmp_path, keep_steps=5)
+    file.write({"kind": "train", "step": 6})
+    file.close()
+    assert (tmp_path / METRICS).read_bytes() == b"".join([*KEPT, b'{"kind": "train", "step": 6}\n'])
+    assert [file.name for file in tmp_path.iterdir()] == [METRICS]
+
+
+def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_bytes(b"".join(KEPT))
+    MetricsFile(tmp_path, keep_steps=-1).close()
+    assert (tmp_path / METRICS).read_bytes() == b""
+
+
+@pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_tracker_that_is_not_installed_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError) as caught:
+        Metrics(tiny_settings(tmp_path, tmp_path, **{setting: True}), keep_steps=-1)
+    assert str(caught.value) == f"{setting} = true needs: pip install 'glyphgpt[{setting}]'"
+
+
+def test_weights_and_biases_gets_settings_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    run = SimpleNamespace(log=lambda row, step: told.append((step, row)), finish=lambda: told.append("end"))
+
+    def init(**about: Any) -> SimpleNamespace:
+        told.append((about["project"], about["name"], about["config"]["n_embd"]))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = tiny_settings(tmp_path, tmp_path / "my_run", wandb=True, wandb_project="mine")
+    (tmp_path / "my_run").mkdir()
+    metrics = Metrics(settings, keep_steps=-1)
+    metrics.write("val", 3, loss=1.5, perplexity=4.0)
+    metrics.close()
+    assert told == [("mine", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
+    assert rows(tmp_path / "my_run") == [{"kind": "val", "step": 3, "loss": 1.5, "perplexity": 4.0}]
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    metrics = Metrics(tiny_settings(tmp_path, tmp_path, tensorboard=True), keep_steps=-1)
+    metrics.write("train", 1, loss=2.0)
+    metrics.write("train", 2, loss=1.5)
+    metrics.write("val", 2, loss=1.75)
+    metrics.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("val/loss")] == [(2, 1.75)]

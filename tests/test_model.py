@@ -1,0 +1,295 @@
+"""The network: against GPT-2 of another library, against formulas written out, and against its own promises."""
+
+import cmath
+import math
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from torch import Tensor, nn
+
+from model import GPT, CausalSelfAttention, Rotary, SinusoidalPosition
+
+POSITIONS = ["learned", "sinusoidal", "rotary"]
+MODERN: dict[str, Any] = {
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "relu2",
+    "qk_norm": True,
+    "tie_embeddings": False,
+}
+
+SWITCHES: dict[str, list[Any]] = {
+    "position": POSITIONS,
+    "norm": ["layernorm", "rmsnorm"],
+    "activation": ["gelu", "relu2"],
+    "qk_norm": [False, True],
+    "tie_embeddings": [True, False],
+    "bias": [True, False],
+}
+FORMS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
+
+
+def some_tokens(batch: int, length: int, vocab_size: int = 11, seed: int = 1) -> Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def shake(model: nn.Module) -> None:
+    """Give every parameter random values, so that no bias is 0 and no gain is 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+def test_logits_equal_those_of_hugging_face_gpt2(length: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model()
+    shake(model)
+    form = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    theirs = transformers.GPT2LMHeadModel(form).eval()
+
+    pairs: list[tuple[str, nn.Module]] = [
+        ("wte", model.token_embedding),
+        ("wpe", model.position.get_submodule("embedding")),
+        ("ln_f", model.norm),
+    ]
+    for i, block in enumerate(model.blocks):
+        pairs += [
+            (f"h.{i}.{their}", block.get_submodule(our))
+            for their, our in [
+                ("ln_1", "attention_norm"),
+                ("attn.c_attn", "attention.qkv"),
+                ("attn.c_proj", "attention.out"),
+                ("ln_2", "mlp_norm"),
+                ("mlp.c_fc", "mlp.up"),
+                ("mlp.c_proj", "mlp.down"),
+            ]
+        ]
+    weights = {
+        f"transformer.{their}.{name}": value.t() if isinstance(our, nn.Linear) else value
+        for their, our in pairs
+        for name, value in our.state_dict().items()
+    }
+    loaded = theirs.load_state_dict(weights, strict=False)
+    assert not loaded.unexpected_keys and set(loaded.missing_keys) <= {"lm_head.weight"}
+
+    tokens = some_tokens(3, length)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_logits_depend_on_this_token_and_those_before_it_only(position: str) -> None:
+    model = tiny_model(position=position)
+    shake(model)
+    embeddings: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    model.token_embedding.register_forward_hook(catch)
+    logits = model(some_tokens(1, 8))
+    for t in range(8):
+        (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embeddings[0], retain_graph=True)
+        influence = gradient[0].abs().sum(-1)
+        assert (influence[: t + 1] > 0).all()
+        assert (influence[t + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_sinusoidal_positions_follow_the_formula(start: int) -> None:
+    C = 16
+    x = torch.randn(2, 3, C)
+    seen = SinusoidalPosition(tiny_config(position="sinusoidal"))(x, start)
+    for b, i, c in product(range(2), range(3), range(C)):
+        angle = (start + i) / 10000 ** (2 * (c // 2) / C)
+        wave = math.cos(angle) if c % 2 else math.sin(angle)
+        assert seen[b, i, c].item() == pytest.approx(x[b, i, c].item() * math.sqrt(C) + wave, abs=1e-5)
+
+
+def test_learned_positions_are_added_from_the_start_on() -> None:
+    position = tiny_model().position
+    table = position.get_parameter("embedding.weight")
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(position(x, 4), x + table[4:7])
+
+
+def rotated(vector: Tensor, place: int) -> Tensor:
+    rotary = Rotary(tiny_config(position="rotary", block_size=40))
+    return rotary(vector.view(1, 1, 1, -1), place).flatten()
+
+
+def test_rotary_turns_pairs_as_complex_numbers() -> None:
+    x = torch.randn(8)
+    for place in (0, 1, 13, 39):
+        seen = rotated(x, place)
+        for i in range(4):
+            turned = complex(x[i], x[i + 4]) * cmath.exp(1j * place / 10000 ** (2 * i / 8))
+            assert complex(seen[i], seen[i + 4]) == pytest.approx(turned, abs=1e-5)
+
+
+def test_rotary_scores_depend_on_distances_only() -> None:
+    q, k = torch.randn(2, 8)
+    for m, n in [(0, 0), (3, 1), (20, 2), (7, 30)]:
+        score, later = rotated(q, m) @ rotated(k, n), rotated(q, m + 5) @ rotated(k, n + 5)
+        torch.testing.assert_close(score, later, atol=1e-5, rtol=0)
+    assert abs(rotated(q, 3) @ rotated(k, 1) - rotated(q, 9) @ rotated(k, 1)) > 1e-3
+
+
+def test_attention_equals_loops() -> None:
+    B, T, C, H, D = 2, 5, 16, 2, 8
+    attention = CausalSelfAttention(tiny_config()).double().eval()
+    shake(attention)
+    x = torch.randn(B, T, C, dtype=torch.float64)
+    weights, biases = attention.qkv.weight.tolist(), attention.qkv.bias.tolist()
+    mixed = torch.zeros_like(x)
+    for b in range(B):
+        qkv = [
+            [
+                sum(w * n for w, n in zip(row, token, strict=True)) + bias
+                for row, bias in zip(weights, biases, strict=True)
+            ]
+            for token in x[b].tolist()
+        ]
+        for h, t in product(range(H), range(T)):
+            q, k, v = ([token[part * C + h * D : part * C + (h + 1) * D] for token in qkv] for part in range(3))
+            scores = [
+                math.exp(sum(a * c for a, c in zip(q[t], k[s], strict=True)) / math.sqrt(D)) for s in range(t + 1)
+            ]
+            for d in range(D):
+                mixed[b, t, h * D + d] = sum(score * v[s][d] for s, score in enumerate(scores)) / sum(scores)
+    expected = mixed @ attention.out.weight.T + attention.out.bias
+    torch.testing.assert_close(attention(x), expected, atol=1e-12, rtol=0)
+
+
+def rms(values: Tensor) -> Tensor:
+    return values / values.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_the_other_switches_follow_their_formulas() -> None:
+    model = tiny_model(norm="rmsnorm", activation="relu2", qk_norm=True, bias=False)
+    shake(model)
+    x = torch.randn(2, 5, 16)
+    block = model.blocks[0]
+    norm, mlp = block.get_submodule("mlp_norm"), block.get_submodule("mlp")
+    up, down = mlp.get_parameter("up.weight"), mlp.get_parameter("down.weight")
+    torch.testing.assert_close(norm(x), rms(x) * norm.get_parameter("weight"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mlp(x), (x @ up.T).clamp(min=0) ** 2 @ down.T, atol=1e-4, rtol=1e-4)
+
+    attention = block.get_submodule("attention")
+    assert isinstance(attention, CausalSelfAttention)
+    q, k, v = (x @ attention.qkv.weight.T).view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    q = rms(q) * attention.query_norm.get_parameter("weight")
+    k = rms(k) * attention.key_norm.get_parameter("weight")
+    future = torch.ones(5, 5).triu(1).bool()
+    weights = (q @ k.mT / math.sqrt(8)).masked_fill(future, -torch.inf).softmax(-1)
+    mixed = (weights @ v).transpose(1, 2).reshape(2, 5, 16)
+    torch.testing.assert_close(attention(x), mixed @ attention.out.weight.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", [{}, MODERN], ids=["gpt2", "modern"])
+def test_a_model_learns_one_batch_by_heart(form: dict[str, Any]) -> None:
+    model = tiny_model(n_embd=32, **form).train()
+    tokens = some_tokens(4, 9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        if loss.item() < 0.1:
+            return
+    pytest.fail(f"the loss is still {loss.item()}")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(str(value) for value in form.values()))
+def test_every_form_starts_undecided_and_gives_every_parameter_a_gradient(form: dict[str, Any]) -> None:
+    model = tiny_model(**form).train()
+    tokens = some_tokens(4, 9)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(11), abs=0.15)
+    loss.backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_initial_weights_are_as_documented() -> None:
+    model = tiny_model(vocab_size=90, block_size=64, n_embd=64, n_layer=3, tie_embeddings=False, qk_norm=True)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            small = name.endswith(("out.weight", "down.weight"))
+            wanted = 0.02 / math.sqrt(2 * 3) if small else 0.02
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.06), name
+            assert parameter.mean().item() == pytest.approx(0, abs=0.1 * wanted), name
+        else:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_dropout_acts_in_training_only() -> None:
+    tokens = some_tokens(2, 8)
+    model, plain = tiny_model(dropout=0.5), tiny_model()
+    assert torch.equal(model(tokens), plain(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    assert torch.equal(plain.train()(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("place", ["dropout", "blocks.0.attention.residual_dropout", "blocks.1.mlp.dropout"])
+def test_each_dropout_is_reached(place: str) -> None:
+    model = tiny_model()
+    dropout = model.get_submodule(place).train()
+    assert isinstance(dropout, nn.Dropout)
+    dropout.p = 0.5
+    tokens = some_tokens(2, 8)
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_attention_weights_drop_out_too() -> None:
+    attention = CausalSelfAttention(tiny_config(dropout=0.5)).train()
+    attention.residual_dropout.p = 0.0
+    x = torch.randn(2, 8, 16)
+    assert not torch.equal(attention(x), attention(x))
+
+
+def test_loss_is_the_mean_cross_entropy() -> None:
+    model = tiny_model()
+    shake(model)
+    tokens = some_tokens(3, 8)
+    logits, targets = model(tokens[:, :-1]).double().flatten(0, 1).tolist(), tokens[:, 1:].flatten().tolist()
+    losses = [math.log(sum(map(math.exp, row))) - row[target] for row, target in zip(logits, targets, strict=True)]
+    assert model(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_checkpoints_need_the_parameters_only(position: str) -> None:
+    tied = tiny_model(position=position)
+    untied = tiny_model(position=position, tie_embeddings=False)
+    assert set(tied.state_dict()) == {name for name, _ in tied.named_parameters()}
+    assert set(untied.state_dict()) - set(tied.state_dict()) == {"head.weight"}
+
+
+@pytest.mark.parametrize("chunks", [[8], [3, 5], [4, 2, 1, 1], [1] * 8], ids=str)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_cache_changes_nothing(position: str, chunks: list[int]) -> None:
+    model = tiny_model(position=position, qk_norm=True)
+    shake(model)
+    tokens = some_tokens(3, 8)
+    ends = [0, *torch.tensor(chunks).cumsum(0).tolist()]
+    cache = model.new_cache()
+    with torch.no_grad():
+        for start, end in pairwise(ends):
+            cached = model.next_logits(tokens[:, start:end], cache)
+            torch.testing.assert_close(cached, model.next_logits(tokens[:, :end]), atol=1e-5, rtol=0)
+            torch.testing.assert_close(cached, model(tokens[:, :end])[:, -1], atol=1e-5, rtol=0)
+
+
+def test_seeds_decide_the_weights() -> None:
+    def weights(model: GPT) -> Tensor:
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    assert torch.equal(weights(tiny_model(seed=3)), weights(tiny_model(seed=3)))
+    assert not torch.equal(weights(tiny_model(seed=3)), weights(tiny_model(seed=4)))

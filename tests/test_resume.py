@@ -1,0 +1,265 @@
+"""Resuming is exact: whatever ended a run, it goes on to the very bits of one that was never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, as_flags, prepare_text, some_text, tiny_settings
+from safetensors.torch import load_file
+
+import train
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.errors import Failure
+from glyphgpt.settings import TrainSettings
+
+LEFTOVERS = ("best.safetensors.unfinished", "last.safetensors.unfinished", "metrics.jsonl.unfinished")
+
+
+def rows(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the metrics without what differs from day to day."""
+    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in ("best.safetensors", "last.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+        infos = [checkpoints.load(folder / name).info for folder in (one, other)]
+        progress = [info.progress.model_dump(exclude={"seconds"}) for info in infos]
+        assert progress[0] == progress[1]
+        assert infos[0].val_loss == infos[1].val_loss
+    assert rows(one) == rows(other)
+
+
+def train_until(settings: TrainSettings, step: int, number: signal.Signals) -> int | str | None:
+    """Train, send this process a signal within the update that leads to `step`, and return the exit status."""
+
+    class Stopped(train.Trainer):
+        def gradients(self, sequences: torch.Tensor) -> float:
+            if self.progress.step == step - 1:
+                signal.raise_signal(number)
+            return super().gradients(sequences)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Trainer", Stopped)
+        with pytest.raises(SystemExit) as ending:
+            train.main(settings)
+    return ending.value.code
+
+
+def resumed(settings: TrainSettings, **changes: object) -> TrainSettings:
+    return settings.model_copy(update={"resume": True, **changes})
+
+
+@pytest.fixture(scope="module")
+def straight(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 steps without a stop."""
+    out_dir = tmp_path_factory.mktemp("straight")
+    train.main(dropout_settings(data_dir, out_dir))
+    assert checkpoints.load(out_dir / "best.safetensors").info.progress.step < 40, "best is not simply the last"
+    return out_dir
+
+
+def dropout_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSettings:
+    """Settings of a restless run: dropout, and a learning rate so high that the loss goes up again."""
+    form = {"dropout": 0.1, "learning_rate": 3, "warmup_steps": 30, "schedule": "constant", "grad_clip": 0}
+    return tiny_settings(data_dir, out_dir, max_steps=40, **form, **changes)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [[(17, signal.SIGTERM)], [(17, signal.SIGINT)], [(1, signal.SIGTERM), (20, signal.SIGINT), (39, signal.SIGTERM)]],
+    ids=["SIGTERM", "SIGINT", "three times"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    stops: list[tuple[int, signal.Signals]],
+    straight: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = dropout_settings(data_dir, tmp_path, save_every=7)
+    for step, number in stops:
+        assert train_until(settings, step, number) == 128 + number
+        assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == step
+        told = f"stopped by {number.name} at step {step}, saved; go on with: python train.py {tmp_path / 'config.toml'}"
+        assert f"{told} --resume" in capsys.readouterr().out
+        settings = resumed(settings)
+    train.main(settings)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_signal_at_the_last_step_lets_the_run_end_as_usual(
+    straight: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(train.Trainer):
+        def gradients(self, sequences: torch.Tensor) -> float:
+            if self.progress.step == 39:
+                signal.raise_signal(signal.SIGTERM)
+            return super().gradients(sequences)
+
+    monkeypatch.setattr(train, "Trainer", Stopped)
+    train.main(dropout_settings(data_dir, tmp_path))
+    assert_same_run(straight, tmp_path)
+
+
+def test_signals_are_handled_as_before_once_training_is_over(data_dir: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_until(tiny_settings(data_dir, tmp_path), 3, signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_a_killed_run_left_behind_does_no_harm(straight: Path, data_dir: Path, tmp_path: Path) -> None:
+    settings = dropout_settings(data_dir, tmp_path)
+    train_until(settings, 17, signal.SIGTERM)
+    for name in LEFTOVERS:
+        (tmp_path / name).write_bytes(b"half a ")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 18, "loss": 1.0}\n{"kind": "train", "st')
+    train.main(resumed(settings))
+    assert_same_run(straight, tmp_path)
+    assert not (tmp_path / "last.safetensors.unfinished").exists()
+
+
+def start(settings: TrainSettings) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT, env=environment
+    )
+
+
+def rows_written(out_dir: Path) -> int:
+    path = out_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def end_after(
+    rows_more: int, process: "subprocess.Popen[str]", out_dir: Path, number: signal.Signals
+) -> tuple[str, str]:
+    """Send a signal at a random moment once metrics.jsonl has grown; return the output."""
+    wanted, deadline = rows_written(out_dir) + rows_more, time.monotonic() + 120
+    while rows_written(out_dir) < wanted:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get anywhere"
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.05))
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
+def test_killed_and_signalled_processes_go_on_to_the_same_bits(data_dir: Path, tmp_path: Path) -> None:
+    form = {"max_steps": 300, "eval_every": 100, "dropout": 0.1, "learning_rate": 0.01}
+    train.main(tiny_settings(data_dir, tmp_path / "straight", **form))
+    out_dir = tmp_path / "run"
+    settings = tiny_settings(data_dir, out_dir, **form, save_every=1)
+    reached = 0
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = start(settings)
+        out, err = end_after(20, process, out_dir, number)
+        step = checkpoints.load(out_dir / "last.safetensors").info.progress.step
+        assert reached < step < 300, "the run went on, and was ended before its end"
+        assert "Traceback" not in err
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 128 + number
+            assert f"stopped by {number.name} at step {step}, saved; go on with: python train.py " in out
+        reached, settings = step, resumed(settings)
+    train.main(resumed(settings, save_every=0))
+    assert_same_run(tmp_path / "straight", out_dir)
+
+
+def test_resume_with_nothing_there_says_so(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"^.*last\.safetensors: no checkpoint there.*$"):
+        train.main(tiny_settings(data_dir, tmp_path / "nothing", resume=True))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data_dir, tmp_path, max_steps=2)
+    train.main(settings)
+    last = tmp_path / "last.safetensors"
+    whole = bytearray(last.read_bytes())
+    whole[-100] ^= 1
+    last.write_bytes(whole)
+    with pytest.raises(Failure, match=r"^.*last\.safetensors: damaged.*$"):
+        train.main(resumed(settings))
+    assert last.read_bytes() == whole
+
+
+def test_a_run_that_is_done_is_left_alone_and_told_how_to_train_longer(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_settings(data_dir, tmp_path)
+    train.main(settings)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train.main(resumed(settings))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    told = f"train longer: python train.py {tmp_path / 'config.toml'} --resume --max_steps=40"
+    assert told in capsys.readouterr().out
+
+
+def test_a_longer_run_is_the_same_as_one_that_was_long_from_the_start(
+    straight: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    settings = dropout_settings(data_dir, tmp_path)
+    train.main(settings.model_copy(update={"max_steps": 20}))
+    train.main(resumed(settings))
+    assert_same_run(straight, tmp_path)
+
+
+def test_another_shape_is_refused_naming_both(data_dir: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data_dir, tmp_path)
+    train_until(settings, 3, signal.SIGTERM)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name, value, said in [
+        ("n_layer", 3, "n_layer is 2 there, but 3 in the settings"),
+        ("norm", "rmsnorm", "norm is layernorm there, but rmsnorm in the settings"),
+        ("block_size", 8, "block_size is 16 there, but 8 in the settings"),
+    ]:
+        with pytest.raises(Failure, match=rf"^.*last\.safetensors: {said}$"):
+            train.main(resumed(settings, **{name: value}))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_dropout_and_batch_size_may_change(data_dir: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data_dir, tmp_path)
+    train_until(settings, 3, signal.SIGTERM)
+    train.main(resumed(settings, dropout=0.3, batch_size=2))
+    assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 20
+
+
+def test_another_vocabulary_is_refused_naming_both(tmp_path: Path) -> None:
+    prepare_text(some_text(2000), tmp_path)
+    settings = tiny_settings(tmp_path, tmp_path / "run", max_steps=2)
+    train.main(settings)
+    prepare_text(some_text(2000).replace("k", "q"), tmp_path, name="other")
+    with pytest.raises(Failure, match=r"^.*vocabular.*$") as failure:
+        train.main(resumed(settings, dataset="other"))
+    assert str(tmp_path / "run" / "last.safetensors") in str(failure.value)
+    assert str(tmp_path / "other") in str(failure.value)
+
+
+def test_a_changed_text_of_the_same_vocabulary_gets_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_text(some_text(2000), tmp_path)
+    settings = tiny_settings(tmp_path, tmp_path / "run")
+    train_until(settings, 5, signal.SIGTERM)
+    prepare_text(some_text(2000, seed=1), tmp_path, overwrite=True)
+    capsys.readouterr()
+    train.main(resumed(settings))
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert f"{tmp_path / 'small'} is not the data that the run began with" in said
+    assert checkpoints.load(tmp_path / "run" / "last.safetensors").info.progress.step == 20
