@@ -1,5 +1,6 @@
 """What a user sees when something goes wrong: one clear line and an exit status, never a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -23,11 +24,15 @@ def plain_errors() -> Iterator[None]:
     """Turn failures within a script into one line each on standard error, and its exit status."""
     modes = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
     for stream, errors in modes.items():  # Windows' consoles default to other encodings
-        stream.reconfigure(encoding="utf-8", errors=errors)  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    status: int | str | None
     try:
         yield
         sys.stdout.flush()
         return
+    except SystemExit as end:
+        status = end.code
     except Failure as failure:
         status = report(failure)
     except KeyboardInterrupt:
