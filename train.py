@@ -39,7 +39,7 @@ from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
 from glyphgpt.evaluate import Score, evaluate
 from glyphgpt.generate import SamplingRule, generate
-from glyphgpt.metrics import METRICS, Metrics
+from glyphgpt.metrics import METRICS, Metrics, check_trackers
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from glyphgpt.runtime import Runtime, StopRequest
 from glyphgpt.shards import Dataset, load_dataset
@@ -54,6 +54,7 @@ def main(settings: TrainSettings) -> None:
         data_dir = Path(settings.data_dir)
         dataset = load_dataset(data_dir / settings.dataset, data_dir)
         check_text(settings, dataset)
+        check_trackers(settings)
         if settings.dry_run:
             print(Walk(settings, dataset.tokenizer.vocab_size, settings.batch_size).table())
             return

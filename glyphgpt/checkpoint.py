@@ -14,9 +14,9 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Info(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
-    format: int = FORMAT
+    format: Annotated[int, Field(ge=1)] = FORMAT
     model: dict[str, Any]
     """The model's config."""
     tokenizer: dict[str, Any]
@@ -146,7 +146,8 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         unfinished.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         before = "; the checkpoint before it is as it was" if path.exists() else ""
         raise Failure(f"{path}: could not be written: {_reason(error)}{before}") from error
 

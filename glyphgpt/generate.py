@@ -117,23 +117,21 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Take a token, and return the text that is certain now."""
-        if self.finished:
-            return ""
-        self._held += self._decoder.feed(token)
-        return self._release()
+        return "".join(map(self._take, self._decoder.feed(token)))
 
     def end(self) -> str:
         """Return what was still held back."""
-        if self.finished:
-            return ""
-        self._held += self._decoder.end()
-        sure = self._release()
+        sure = "".join(map(self._take, self._decoder.end()))
         rest, self._held = self._held, ""
         self.text += rest
         self.finished = True
         return sure + rest
 
-    def _release(self) -> str:
+    def _take(self, character: str) -> str:
+        """Take one character, so that the same text ends at the same place however its tokens cut it."""
+        if self.finished:
+            return ""
+        self._held += character
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
             sure, self._held, self.finished = self._held[: min(places)], "", True

@@ -1,5 +1,6 @@
 """What a run tells while it trains: metrics.jsonl, and optional trackers."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -67,10 +68,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, keep_steps: int) -> None:
         """Open an event file in the run's folder; events after `keep_steps` are hidden."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-        except ImportError as error:
-            raise UsageError("tensorboard = true needs: pip install 'glyphgpt[tensorboard]'") from error
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
         self._writer = SummaryWriter(str(folder), purge_step=keep_steps + 1)
 
     def write(self, row: Row) -> None:
@@ -88,10 +87,8 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, settings: TrainSettings) -> None:
         """Start a run named as the folder."""
-        try:
-            import wandb  # noqa: PLC0415
-        except ImportError as error:
-            raise UsageError("wandb = true needs: pip install 'glyphgpt[wandb]'") from error
+        import wandb  # noqa: PLC0415
+
         self._run = wandb.init(
             project=settings.wandb_project, name=folder.name, dir=folder, config=settings.model_dump()
         )
@@ -103,6 +100,17 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def check_trackers(settings: TrainSettings) -> None:
+    """Make sure, before a run begins, that the trackers which it asks for are installed.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for package in ("tensorboard", "wandb"):
+        if getattr(settings, package) and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package} = true needs: pip install 'glyphgpt[{package}]'")
 
 
 def numbers(row: Row) -> Row:

@@ -49,4 +49,6 @@ def make_optimizers(model: nn.Module, settings: Optimization) -> list[Optimizer]
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     """Scale gradients down to at most this norm (0: leave them), and return the norm they had."""
-    return nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
+    if limit:
+        return nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)

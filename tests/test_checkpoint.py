@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny_config, tiny_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from conftest import tiny_config, tiny_model
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import (
     BEST,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import tomli_w
-from conftest import ROOT, script
 from hypothesis import example, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
+from conftest import ROOT, script
 from glyphgpt.commandline import NANOGPT_NAMES, help_text, parse
 from glyphgpt.errors import UsageError
 from glyphgpt.settings import Action, PrepareSettings, SampleSettings, Settings, TrainSettings

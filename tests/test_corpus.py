@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, script
 
+from conftest import ROOT, script
 from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, Source, fetch, file_sha256, read_recipe
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.shards import load_dataset

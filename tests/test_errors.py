@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from glyphgpt.errors import Failure, UsageError, describe, plain_errors, report, warn
 
 

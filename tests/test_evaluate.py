@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import prepare_text, some_text, tiny_model
 
+from conftest import prepare_text, some_text, tiny_model
 from glyphgpt.batches import Windows
 from glyphgpt.evaluate import Score, evaluate
 from glyphgpt.runtime import Runtime

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import tiny_model
 from glyphgpt.generate import SamplingRule, TextStream, context_start, generate
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT

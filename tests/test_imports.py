@@ -6,6 +6,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 SCRIPTS = ["prepare", "train", "sample"]

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import tiny_settings
 
+from conftest import tiny_settings
 from glyphgpt.errors import UsageError
-from glyphgpt.metrics import METRICS, Metrics, MetricsFile
+from glyphgpt.metrics import METRICS, Metrics, MetricsFile, check_trackers
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -72,14 +72,15 @@ def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
     assert (tmp_path / METRICS).read_bytes() == b""
 
 
-@pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_names_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, module: str
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError) as caught:
-        Metrics(tiny_settings(tmp_path, tmp_path, **{setting: True}), keep_steps=-1)
-    assert str(caught.value) == f"{setting} = true needs: pip install 'glyphgpt[{setting}]'"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UsageError) as error:
+        check_trackers(tiny_settings(tmp_path, tmp_path, **{package: True}))
+    assert str(error.value) == f"{package} = true needs: pip install 'glyphgpt[{package}]'"
+    check_trackers(tiny_settings(tmp_path, tmp_path))
 
 
 def test_weights_and_biases_gets_settings_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

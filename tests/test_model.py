@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from torch import Tensor, nn
 
+from conftest import tiny_config, tiny_model
 from model import GPT, CausalSelfAttention, Rotary, SinusoidalPosition
 
 POSITIONS = ["learned", "sinusoidal", "rotary"]

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from conftest import tiny_model
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from glyphgpt.settings import Optimization
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, prepare_text, script, some_text
 from hypothesis import example, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 import prepare
+from conftest import ROOT, prepare_text, script, some_text
 from glyphgpt import corpus, shards
 from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.errors import Failure, UsageError

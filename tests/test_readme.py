@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, some_text
 
 import prepare
 import sample
 import train
+from conftest import ROOT, some_text
 from glyphgpt.commandline import parse
 from glyphgpt.settings import SampleSettings, TrainSettings
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, prepare_text, some_text, tiny_settings
 from safetensors.torch import load_file
 
 import train
+from conftest import ROOT, as_flags, prepare_text, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure
 from glyphgpt.settings import TrainSettings

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import Tensor, nn
 
+from conftest import tiny_model
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.runtime import (
     Runtime,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, prepare_text, script, some_text, tiny_settings
 from safetensors.torch import save_file
 
 import sample
 import train
+from conftest import ROOT, prepare_text, script, some_text, tiny_settings
 from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.settings import SampleSettings
 

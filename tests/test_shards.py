@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import prepare_text, some_text
 from hypothesis import example, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
+from conftest import prepare_text, some_text
 from glyphgpt.corpus import file_sha256
 from glyphgpt.errors import Failure
 from glyphgpt.shards import META, Dataset, ShardWriter, Split, load_dataset, read_meta

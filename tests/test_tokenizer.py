@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, some_text
 from hypothesis import example, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
+from conftest import ROOT, some_text
 from glyphgpt.errors import Failure
 from glyphgpt.tokenizer import (
     ByteTokenizer,

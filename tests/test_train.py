@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prepare_text, some_text, tiny_settings
 from safetensors.torch import load_file
 
 import train
+from conftest import prepare_text, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.batches import window_starts
 from glyphgpt.commandline import parse

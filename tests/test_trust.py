@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, prepare_text, script, some_text, tiny_settings
 from safetensors.torch import load_file, save_file
 
 import train
+from conftest import ROOT, as_flags, prepare_text, script, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.settings import TrainSettings

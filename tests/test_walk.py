@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import tiny_config
 from glyphgpt.settings import Network
 from glyphgpt.walk import Walk
 from model import GPT
