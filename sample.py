@@ -89,7 +89,7 @@ class Sampler:
             print(f"{'-' * 20}\n{prompt}{stream.text}")
 
     def interact(self) -> None:
-        """Ask for text and go on from all of it, again and again; what is on the screen is what the model sees."""
+        """Ask for text and go on from all that was said before, again and again."""
         print("Type a text to go on from; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
         history = np.array([first_token(self.tokenizer)])
         end_of_line = "" if self.tokenizer.unknown("\n") else "\n"

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: help and
         SETTINGS, _ = parse(TrainSettings, sys.argv[1:], USAGE, __doc__ or "", files=True)
 
 import math
+import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -39,7 +40,7 @@ from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
 from glyphgpt.evaluate import Score, evaluate
 from glyphgpt.generate import SamplingRule, generate
-from glyphgpt.metrics import METRICS, Metrics, check_trackers
+from glyphgpt.metrics import Metrics, check_trackers, write_whole
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from glyphgpt.runtime import Runtime, StopRequest
 from glyphgpt.shards import Dataset, load_dataset
@@ -56,11 +57,14 @@ def main(settings: TrainSettings) -> None:
         check_text(settings, dataset)
         check_trackers(settings)
         if settings.dry_run:
-            print(Walk(settings, dataset.tokenizer.vocab_size, settings.batch_size).table())
+            if runtime.is_main:
+                print(Walk(settings, dataset.tokenizer.vocab_size, settings.batch_size).table())
             return
         with runtimes.memory_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
             if settings.eval_only:
-                print(score_best(settings, dataset, runtime))
+                score = score_best(settings, dataset, runtime)
+                if runtime.is_main:
+                    print(f"{settings.out_dir}/{BEST}: validation {score}")
             else:
                 Trainer(settings, dataset, runtime).train()
 
@@ -197,13 +201,13 @@ class Trainer:
                 )
             self.runtime.wait()
             if self.runtime.is_main:
-                for name in (BEST, LAST, METRICS):
+                for name in (BEST, LAST):
                     (out_dir / name).unlink(missing_ok=True)
         self.runtime.wait()  # every process has looked before one writes
         if self.runtime.is_main:
             out_dir.mkdir(parents=True, exist_ok=True)
             lasting = settings.model_dump(exclude=set(Action.model_fields))
-            (out_dir / "config.toml").write_text(tomli_w.dumps(lasting), encoding="utf-8")
+            write_whole(out_dir / "config.toml", tomli_w.dumps(lasting).encode())
         return settings.resume
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -381,13 +385,15 @@ class Trainer:
     def farewell(self, stop: StopRequest) -> None:
         """Say how the run ended and what to do next; a signal becomes the exit status."""
         progress, out_dir = self.progress, self.out_dir
-        resume = f"python train.py {out_dir / 'config.toml'} --resume"
+        resume = f"python train.py {shlex.quote(str(out_dir / 'config.toml'))} --resume"
         if self.out_of_patience():
             self.say(f"stopped at step {progress.step:,}: no better loss in {self.settings.patience} evaluations")
         if stop.signal and progress.step < self.settings.max_steps:
             self.say(f"stopped by {stop.signal.name} at step {progress.step:,}, saved; go on with: {resume}")
             raise SystemExit(128 + stop.signal)
-        self.say(f"best validation loss {progress.best_loss:.4f}; sample it: python sample.py {out_dir}")
+        self.say(
+            f"best validation loss {progress.best_loss:.4f}; sample it: python sample.py {shlex.quote(str(out_dir))}"
+        )
         if progress.step >= self.settings.max_steps:
             self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
 

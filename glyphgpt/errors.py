@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class Failure(Exception):
@@ -26,6 +27,7 @@ def plain_errors() -> Iterator[None]:
     for stream, errors in modes.items():  # Windows' consoles default to other encodings
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
+    sys.excepthook = quiet_interrupt
     status: int | str | None
     try:
         yield
@@ -48,10 +50,15 @@ def plain_errors() -> Iterator[None]:
     sys.exit(status)
 
 
+def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a Ctrl-C outside `plain_errors`, while torch is imported say; show all else as ever."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
 def report(failure: Failure) -> int:
     """Print each of a failure's lines, and return the exit status that it asks for."""
-    for line in str(failure).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    sys.stderr.write("".join(f"error: {line}\n" for line in str(failure).splitlines()))
     return failure.status
 
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-from glyphgpt.errors import UsageError
+from glyphgpt.errors import Failure, UsageError
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
@@ -36,22 +36,36 @@ class MetricsFile:
         """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
         path = folder / METRICS
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        unfinished = path.with_name(METRICS + ".unfinished")
-        unfinished.write_bytes(b"".join(row for row in rows if _step_of(row) <= keep_steps))
-        unfinished.replace(path)
+        write_whole(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: Row) -> None:
-        """Append a row; JSON has no word for numbers that are not finite, so they become null."""
+        """Append a row; JSON has no word for numbers that are not finite, so they become null.
+
+        Raises:
+            Failure: it could not be written.
+        """
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise Failure(
+                f"{self._file.name}: could not be written: {error.strerror}; the checkpoints are intact"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file beside its place and rename it, so that it is never there in part."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 def _step_of(line: bytes) -> float:

@@ -168,9 +168,10 @@ def read_meta(folder: Path) -> Meta:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         name = folder.name
+        where = "" if folder.parent == Path("data") else f" --data_dir={folder.parent}"
         raise Failure(
-            f"{folder}: no data set here; prepare it first: python prepare.py {name}"
-            f" (a recipe) or python prepare.py FILE --name={name}"
+            f"{folder}: no data set here; prepare it first: python prepare.py {name}{where}"
+            f" (a recipe) or python prepare.py FILE --name={name}{where}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise Failure(f"{path}: damaged ({error}); prepare the data set again") from error
