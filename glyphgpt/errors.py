@@ -26,7 +26,7 @@ def plain_errors() -> Iterator[None]:
     modes = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
     for stream, errors in modes.items():  # Windows' consoles default to other encodings
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            stream.reconfigure(encoding="utf-8", errors=errors, line_buffering=True)  # logs grow line by line
     sys.excepthook = quiet_interrupt
     status: int | str | None
     try:

@@ -1,13 +1,16 @@
 """Small texts, data sets and settings that the tests share."""
 
+import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import prepare
 from glyphgpt.settings import PrepareSettings, TrainSettings
@@ -104,6 +107,22 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
 def as_flags(settings: TrainSettings) -> list[str]:
     """Write settings as command-line flags."""
     return [f"--{key}={value}" for key, value in settings.model_dump(exclude_unset=True).items()]
+
+
+def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def same_tensors(one: Path, other: Path, name: str = "last.safetensors") -> bool:
+    """Whether the checkpoints of that name in two runs hold the same tensors, bit for bit."""
+    first, second = load_file(one / name), load_file(other / name)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,5 @@
 """metrics.jsonl and the optional trackers."""
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,21 +7,17 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny_settings
+from conftest import read_metrics, tiny_settings
 from glyphgpt.errors import UsageError
 from glyphgpt.metrics import METRICS, Metrics, MetricsFile, check_trackers
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_are_written_at_once(tmp_path: Path) -> None:
     metrics = Metrics(tiny_settings(tmp_path, tmp_path), keep_steps=-1)
     metrics.write("val", 0, loss=2.5)
-    assert rows(tmp_path) == [{"kind": "val", "step": 0, "loss": 2.5}]
+    assert read_metrics(tmp_path) == [{"kind": "val", "step": 0, "loss": 2.5}]
     metrics.write("train", 1, loss=1 / 3, learning_rate=1e-300)
-    assert rows(tmp_path)[1:] == [{"kind": "train", "step": 1, "loss": 1 / 3, "learning_rate": 1e-300}]
+    assert read_metrics(tmp_path)[1:] == [{"kind": "train", "step": 1, "loss": 1 / 3, "learning_rate": 1e-300}]
     metrics.close()
     assert [file.name for file in tmp_path.iterdir()] == [METRICS]
 
@@ -32,7 +27,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, number: float) -> None:
     file = MetricsFile(tmp_path, keep_steps=-1)
     file.write({"kind": "train", "step": 1, "grad_norm": number})
     file.close()
-    assert rows(tmp_path) == [{"kind": "train", "step": 1, "grad_norm": None}]
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1, "grad_norm": None}]
 
 
 KEPT = [
@@ -98,7 +93,7 @@ def test_weights_and_biases_gets_settings_and_rows(tmp_path: Path, monkeypatch: 
     metrics.write("val", 3, loss=1.5, perplexity=4.0)
     metrics.close()
     assert told == [("mine", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
-    assert rows(tmp_path / "my_run") == [{"kind": "val", "step": 3, "loss": 1.5, "perplexity": 4.0}]
+    assert read_metrics(tmp_path / "my_run") == [{"kind": "val", "step": 3, "loss": 1.5, "perplexity": 4.0}]
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:

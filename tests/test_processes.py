@@ -1,6 +1,5 @@
 """Two processes that share each batch do what one does alone, and go on with each other's runs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, as_flags, tiny_settings
+from conftest import ROOT, as_flags, read_metrics, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.settings import TrainSettings
 
@@ -33,8 +32,7 @@ def torchrun(settings: TrainSettings) -> "subprocess.CompletedProcess[str]":
 
 
 def losses(out_dir: Path) -> dict[tuple[str, int], float]:
-    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {(row["kind"], row["step"]): row["loss"] for row in map(json.loads, lines)}
+    return {(row["kind"], row["step"]): row["loss"] for row in read_metrics(out_dir)}
 
 
 def assert_close_runs(one: Path, other: Path) -> None:

@@ -1,6 +1,5 @@
 """Resuming is exact: whatever ended a run, it goes on to the very bits of one that was never stopped."""
 
-import json
 import os
 import random
 import signal
@@ -12,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, as_flags, prepare_text, some_text, tiny_settings
+from conftest import ROOT, as_flags, prepare_text, read_metrics, same_tensors, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure
 from glyphgpt.settings import TrainSettings
@@ -25,15 +23,12 @@ LEFTOVERS = ("best.safetensors.unfinished", "last.safetensors.unfinished", "metr
 
 def rows(out_dir: Path) -> list[dict[str, Any]]:
     """Return the metrics without what differs from day to day."""
-    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(out_dir)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     for name in ("best.safetensors", "last.safetensors"):
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+        assert same_tensors(one, other, name)
         infos = [checkpoints.load(folder / name).info for folder in (one, other)]
         progress = [info.progress.model_dump(exclude={"seconds"}) for info in infos]
         assert progress[0] == progress[1]

@@ -265,8 +265,8 @@ def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(Failure) as caught:
         load(tmp_path / "mine")
     assert str(caught.value) == (
-        f"{tmp_path / 'mine'}: no data set here; prepare it first: python prepare.py mine (a recipe) "
-        "or python prepare.py FILE --name=mine"
+        f"{tmp_path / 'mine'}: no data set here; prepare it first: python prepare.py mine --data_dir={tmp_path} "
+        f"(a recipe) or python prepare.py FILE --name=mine --data_dir={tmp_path}"
     )
 
 

@@ -1,6 +1,5 @@
 """What train.py promises: steps, checkpoints, metrics, reproducible numbers, and clear ends."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import prepare_text, some_text, tiny_settings
+from conftest import contents, prepare_text, read_metrics, same_tensors, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.batches import window_starts
 from glyphgpt.commandline import parse
@@ -24,8 +23,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 def rows(out_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return [row for row in read_metrics(out_dir) if row["kind"] == kind]
 
 
 def validation_losses(out_dir: Path) -> dict[int, float]:
@@ -34,15 +32,6 @@ def validation_losses(out_dir: Path) -> dict[int, float]:
 
 def last_tensors(out_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(out_dir / "last.safetensors")
-
-
-def same_tensors(one: Path, other: Path, name: str = "last.safetensors") -> bool:
-    first, second = load_file(one / name), load_file(other / name)
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

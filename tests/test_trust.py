@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import train
-from conftest import ROOT, as_flags, prepare_text, script, some_text, tiny_settings
+from conftest import ROOT, as_flags, contents, prepare_text, same_tensors, script, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.settings import TrainSettings
@@ -21,15 +21,8 @@ from glyphgpt.settings import TrainSettings
 CHECKPOINTS = ("best.safetensors", "last.safetensors")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    for name in CHECKPOINTS:
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert all(same_tensors(one, other, name) for name in CHECKPOINTS)
 
 
 def one_error(settings: TrainSettings, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
