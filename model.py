@@ -194,7 +194,7 @@ class CausalSelfAttention(nn.Module):
             q,
             k,
             v,
-            attn_mask=causal_mask(T, k.size(2), x.device) if start else None,
+            attn_mask=causal_mask(T, k.size(2), x.device) if start and T > 1 else None,  # one query sees all keys
             is_causal=start == 0,
             dropout_p=self.dropout if self.training else 0.0,
         )  # (B, H, T, D)

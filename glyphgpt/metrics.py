@@ -1,6 +1,5 @@
 """What a run tells while it trains: metrics.jsonl, and optional trackers."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -122,9 +121,13 @@ def check_trackers(settings: TrainSettings) -> None:
     Raises:
         UsageError: one is not.
     """
-    for package in ("tensorboard", "wandb"):
-        if getattr(settings, package) and importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package} = true needs: pip install 'glyphgpt[{package}]'")
+    try:
+        if settings.tensorboard:
+            import tensorboard  # noqa: F401, PLC0415
+        if settings.wandb:
+            import wandb  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise UsageError(f"{error.name} = true needs: pip install 'glyphgpt[{error.name}]'") from error
 
 
 def numbers(row: Row) -> Row:

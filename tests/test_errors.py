@@ -98,7 +98,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(text: str) -> None:
     [("raise Failure('disk on fire')", 1, "error: disk on fire\n"), ("raise SystemExit(7)", 7, "")],
 )
 def test_the_end_is_told_even_when_nobody_reads_the_output(code: str, status: int, words: str) -> None:
-    assert run(f"print('x')\n{code}", close_output=True) == (status, words)
+    assert run(f"print('x', end='')\n{code}", close_output=True) == (status, words)
 
 
 def test_any_character_can_be_shown_on_any_console() -> None:

@@ -71,7 +71,7 @@ def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_names_the_command(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError) as error:
         check_trackers(tiny_settings(tmp_path, tmp_path, **{package: True}))
     assert str(error.value) == f"{package} = true needs: pip install 'glyphgpt[{package}]'"

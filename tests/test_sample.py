@@ -162,7 +162,7 @@ def test_score_is_the_loss_that_evaluation_tells(
     run: Path, data_dir: Path, ask: Ask, tmp_path: Path, capsys: Capture
 ) -> None:
     train.main(tiny_settings(data_dir, run, eval_only=True, eval_tokens=0))
-    evaluated = capsys.readouterr().out
+    evaluated = capsys.readouterr().out.partition(": validation ")[2]
     validation_text = some_text(6000)[5400:]
     file = tmp_path / "validation.txt"
     file.write_bytes(validation_text.encode())
