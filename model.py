@@ -151,6 +151,14 @@ class ReLUSquared(nn.Module):
         return F.relu(x).square()
 
 
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square (Zhang & Sennrich 2019); the gain takes the precision of what it scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same shape."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_position(config: GPTConfig) -> nn.Module:
     """Return what tells embeddings their positions."""
     if config.position == "learned":
@@ -161,7 +169,7 @@ def make_position(config: GPTConfig) -> nn.Module:
 def make_norm(config: GPTConfig) -> nn.Module:
     """Return the normalisation over channels that the config names."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd)
+        return RMSNorm(config.n_embd)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -174,8 +182,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.query_norm = nn.RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
         self.rotary = Rotary(config) if config.position == "rotary" else NoRotation()
         self.residual_dropout = nn.Dropout(config.dropout)
 
