@@ -20,6 +20,7 @@ check: $(VENV)/installed-dev
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and a few small packages; this can take minutes"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 

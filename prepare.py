@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from glyphgpt.commandline import parse
 from glyphgpt.corpus import Text, fetch, open_text, read_recipe
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import PrepareSettings
 from glyphgpt.shards import FORMAT, META, Meta, ShardWriter, SourceMeta, SplitMeta, read_meta, write_dataset
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
@@ -133,8 +133,8 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
     for name, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
             raise Failure(
-                f"{', '.join(text.names)}: too short: of {survey.characters} characters, {split.tokens} tokens "
-                f"fall to {name}, which needs 2 to predict anything; use more text"
+                f"{', '.join(text.names)}: too short: {survey.characters} characters leave too few tokens for {name} "
+                f"({split.tokens}, and predicting takes 2); use more text"
             )
     meta = Meta(
         format=FORMAT,
@@ -164,6 +164,8 @@ class Survey:
 
         def pieces() -> Iterator[str]:
             for piece in text.read(on_chunk):
+                if self.characters == 0 and piece.startswith("\ufeff"):
+                    warn("the text begins with a byte order mark; --encoding=utf-8-sig leaves it out")
                 self.characters += len(piece)
                 yield piece
 

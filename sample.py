@@ -5,8 +5,8 @@
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
     python sample.py out/quick --score=my.txt
 
-A checkpoint carries its vocabulary, so one file is all that this needs. The context grows to the model's
-block_size tokens; then its older half is let go of, and it grows again.
+A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is all that this needs. The context grows
+to the model's block_size tokens; then its older half is let go of, and it grows again.
 """
 
 import sys
@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: help and
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,8 @@ class Sampler:
     def interact(self) -> None:
         """Ask for text and go on from all that was said before, again and again."""
         print("Type a text to go on from; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
+        with suppress(ImportError):
+            import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
         history = np.array([first_token(self.tokenizer)])
         end_of_line = "" if self.tokenizer.unknown("\n") else "\n"
         opening = self.prompt()
@@ -136,7 +139,8 @@ class Sampler:
             block_size=self.model.config.block_size,
             batch_size=16,
         )
-        print(f"{self.settings.score}: {len(tokens):,} tokens, {score}")
+        left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
+        print(f"{self.settings.score}: {len(tokens):,} tokens{left_out}, {score}")
 
     def generate(self, prompt: Tokens, seed: int) -> Iterator[list[int]]:
         """Yield the next token of every sample, in turn."""

@@ -12,8 +12,9 @@ import sys
 
 from glyphgpt.commandline import parse
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
-from glyphgpt.settings import Action, TrainSettings
+from glyphgpt.settings import Action, Optimization, TrainSettings
 
+SILENCE_SECONDS = 15  # at most, where there is no progress bar
 USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
@@ -22,8 +23,9 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: help and
 
 import math
 import shlex
+import signal
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -160,26 +162,22 @@ class Trainer:
         self.preflight()
         settings, progress = self.settings, self.progress
         self.started = time.perf_counter() - progress.seconds
-        stop = StopRequest()
-        metrics = Metrics(settings, keep_steps=progress.step if resumed else -1) if self.runtime.is_main else None
+        stop, stopping = StopRequest(), False
+        metrics = Metrics(settings, keep_steps=progress.step if resumed else -1, silent=not self.runtime.is_main)
         hidden = None if self.runtime.is_main else True  # None hides the bar where there is no terminal
         bar = tqdm(total=settings.max_steps, initial=progress.step, unit="step", disable=hidden)
-        with stop.listening(), bar:
+        with stop.listening(), closing(metrics), bar:
             self.forward = self.make_forward()
             if not resumed:
                 self.evaluate_and_save(metrics)
-            while progress.step < settings.max_steps and not self.out_of_patience():
+            while progress.step < settings.max_steps and not stopping and not self.out_of_patience():
                 update, stopping = self.update(stop)
                 self.tell(update, bar, metrics)
                 if progress.step % settings.eval_every == 0 or progress.step == settings.max_steps:
                     self.evaluate_and_save(metrics)
                 elif stopping or (settings.save_every and progress.step % settings.save_every == 0):
                     self.save(LAST)
-                if stopping:
-                    break
-        if metrics:
-            metrics.close()
-        self.farewell(stop)
+        self.farewell(stop.signal or signal.SIGTERM if stopping else None)
 
     def open_run(self) -> bool:
         """Make the run's folder ready, never over another run's files; load its last checkpoint to resume.
@@ -192,6 +190,8 @@ class Trainer:
         """
         settings, out_dir = self.settings, self.out_dir
         if settings.resume:
+            if not (out_dir / LAST).exists():
+                raise Failure(f"{out_dir}: no run to resume here; leave --resume out to begin one")
             self.restore(checkpoints.load(out_dir / LAST))
         elif any((out_dir / name).exists() for name in (BEST, LAST)):
             if not settings.overwrite:
@@ -223,11 +223,17 @@ class Trainer:
                 raise Failure(
                     f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings"
                 )
-        if checkpoint.info.data != self.dataset.meta.fingerprint:
+        was, now = checkpoint.info.settings, self.settings.model_dump()
+        decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
+        changed = [f"{key} {was.get(key)} -> {now[key]}" for key in now if key in decisive and was.get(key) != now[key]]
+        if changed and self.runtime.is_main:
+            warn(f"settings changed since the run began: {', '.join(changed)}")
+        if checkpoint.info.data != self.dataset.meta.fingerprint and self.runtime.is_main:
             warn(f"{self.dataset.folder} is not the data that the run began with; it goes on, but not exactly")
         self.model.load_state_dict(checkpoint.model)
         checkpoints.restore_optimizers(self.model, self.optimizers, checkpoint)
-        self.scaler.load_state_dict(checkpoint.info.scaler)
+        if checkpoint.info.scaler:  # the run may have begun in another precision
+            self.scaler.load_state_dict(checkpoint.info.scaler)
         self.progress = checkpoint.info.progress
 
     def preflight(self) -> None:
@@ -284,13 +290,15 @@ class Trainer:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # from 65,536: one halving after another
+            raise diverged(step + 1, "gradients at every scale", "after many updates left out")
         self.progress.step += 1
         return Update(loss, grad_norm, rate), stops > 0
 
     def gradients(self, sequences: Tensor) -> float:
-        """Add up the gradients of the mean loss over sequences, batch_size at a time, and return that loss."""
+        """Add up the gradients of the mean loss over sequences, batch_size or fewer at a time; return the loss."""
         total = torch.zeros((), device=self.runtime.device)
-        parts = torch.split(sequences, self.settings.batch_size)
+        parts = torch.tensor_split(sequences, math.ceil(len(sequences) / self.settings.batch_size))
         for number, part in enumerate(parts, start=1):
             wait = self.runtime.world_size > 1 and number < len(parts)  # processes exchange gradients once
             with self.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]
@@ -300,20 +308,22 @@ class Trainer:
             total += loss.detach()
         return total.item()
 
-    def tell(self, update: Update, bar: "tqdm[Any]", metrics: Metrics | None) -> None:
+    def tell(self, update: Update, bar: "tqdm[Any]", metrics: Metrics) -> None:
         """Show an update on the progress bar, and log it when it is time."""
         step, tokens = self.progress.step, self.sequences * self.settings.block_size
         speed = bar.format_dict["rate"] or 0.0
         bar.set_postfix_str(f"loss {update.loss:.3f}, {speed * tokens:,.0f} tokens/s", refresh=False)
         bar.update()
-        if metrics and step % self.settings.log_every == 0:
+        if bar.disable and time.perf_counter() - self.told > SILENCE_SECONDS:
+            self.say(f"step {step:,}: training loss {update.loss:.3f}")
+        if step % self.settings.log_every == 0:
             metrics.write("train", step, **asdict(update), tokens=step * tokens, seconds=self.seconds())
 
     def seconds(self) -> float:
         """Return the time spent on this run, in this process and those before it."""
         return round(time.perf_counter() - self.started, 3)
 
-    def evaluate_and_save(self, metrics: Metrics | None) -> None:
+    def evaluate_and_save(self, metrics: Metrics) -> None:
         """Score the validation split, log it, keep the best weights, save the last, and show a sample.
 
         Raises:
@@ -330,9 +340,8 @@ class Trainer:
         )
         if not math.isfinite(score.loss):
             raise diverged(progress.step, f"validation loss {score.loss}", "before saving")
-        if metrics:
-            tokens = progress.step * self.sequences * settings.block_size
-            metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
+        tokens = progress.step * self.sequences * settings.block_size
+        metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
         better = score.loss < progress.best_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         if better:  # before last.safetensors, which would otherwise promise a best that is not there
@@ -382,23 +391,24 @@ class Trainer:
         """Tell whether the validation loss has not improved for `patience` evaluations."""
         return 0 < self.settings.patience <= self.progress.evaluations_since_best
 
-    def farewell(self, stop: StopRequest) -> None:
+    def farewell(self, stopped_by: signal.Signals | None) -> None:
         """Say how the run ended and what to do next; a signal becomes the exit status."""
         progress, out_dir = self.progress, self.out_dir
         resume = f"python train.py {shlex.quote(str(out_dir / 'config.toml'))} --resume"
+        if stopped_by and progress.step < self.settings.max_steps:
+            self.say(f"stopped by {stopped_by.name} at step {progress.step:,}, saved; go on with: {resume}")
+            raise SystemExit(128 + stopped_by)
         if self.out_of_patience():
             self.say(f"stopped at step {progress.step:,}: no better loss in {self.settings.patience} evaluations")
-        if stop.signal and progress.step < self.settings.max_steps:
-            self.say(f"stopped by {stop.signal.name} at step {progress.step:,}, saved; go on with: {resume}")
-            raise SystemExit(128 + stop.signal)
-        self.say(
-            f"best validation loss {progress.best_loss:.4f}; sample it: python sample.py {shlex.quote(str(out_dir))}"
-        )
+            self.say(f"go on all the same: {resume} --patience=0")
+        sample = f"python sample.py {shlex.quote(str(out_dir))}"
+        self.say(f"best validation loss {progress.best_loss:.4f}; sample it: {sample}")
         if progress.step >= self.settings.max_steps:
             self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
 
     def say(self, text: str) -> None:
         """Print, from one process only, without breaking the progress bar."""
+        self.told = time.perf_counter()
         if self.runtime.is_main:
             tqdm.write(text)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glyphgpt.shards import Split
 
-RESIDENT_BYTES = 1 << 30  # a text up to this size is kept on the device whole
+RESIDENT_BYTES = 1 << 30  # a split up to this size on disk is kept on the device whole
 
 
 def windows_per_epoch(tokens: int, block_size: int) -> int:
@@ -59,9 +59,10 @@ class Windows:
     def at(self, starts: NDArray[np.int64], length: int) -> Tensor:
         """Return the `length` tokens from each start on, int64 of shape (len(starts), length)."""
         if self._resident is None:
-            rows = torch.from_numpy(np.stack([self.split.slice(start, start + length) for start in starts]))
+            cut = [self.split.slice(start, start + length) for start in starts]
+            rows = torch.from_numpy(np.stack(cut).astype(np.int64))
             if self.device.type == "cuda":
                 rows = rows.pin_memory()
-            return rows.to(self.device, non_blocking=True).long()
+            return rows.to(self.device, non_blocking=True)
         index = torch.from_numpy(starts).to(self.device)[:, None] + torch.arange(length, device=self.device)
         return self._resident[index].long()

@@ -168,7 +168,7 @@ def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             info = _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
             wanted = [name for name in file.keys() if with_optimizer or name.startswith("model.")]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in wanted}
+            tensors = {name: file.get_tensor(name).clone() for name in wanted}  # off the file, which is replaced
     except FileNotFoundError as error:
         raise Failure(f"{path}: no checkpoint there") from error
     except OSError as error:

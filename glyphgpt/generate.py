@@ -86,7 +86,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """Go on from a prompt (T,), T at least 1, and yield the next token of every sample, (num_samples,), in turn.
 
-    The model is in evaluation mode. The same seed gives the same tokens with and without the cache.
+    The model is in evaluation mode. In float32, the same seed gives the same tokens with and without cache.
     """
     random = torch.Generator(prompt.device).manual_seed(seed)
     length, start = len(prompt), context_start(len(prompt), block_size)

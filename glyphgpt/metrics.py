@@ -138,10 +138,13 @@ def numbers(row: Row) -> Row:
 class Metrics:
     """Every tracker that the settings ask for, as one."""
 
-    def __init__(self, settings: TrainSettings, *, keep_steps: int) -> None:
-        """Open them; rows after step `keep_steps` are to come again."""
+    def __init__(self, settings: TrainSettings, *, keep_steps: int, silent: bool = False) -> None:
+        """Open them, or none if `silent`; rows after step `keep_steps` are to come again."""
+        self._trackers: list[Tracker] = []
+        if silent:
+            return
         folder = Path(settings.out_dir)
-        self._trackers: list[Tracker] = [MetricsFile(folder, keep_steps=keep_steps)]
+        self._trackers.append(MetricsFile(folder, keep_steps=keep_steps))
         if settings.tensorboard:
             self._trackers.append(TensorBoard(folder, keep_steps=keep_steps))
         if settings.wandb:

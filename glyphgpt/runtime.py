@@ -61,8 +61,8 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        if world_size > 1:
-            chosen = choose_device(f"cuda:{local_rank}")  # a GPU for each process of this machine
+        # torch wants an index here; under torchrun each process of this machine has a GPU of its own
+        chosen = choose_device(f"cuda:{local_rank if world_size > 1 else chosen.index or 0}")
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
@@ -114,6 +114,8 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
         compiled = torch.compile(model)
         with runtime.autocast():
             compiled(*example).backward()
+    except torch.OutOfMemoryError:  # no fault of the compiler's
+        raise
     except Exception as error:  # whatever breaks inside the compiler, eager still trains
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warn(f"torch.compile failed ({reason[0][:200]}); going on without it, slower")
@@ -126,7 +128,8 @@ def parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     """Wrap a model so that its gradients are averaged over all processes."""
     if runtime.world_size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
+    devices = [runtime.device] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # they never change
 
 
 class StopRequest:
@@ -148,7 +151,7 @@ class StopRequest:
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        os.write(2, b"\nfinishing this step; once more stops at once\n")  # print could meet itself halfway
+        os.write(2, b"\nstopping and saving after this step; once more stops at once\n")  # print is not reentrant
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

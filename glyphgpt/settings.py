@@ -87,7 +87,7 @@ class Optimization(Settings):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from learning_rate after the warm-up to min_lr at max_steps."""
     weight_decay: NotNegative = 0.1
-    """AdamW's weight decay; matrices only."""
+    """AdamW's weight decay; on matrices and embeddings only."""
     beta1: Fraction = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: Fraction = 0.99

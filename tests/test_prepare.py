@@ -207,12 +207,12 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         (b"", "the text is empty; there is nothing to learn from"),
         (
             b"a",
-            "FILE: too short: of 1 characters, 0 tokens fall to training, which needs 2 to predict anything; "
+            "FILE: too short: 1 characters leave too few tokens for training (0, and predicting takes 2); "
             "use more text",
         ),
         (
             b"abcdefghij",
-            "FILE: too short: of 10 characters, 1 tokens fall to validation, which needs 2 to predict anything; "
+            "FILE: too short: 10 characters leave too few tokens for validation (1, and predicting takes 2); "
             "use more text",
         ),
         (b"\x89PNG\r\n" * 9, f"FILE: byte 0x89 at offset 0 {NO_TEXT}"),

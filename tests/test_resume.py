@@ -176,7 +176,7 @@ def test_killed_and_signalled_processes_go_on_to_the_same_bits(data_dir: Path, t
 
 
 def test_resume_with_nothing_there_says_so(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"^.*last\.safetensors: no checkpoint there.*$"):
+    with pytest.raises(Failure, match=r"^.*: no run to resume here; leave --resume out to begin one$"):
         train.main(tiny_settings(data_dir, tmp_path / "nothing", resume=True))
     assert not (tmp_path / "nothing").exists()
 
@@ -258,3 +258,22 @@ def test_a_changed_text_of_the_same_vocabulary_gets_a_warning(
     assert "warning: " in (said := capsys.readouterr().err)
     assert f"{tmp_path / 'small'} is not the data that the run began with" in said
     assert checkpoints.load(tmp_path / "run" / "last.safetensors").info.progress.step == 20
+
+
+def test_settings_that_change_what_comes_are_told(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=3))
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=4, resume=True))
+    assert "settings changed" not in capsys.readouterr().err
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=5, seed=7, dropout=0.2, resume=True))
+    said = capsys.readouterr().err
+    assert "warning: settings changed since the run began: " in said
+    assert "seed 1337 -> 7" in said
+    assert "dropout 0.0 -> 0.2" in said
+
+
+def test_a_run_may_go_on_in_another_precision(data_dir: Path, tmp_path: Path) -> None:
+    for steps, dtype in ((2, "float32"), (4, "float16"), (6, "bfloat16")):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, dtype=dtype, resume=steps > 2))
+    assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 6

@@ -288,3 +288,15 @@ def test_compilation_on_a_gpu_keeps_the_loss(capsys: pytest.CaptureFixture[str])
     assert compiled is not model
     assert capsys.readouterr().err == ""
     assert compiled(inputs, targets).item() == pytest.approx(model(inputs, targets).item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_gpu_is_chosen_by_its_number(name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    with start(name, "float32") as runtime:
+        assert runtime.device == torch.device(expected)
+    assert chosen == [torch.device(expected)]

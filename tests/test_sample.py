@@ -170,7 +170,8 @@ def test_score_is_the_loss_that_evaluation_tells(
     file.write_bytes("qz字".join(validation_text).encode())
     with pytest.raises(Failure, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
         ask(score=str(file))
-    assert ask(score=str(file), unknown="skip") == f"{file}: 600 tokens, {evaluated}"
+    left_out = "(1,797 unknown characters left out)"
+    assert ask(score=str(file), unknown="skip") == f"{file}: 600 tokens {left_out}, {evaluated}"
 
 
 def test_score_reads_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
