@@ -12,6 +12,7 @@ it. The first part trains, the last (val_fraction) validates; decoding both give
 import hashlib
 import itertools
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
         if (meta.source.sha256, meta.tokenizer["kind"]) == (recipe.source.sha256, recipe.tokenizer):
-            print(f"{folder} is prepared already; next: {next_step(name)}")
+            print(f"{folder} is prepared already; next: {next_step(folder)}")
             return
     file = fetch(recipe.source, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
@@ -223,14 +224,16 @@ def report(meta: Meta, folder: Path) -> None:
         f"{folder}: {characters:,} characters, {tokens:,} tokens "
         f"({meta.train.tokens:,} to train, {meta.val.tokens:,} to validate)\n"
         f"vocabulary: {meta.vocab_size:,} ({meta.tokenizer['kind']}), {characters / tokens:.2f} characters per token\n"
-        f"next: {next_step(folder.name)}"
+        f"next: {next_step(folder)}"
     )
 
 
-def next_step(name: str) -> str:
+def next_step(folder: Path) -> str:
     """Return the command that trains on a data set."""
-    config = "" if name == "shakespeare_char" else f" --dataset={name} --out_dir=out/{name}"
-    return f"python train.py config/quick.toml{config}"
+    name = folder.name
+    dataset = "" if name == "shakespeare_char" else f" --dataset={name} --out_dir=out/{name}"
+    place = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
+    return f"python train.py config/quick.toml{dataset}{place}"
 
 
 if __name__ == "__main__":

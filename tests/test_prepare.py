@@ -190,7 +190,7 @@ def test_what_is_reported(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == (
         f"{tmp_path / 'data' / 'mine'}: 2,000 characters, 3,500 tokens (3,300 to train, 200 to validate)\n"
         "vocabulary: 256 (byte), 0.57 characters per token\n"
-        "next: python train.py config/quick.toml --dataset=mine --out_dir=out/mine\n"
+        f"next: python train.py config/quick.toml --dataset=mine --out_dir=out/mine --data_dir={tmp_path / 'data'}\n"
     )
 
 
@@ -387,7 +387,7 @@ def test_a_recipe_that_is_prepared_already_is_left_alone(
     run(recipe.stem)
     assert capsys.readouterr().out == (
         f"{tmp_path / 'data' / 'known'} is prepared already; "
-        "next: python train.py config/quick.toml --dataset=known --out_dir=out/known\n"
+        f"next: python train.py config/quick.toml --dataset=known --out_dir=out/known --data_dir={tmp_path / 'data'}\n"
     )
     assert snapshot(tmp_path / "data") == before
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "data" / "known").iterdir())] == times
