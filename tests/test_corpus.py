@@ -127,7 +127,7 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
         f"{tmp_path / 'shakespeare_char'}: 1,115,394 characters, 1,115,394 tokens "
         "(1,003,854 to train, 111,540 to validate)\n"
         "vocabulary: 65 (char), 1.00 characters per token\n"
-        "next: python train.py config/quick.toml\n"
+        f"next: python train.py config/quick.toml --data_dir={tmp_path}\n"
     )
     dataset = load_dataset(tmp_path / "shakespeare_char", tmp_path)
     assert dataset.train.slice(0, 10).tolist() == [18, 47, 56, 57, 58, 1, 15, 47, 58, 47]
