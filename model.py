@@ -5,7 +5,8 @@ D head size (C / H), V vocabulary, S time of the keys (T, and before it what a c
 
 The form is GPT-2's (Radford et al. 2019, https://github.com/openai/gpt-2): learned positions, blocks of
 pre-LayerNorm attention and GELU MLP on a residual stream, a head tied to the token embedding. The switches of
-`GPTConfig` choose small modules once, in the constructors; `forward` knows nothing of them.
+`GPTConfig` choose small modules once, in the constructors; `forward` knows nothing of them. What they cost and gain
+in time and loss is in bench/LOG.md.
 """
 
 import math
@@ -15,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+EXPLICIT_ATTENTION = 256  # tokens of context, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,14 @@ class GPTConfig:
     activation: Literal["gelu", "relu2"]
     qk_norm: bool
     tie_embeddings: bool
+    ngram: int
+    ngram_rows: int
+    token_shift: bool
+    init: Literal["gpt2", "zero"]
 
     def __post_init__(self) -> None:
-        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+        sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd, self.ngram, self.ngram_rows)
+        if min(sizes) < 1:
             raise ValueError("every size must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
@@ -66,6 +74,55 @@ class LayerCache:
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Cache:
+    """What a model remembers of the tokens it has seen, to go on without reading them again."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Begin empty; there is room for block_size tokens."""
+        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+        self.recent: Tensor | None = None
+        """The last tokens, (B, up to ngram), as far as embeddings look back."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens have been seen."""
+        return self.layers[0].length
+
+
+class NGramEmbedding(nn.Module):
+    """Vectors for the last 2, 3, ... ngram tokens taken together, from one hashed table for each number.
+
+    The Byte Latent Transformer's hash n-gram embeddings (Pagnoni et al. 2024, section 3.2.1): memory that costs
+    hardly any computation. Tokens before the window count as one more token, of its own.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.rows = config.ngram_rows
+        self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
+
+    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Add to the embeddings x (B, T, C) of tokens (B, T), and normalise the sum."""
+        key = tokens + 1  # 0 stands before the window
+        for back, table in enumerate(self.tables, start=1):
+            earlier = F.pad(tokens + 1, (back, 0))[:, : tokens.size(1)]
+            key = key * 1_000_003 + earlier  # a rolling hash (Karp & Rabin 1987); overflow does no harm
+            x = x + table(key % self.rows)
+        return F.rms_norm(x, x.shape[-1:])
+
+
+class TokenShift(nn.Module):
+    """Adds to each token's vector a learned share, channel by channel, of the one before (RWKV, Peng et al. 2023)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C); nothing comes before the first token."""
+        return x + self.share.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, : x.size(1)]
 
 
 class LearnedPosition(nn.Module):
@@ -122,9 +179,10 @@ class Rotary(nn.Module):
     sin: Tensor
 
     def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x (B, H, T, D), whose first token stands at `start`; channels i and i + D/2 form a pair."""
-        cos, sin = (table[start : start + x.size(2)].to(x.dtype) for table in (self.cos, self.sin))
-        first, second = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
+        """Rotate x (B, T, ..., D), whose first token stands at `start`; channels i and i + D/2 form a pair."""
+        shape = (x.size(1), *(1,) * (x.dim() - 3), -1)  # (T, 1, ..., D / 2)
+        cos, sin = (table[start : start + x.size(1)].to(x.dtype).view(shape) for table in (self.cos, self.sin))
+        first, second = x.chunk(2, dim=-1)  # (B, T, ..., D / 2) each
         return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
@@ -132,7 +190,7 @@ class NoRotation(nn.Module):
     """Leaves queries and keys as they are: their positions came with the embeddings."""
 
     def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
-        """Return x (B, H, T, D)."""
+        """Return x."""
         return x
 
 
@@ -151,12 +209,12 @@ class ReLUSquared(nn.Module):
         return F.relu(x).square()
 
 
-class RMSNorm(nn.RMSNorm):
-    """Division by the root mean square (Zhang & Sennrich 2019); the gain takes the precision of what it scales."""
+class RMSNorm(nn.Module):
+    """Division by the root mean square (Zhang & Sennrich 2019), without a gain: the matrices after it can learn it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same shape."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:])
 
 
 def make_position(config: GPTConfig) -> nn.Module:
@@ -169,7 +227,7 @@ def make_position(config: GPTConfig) -> nn.Module:
 def make_norm(config: GPTConfig) -> nn.Module:
     """Return the normalisation over channels that the config names."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd)
+        return RMSNorm()
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -182,32 +240,35 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.query_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.rotary = Rotary(config) if config.position == "rotary" else NoRotation()
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C); a cache holds the tokens before these, and takes these in."""
         B, T, C = x.shape
-        start = cache.length if cache else 0
-        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
-        q = self.rotary(self.query_norm(q), start)
-        k = self.rotary(self.key_norm(k), start)
+        qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
+        q, k = self.rotary(self.qk_norm(qk), cache.length if cache else 0).unbind(2)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v.squeeze(2)))  # (B, H, T, D) each
         if cache:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        # softmax(q k^T / sqrt(D)) v, where query t sees keys 0 ... start + t
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=causal_mask(T, k.size(2), x.device) if start and T > 1 else None,  # one query sees all keys
-            is_causal=start == 0,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B, H, T, D)
-        mixed = mixed.transpose(1, 2).reshape(B, T, C)
-        return self.residual_dropout(self.out(mixed))
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.residual_dropout(self.out(mixed.transpose(1, 2).reshape(B, T, C)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D), where the last query sees all S keys, the one before S - 1 ...
+
+    On a CPU, short contexts are faster written out than in torch's fused attention, whose backward pass there
+    makes many tiny products.
+    """
+    T, S, D = q.size(2), k.size(2), q.size(3)
+    if q.device.type == "cpu" and 1 < T <= EXPLICIT_ATTENTION and T == S:
+        scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
+        weights = scores.masked_fill(~causal_mask(T, S, q.device), -torch.inf).softmax(-1)
+        return F.dropout(weights, dropout) @ v
+    mask = causal_mask(T, S, q.device) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
@@ -253,15 +314,21 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngram_embedding = NGramEmbedding(config) if config.ngram > 1 else None
+        self.token_shift = TokenShift(config) if config.token_shift else None
         self.position = make_position(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._initialize()
+        self.lookback = config.ngram - 1 + config.token_shift
+        if config.init == "gpt2":
+            self._initialize_as_gpt2()
+        else:
+            self._initialize_with_zeros()
 
-    def _initialize(self) -> None:
-        """GPT-2's: normal of 0.02, smaller where blocks write to the residual stream; biases zero."""
+    def _initialize_as_gpt2(self) -> None:
+        """Normal of 0.02, smaller where blocks write to the residual stream; biases zero."""
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -270,16 +337,41 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def new_cache(self) -> list[LayerCache]:
-        """Return an empty cache for `next_logits`."""
-        return [LayerCache(self.config.block_size) for _ in self.blocks]
+    def _initialize_with_zeros(self) -> None:
+        """Zero for all that writes to the residual stream or the logits, so that the network starts as its embedding.
 
-    def hidden(self, tokens: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+        Zhang et al. 2019 (Fixup) and Yang et al. 2022 (muP, appendix D.2) found this to train well.
+        """
+        for name, parameter in self.named_parameters():
+            if name.startswith("token_embedding"):
+                nn.init.normal_(parameter)
+            elif name.endswith(("qkv.weight", "up.weight")):
+                nn.init.normal_(parameter, std=0.5 / math.sqrt(self.config.n_embd))
+            elif parameter.dim() >= 2 or name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache for `next_logits`."""
+        return Cache(self.config)
+
+    def embed(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Map tokens (B, T), after those that a cache has seen, to the residual stream's beginning (B, T, C)."""
+        T = tokens.size(1)
+        if cache and self.lookback:
+            seen = tokens if cache.recent is None else torch.cat((cache.recent, tokens), dim=1)
+            tokens, cache.recent = seen, seen[:, -self.lookback :]
+        x = self.token_embedding(tokens)
+        if self.ngram_embedding:
+            x = self.ngram_embedding(tokens, x)
+        if self.token_shift:
+            x = self.token_shift(x)
+        return x[:, -T:]
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Run the blocks: tokens (B, T) to the normalised residual stream (B, T, C)."""
-        x = self.token_embedding(tokens)  # (B, T, C)
-        x = self.dropout(self.position(x, cache[0].length if cache else 0))
+        x = self.dropout(self.position(self.embed(tokens, cache), cache.length if cache else 0))
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache[layer] if cache else None)
+            x = block(x, cache.layers[layer] if cache else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -296,7 +388,7 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def next_logits(self, tokens: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits (B, V) of the token after these (B, T).
 
         With a cache, `tokens` are only those that it has not seen yet; together they are at most block_size.

@@ -1,13 +1,17 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from glyphgpt.settings import Optimization
+
+TABLE_FACTOR = 4.0
 
 
 def learning_rate(step: int, settings: Optimization) -> float:
@@ -27,24 +31,89 @@ def learning_rate(step: int, settings: Optimization) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times its own factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
+
+
+class Muon(Optimizer):
+    """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Updates are scaled to the size that AdamW's usually have, so that both take one learning rate and weight decay
+    (Liu et al. 2025, "Muon is scalable for LLM training"). Unlike torch.optim.Muon it makes all matrices of one shape
+    orthogonal in one batch, which for small ones is several times faster.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
+        """Take matrices, or groups of them."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Do one update; a closure is not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's look ahead
+        update = orthogonal(torch.stack(tuple(ahead)))
+        rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Return for each matrix (..., M, N) one with nearly its singular vectors and singular values near 1.
+
+    Five Newton-Schulz iterations with Jordan's coefficients, in bfloat16, along the shorter side.
+    """
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def make_optimizers(model: nn.Module, settings: Optimization) -> list[Optimizer]:
-    """Return the optimizers that together update every parameter: AdamW (Loshchilov & Hutter 2017).
+    """Return the optimizers that together update every parameter: AdamW (Loshchilov & Hutter 2017), and Muon if set.
 
-    Weight decay acts on matrices and embeddings only, not on biases and the gains of norms.
+    Weight decay acts on matrices and embeddings only, not on biases and the gains of norms. Rows of n-gram tables,
+    which few tokens touch, learn TABLE_FACTOR times as fast.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {name for name, p in parameters.items() if p.dim() >= 2}
+    tables = {name for name in matrices if name.startswith("ngram_embedding.")}
+    muon = {name for name in matrices if name.startswith("blocks.") and settings.optimizer == "muon"}
+
+    def group(names: set[str], weight_decay: float, lr_factor: float = 1.0) -> dict[str, Any]:
+        chosen = [parameter for name, parameter in parameters.items() if name in names]
+        return {"params": chosen, "weight_decay": weight_decay, "lr_factor": lr_factor}
+
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        group(matrices - tables - muon, settings.weight_decay),
+        group(parameters.keys() - matrices, 0.0),
+        group(tables, settings.weight_decay, TABLE_FACTOR),
     ]
     betas = (settings.beta1, settings.beta2)
-    return [AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)]
+    adamw = AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    return [adamw, Muon([group(muon, settings.weight_decay)], settings.learning_rate)] if muon else [adamw]
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

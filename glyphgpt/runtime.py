@@ -98,6 +98,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the precision of that name, or for "auto" the fastest that trains well on the device."""
     if name != "auto":
         return getattr(torch, name)
+    if device.type == "cpu":  # emulated, bfloat16 would be the slower one
+        native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # torch 2.9 cannot tell
+        return torch.bfloat16 if native else torch.float32
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

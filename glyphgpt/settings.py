@@ -66,6 +66,15 @@ class Network(Settings):
     """Normalise queries and keys, which allows higher learning rates."""
     tie_embeddings: bool = True
     """Use the token embedding as the output head too."""
+    ngram: Count = 1
+    """Above 1: embed the last 2, 3, ... n tokens together too, from hashed tables. Much memory, hardly any
+    computation, and far fewer steps to a good loss."""
+    ngram_rows: Count = 16384
+    """Rows of each of these tables."""
+    token_shift: bool = False
+    """Mix into each token's embedding a learned share of the one before."""
+    init: Literal["gpt2", "zero"] = "gpt2"
+    """Weights to begin with: GPT-2's, or zero for all that writes to the residual stream or the logits."""
 
 
 class Optimization(Settings):
@@ -78,6 +87,8 @@ class Optimization(Settings):
     processes share them."""
     max_steps: CountOrZero = 2000
     """Number of updates."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for every weight, or Muon for the blocks' matrices and AdamW for the rest."""
     learning_rate: Positive = 1e-3
     """Highest learning rate."""
     min_lr: NotNegative = 1e-4
@@ -157,6 +168,8 @@ class TrainSettings(Action, Machine, Watching, Optimization, Network, Files):  #
             yield f"position = 'rotary' needs an even head size; n_embd / n_head is {self.n_embd // self.n_head}"
         if self.position == "sinusoidal" and self.n_embd % 2:
             yield f"position = 'sinusoidal' needs an even n_embd, not {self.n_embd}"
+        if self.init == "zero" and self.tie_embeddings:
+            yield "init = 'zero' begins with a head of zeros, which the embedding cannot be; add tie_embeddings = false"
         if self.min_lr > self.learning_rate:
             yield f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}"
         if self.eval_tokens == 1:

@@ -44,6 +44,10 @@ def tiny_config(**changes: object) -> GPTConfig:
         "activation": "gelu",
         "qk_norm": False,
         "tie_embeddings": True,
+        "ngram": 1,
+        "ngram_rows": 50,
+        "token_shift": False,
+        "init": "gpt2",
     }
     return GPTConfig(**{**form, **changes})  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from conftest import tiny_model
 from glyphgpt.generate import SamplingRule, TextStream, context_start, generate
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer
-from model import GPT
+from model import GPT, Cache
 
 
 class Watched(GPT):
@@ -20,10 +20,9 @@ class Watched(GPT):
 
     seen: list[tuple[int, int]]
 
-    def next_logits(self, tokens: Tensor, cache: object = None) -> Tensor:
-        held = cache[0].length if isinstance(cache, list) else 0
-        self.seen.append((held, tokens.size(1)))
-        return super().next_logits(tokens, cache)  # type: ignore[arg-type]
+    def next_logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        self.seen.append((cache.length if cache else 0, tokens.size(1)))
+        return super().next_logits(tokens, cache)
 
 
 def sharp_model(position: str = "learned") -> GPT:

@@ -19,6 +19,9 @@ MODERN: dict[str, Any] = {
     "activation": "relu2",
     "qk_norm": True,
     "tie_embeddings": False,
+    "ngram": 3,
+    "token_shift": True,
+    "init": "zero",
 }
 
 SWITCHES: dict[str, list[Any]] = {
@@ -28,6 +31,8 @@ SWITCHES: dict[str, list[Any]] = {
     "qk_norm": [False, True],
     "tie_embeddings": [True, False],
     "bias": [True, False],
+    "ngram": [1, 3],
+    "token_shift": [False, True],
 }
 FORMS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
 
@@ -81,9 +86,9 @@ def test_logits_equal_those_of_hugging_face_gpt2(length: int) -> None:
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_logits_depend_on_this_token_and_those_before_it_only(position: str) -> None:
-    model = tiny_model(position=position)
+@pytest.mark.parametrize("form", [{"position": position} for position in POSITIONS] + [MODERN], ids=str)
+def test_logits_depend_on_this_token_and_those_before_it_only(form: dict[str, Any]) -> None:
+    model = tiny_model(**form)
     shake(model)
     embeddings: list[Tensor] = []
 
@@ -120,7 +125,7 @@ def test_learned_positions_are_added_from_the_start_on() -> None:
 
 def rotated(vector: Tensor, place: int) -> Tensor:
     rotary = Rotary(tiny_config(position="rotary", block_size=40))
-    return rotary(vector.view(1, 1, 1, -1), place).flatten()
+    return rotary(vector.view(1, 1, -1), place).flatten()
 
 
 def test_rotary_turns_pairs_as_complex_numbers() -> None:
@@ -166,6 +171,38 @@ def test_attention_equals_loops() -> None:
     torch.testing.assert_close(attention(x), expected, atol=1e-12, rtol=0)
 
 
+def test_ngram_tables_are_looked_up_by_all_of_the_last_tokens() -> None:
+    model = tiny_model(ngram=4, ngram_rows=50)
+    shake(model)
+    embedding = model.ngram_embedding
+    assert embedding is not None
+    tokens = some_tokens(2, 7)
+    for b, t in product(range(2), range(7)):
+        expected = model.token_embedding.weight[tokens[b, t]].clone()
+        for n, table in zip((2, 3, 4), embedding.tables, strict=True):
+            key = 0
+            for back in range(n):
+                key = key * 1_000_003 + (int(tokens[b, t - back]) + 1 if back <= t else 0)
+            key = (key + 2**63) % 2**64 - 2**63  # as 64 bits with a sign overflow
+            expected += table.get_parameter("weight")[key % 50]
+        torch.testing.assert_close(model.embed(tokens)[b, t], rms(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_ngram_keys_of_a_large_vocabulary_may_overflow() -> None:
+    model = tiny_model(vocab_size=50257, ngram=6, ngram_rows=1000)
+    assert model(some_tokens(2, 8, vocab_size=50257)).isfinite().all()
+
+
+def test_token_shift_adds_a_share_of_the_vector_before() -> None:
+    model = tiny_model(token_shift=True)
+    shake(model)
+    assert model.token_shift is not None
+    x = model.token_embedding(some_tokens(2, 7))
+    shifted = model.embed(some_tokens(2, 7))
+    assert torch.equal(shifted[:, 0], x[:, 0])
+    torch.testing.assert_close(shifted[:, 1:], x[:, 1:] + model.token_shift.share * x[:, :-1])
+
+
 def rms(values: Tensor) -> Tensor:
     return values / values.square().mean(-1, keepdim=True).sqrt()
 
@@ -177,14 +214,13 @@ def test_the_other_switches_follow_their_formulas() -> None:
     block = model.blocks[0]
     norm, mlp = block.get_submodule("mlp_norm"), block.get_submodule("mlp")
     up, down = mlp.get_parameter("up.weight"), mlp.get_parameter("down.weight")
-    torch.testing.assert_close(norm(x), rms(x) * norm.get_parameter("weight"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm(x), rms(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mlp(x), (x @ up.T).clamp(min=0) ** 2 @ down.T, atol=1e-4, rtol=1e-4)
 
     attention = block.get_submodule("attention")
     assert isinstance(attention, CausalSelfAttention)
     q, k, v = (x @ attention.qkv.weight.T).view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    q = rms(q) * attention.query_norm.get_parameter("weight")
-    k = rms(k) * attention.key_norm.get_parameter("weight")
+    q, k = rms(q), rms(k)
     future = torch.ones(5, 5).triu(1).bool()
     weights = (q @ k.mT / math.sqrt(8)).masked_fill(future, -torch.inf).softmax(-1)
     mixed = (weights @ v).transpose(1, 2).reshape(2, 5, 16)
@@ -215,6 +251,19 @@ def test_every_form_starts_undecided_and_gives_every_parameter_a_gradient(form: 
     loss.backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
+
+
+def test_weights_that_begin_at_zero_all_learn_soon() -> None:
+    model = tiny_model(**MODERN).train()
+    tokens = some_tokens(4, 9)
+    assert not model(tokens[:, :-1]).any()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):  # the head first, then what writes to the residual stream, then all the rest
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
 
 
 def test_initial_weights_are_as_documented() -> None:
@@ -273,9 +322,9 @@ def test_checkpoints_need_the_parameters_only(position: str) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[8], [3, 5], [4, 2, 1, 1], [1] * 8], ids=str)
-@pytest.mark.parametrize("position", POSITIONS)
-def test_a_cache_changes_nothing(position: str, chunks: list[int]) -> None:
-    model = tiny_model(position=position, qk_norm=True)
+@pytest.mark.parametrize("form", [{"position": position} for position in POSITIONS] + [MODERN], ids=str)
+def test_a_cache_changes_nothing(form: dict[str, Any], chunks: list[int]) -> None:
+    model = tiny_model(**form)
     shake(model)
     tokens = some_tokens(3, 8)
     ends = [0, *torch.tensor(chunks).cumsum(0).tolist()]

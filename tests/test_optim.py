@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import tiny_model
-from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
+from glyphgpt.optim import Muon, clip_gradients, learning_rate, make_optimizers, orthogonal, set_learning_rate
 from glyphgpt.settings import Optimization
 
 SCHEDULES = ["cosine", "linear", "constant"]
@@ -77,11 +77,12 @@ def test_rates_rise_then_fall_within_bounds(
 
 
 def test_only_matrices_decay_and_every_parameter_is_updated_once() -> None:
-    model = tiny_model(n_layer=1, qk_norm=True, tie_embeddings=False)
+    model = tiny_model(n_layer=1, tie_embeddings=False)
     (optimizer,) = make_optimizers(model, Optimization(weight_decay=0.3))
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {group["weight_decay"]: [name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups}
-    assert set(groups) == {0.3, 0.0}
+    groups: dict[float, list[str]] = {0.3: [], 0.0: []}
+    for group in optimizer.param_groups:
+        groups[group["weight_decay"]] += [name_of[id(p)] for p in group["params"]]
     assert sorted(groups[0.3] + groups[0.0]) == sorted(name_of.values())
     assert set(groups[0.3]) == {
         "token_embedding.weight",
@@ -125,10 +126,52 @@ def test_updates_are_adamw_as_published() -> None:
         torch.testing.assert_close(parameter.detach(), wanted[name], atol=1e-13, rtol=0)
 
 
-def test_the_rate_is_set_everywhere() -> None:
-    optimizers = make_optimizers(tiny_model(), Optimization()) + make_optimizers(tiny_model(), Optimization())
+def test_the_rate_is_set_everywhere_and_tables_learn_faster() -> None:
+    model = tiny_model(n_layer=1, ngram=3)
+    optimizers = make_optimizers(model, Optimization(optimizer="muon"))
     set_learning_rate(optimizers, 0.7)
-    assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.7] * 4
+    tables = {id(p) for p in model.ngram_embedding.parameters()}  # type: ignore[union-attr]
+    rates = {id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {id(p): 2.8 if id(p) in tables else 0.7 for p in model.parameters()}
+
+
+def test_muon_takes_the_matrices_of_the_blocks() -> None:
+    model = tiny_model(n_layer=1, ngram=3, tie_embeddings=False)
+    adamw, muon = make_optimizers(model, Optimization(optimizer="muon"))
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [[name_of[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (adamw, muon)]
+    assert sorted(taken[0] + taken[1]) == sorted(name_of.values())
+    assert taken[1] == [f"blocks.0.{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")]
+
+
+def test_muon_updates_as_that_of_torch() -> None:
+    torch.manual_seed(0)
+    shapes = [(24, 8), (8, 8), (8, 32), (24, 8), (8, 32)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
+    settings: dict[str, float] = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
+    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=3e-3, rtol=0)  # both are rounded to bfloat16 on the way
+        assert (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 8), (1, 8, 40)], ids=str)
+def test_orthogonal_keeps_singular_vectors_and_brings_values_near_one(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
+    seen = u.mT @ orthogonal(matrices) @ vt.mT  # diagonal, if the singular vectors are kept
+    values = seen.diagonal(dim1=-2, dim2=-1)
+    assert (seen - torch.diag_embed(values)).abs().max() < 0.05
+    large = s > 0.05 * s.norm(dim=-1, keepdim=True)  # five iterations do not lift the smallest all the way
+    assert values[large].min() > 0.6
+    assert values.max() < 1.3
 
 
 @pytest.mark.parametrize(("limit", "after"), [(0.0, 13.0), (20.0, 13.0), (13.0, 13.0), (2.0, 2.0)])

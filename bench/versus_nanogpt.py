@@ -1,0 +1,360 @@
+"""Measure glyphgpt against nanoGPT on this machine, and add a table to bench/RESULTS.md.
+
+    git clone https://github.com/karpathy/nanoGPT
+    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about 75 minutes
+    python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=sampling,stream --runs=5
+
+Both programs run as they ship, in processes of their own, in turn: nanoGPT by the commands of its README in a copy of
+the checkout, ours by one committed config per row. Times are of whole processes from a cold start of Python, compiler
+caches empty, unless a row says otherwise; a row quotes the median of its runs. Validation losses are over the whole
+validation split, tiled at the model's own block size; nanoGPT's saved weights are scored anew that way.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, median
+
+from tqdm import tqdm
+
+from glyphgpt.shards import load_dataset
+from glyphgpt.tokenizer import decode
+from prepare_speed import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "RESULTS.md"
+SHAKESPEARE = "config/train_shakespeare_char.py"
+README_CPU = (
+    f"train.py {SHAKESPEARE} --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+).split()
+README_SAMPLE = "sample.py --out_dir=out-shakespeare-char --device=cpu".split()
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
+BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+
+
+@dataclass(frozen=True)
+class Race:
+    """A row of training: one of our configs against nanoGPT's CPU run."""
+
+    name: str
+    config: str
+    within: float
+    """Our wall time may be this many times nanoGPT's."""
+    at_least: float
+    """Validation loss asked for."""
+    aim: float
+
+
+RACES = {
+    "to-1.88": Race("CPU, to 1.88", "config/quick.toml", 0.1, 1.88, 1.88),
+    "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char_cpu.toml", 1, 1.55, 1.50),
+    "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_x2.toml", 2, 1.50, 1.4697),
+    "five": Race("CPU, in five times that time", "config/shakespeare_char_cpu_x5.toml", 5, 1.4697, 1.44),
+}
+
+# Run by nanoGPT's side, in its own folder, where `model` is nanoGPT's.
+NANO_SCORE = """
+import numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu")
+model = GPT(GPTConfig(**saved["model_args"])).eval()
+model.load_state_dict(saved["model"])
+tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16).astype(np.int64))
+T, total = model.config.block_size, 0.0
+with torch.no_grad():
+    for start in range(0, len(tokens) - 1, T):
+        tile = tokens[start : start + T + 1][None]
+        total += model(tile[:, :-1], tile[:, 1:])[1].item() * (tile.size(1) - 1)
+print(saved["iter_num"], total / (len(tokens) - 1))
+"""
+NANO_UNTRAINED = """
+import sys, json, torch
+from model import GPT, GPTConfig
+torch.manual_seed(0)
+shape = dict(json.loads(sys.argv[1]), vocab_size=65, dropout=0.0, bias=False)
+saved = {"model_args": shape, "model": GPT(GPTConfig(**shape)).state_dict(), "config": {"dataset": "shakespeare_char"}}
+torch.save(saved, "out-shakespeare-char/ckpt.pt")
+"""
+NANO_STREAM = """
+import time, torch
+from model import GPT, GPTConfig
+saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu")
+model = GPT(GPTConfig(**saved["model_args"])).eval()
+prompt = torch.zeros((1, 1), dtype=torch.long)
+model.generate(prompt, 50, temperature=0.8, top_k=200)
+started = time.perf_counter()
+model.generate(prompt, 1000, temperature=0.8, top_k=200)
+print(1000 / (time.perf_counter() - started))
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Both programs, made ready in a scratch folder."""
+
+    nanogpt: Path
+    scratch: Path
+    runs: int
+
+    def nano(self, *arguments: str) -> "Finished":
+        """Run nanoGPT's Python code in its folder."""
+        return finish([sys.executable, *arguments], self.nanogpt)
+
+    def ours(self, *arguments: str) -> "Finished":
+        """Run one of our scripts with compiler caches empty."""
+        with tempfile.TemporaryDirectory() as caches:
+            environment = {"TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": caches}
+            return finish([sys.executable, *arguments], ROOT, environment)
+
+    def out(self, name: str) -> Path:
+        """Return the folder of one of our runs."""
+        return self.scratch / "out" / name
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well."""
+
+    output: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class Table:
+    """Rows as they come."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        """Add a row, and show it."""
+        self.rows.append(cells)
+        tqdm.write(" | ".join(cells))
+
+    def markdown(self) -> str:
+        """Return the table and its notes."""
+        head = ("row", "nanoGPT", "glyphgpt", "ratio or loss", "at least", "aim")
+        lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *self.rows)]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)])
+
+
+def finish(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> Finished:
+    """Run a command to its end; exit with what it printed if it fails."""
+    with tempfile.TemporaryFile("w+") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if status:
+        sys.exit(f"{' '.join(command[:3])} ... failed:\n{text[-2000:]}")
+    return Finished(text, seconds, peak_bytes(usage))
+
+
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """Return the peak memory of a finished process; Linux counts it in KiB, macOS in bytes."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def training(bench: Bench, table: Table, names: list[str]) -> None:
+    """Race the named configs against nanoGPT's CPU run, with another seed of ours in each run."""
+    nano_seconds, nano_loss = [], 0.0
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    for run in tqdm(range(bench.runs), unit="round", desc="training"):
+        nano_seconds.append(bench.nano(*README_CPU).seconds)
+        steps, score = bench.nano("-c", NANO_SCORE).output.split()[-2:]
+        nano_loss = float(score)
+        for name in names:
+            out = bench.out(f"{name}-{run}")
+            flags = (f"--data_dir={bench.scratch}", f"--out_dir={out}", f"--seed={1 + run}")
+            seconds[name].append(bench.ours("train.py", RACES[name].config, *flags).seconds)
+            losses[name].append(read_metrics(out, "val")[-1]["loss"])
+            tqdm.write(f"{name}, seed {1 + run}: {seconds[name][-1]:.1f} s, loss {losses[name][-1]:.4f}")
+    nano = median(nano_seconds)
+    table.notes.append(f"nanoGPT's README CPU run: {spread(nano_seconds, 's')}; its weights of step {steps} score anew")
+    for name in names:
+        race, ours = RACES[name], median(seconds[name])
+        found = f"{mean(losses[name]):.4f} ({', '.join(f'{loss:.4f}' for loss in losses[name])})"
+        to_loss = name == "to-1.88"
+        table.add(
+            f"{race.name} (`{race.config}`)",
+            f"{nano:.0f} s, loss {nano_loss:.4f}",
+            f"{ours:.1f} s = {ours / nano:.2f} of its time, loss {found}",
+            f"{nano / ours:.1f}x" if to_loss else f"{mean(losses[name]):.4f}",
+            "10x" if to_loss else f"<= {race.at_least}",
+            "20x" if to_loss else f"<= {race.aim}",
+        )
+
+
+def like_for_like(bench: Bench, table: Table) -> None:
+    """Training tokens per second on nanoGPT's own CPU model, once each program is running."""
+    ours, nano = [], []
+    for run in tqdm(range(bench.runs), unit="round", desc="like for like"):
+        log = bench.nano(*README_CPU, "--max_iters=200", "--eval_interval=1000").output
+        steps = [float(line.split("time ")[1].split("ms")[0]) for line in log.splitlines() if line.startswith("iter")]
+        nano.append(12 * 64 / median(steps) * 1000)
+        out = bench.out(f"like-{run}")
+        flags = ("--max_steps=400", "--eval_every=400", "--eval_tokens=1000", "--sample_tokens=0")
+        bench.ours(
+            "train.py", "config/nanogpt_cpu.toml", f"--data_dir={bench.scratch}", f"--out_dir={out}", *flags
+        )
+        lines = read_metrics(out, "train")
+        speeds = [
+            (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
+            for before, after in zip(lines, lines[1:], strict=False)
+        ]
+        ours.append(median(speeds))
+    versus(table, "CPU, like for like (`config/nanogpt_cpu.toml`)", nano, ours, "tokens/s", "2x", "3x")
+
+
+def sampling(bench: Bench, table: Table) -> None:
+    """Ten samples of 500 characters from a model of 10.65M parameters, whole processes."""
+    run_dir = untrained(bench, BABY)
+    nano, ours = [], []
+    for _ in tqdm(range(bench.runs), unit="round", desc="sampling"):
+        nano.append(bench.nano(*README_SAMPLE).seconds)
+        flags = ("--num_samples=10", "--max_new_tokens=500", "--top_k=200")
+        ours.append(bench.ours("sample.py", str(run_dir), *flags).seconds)
+    versus(table, "CPU, sampling 10 x 500 characters, 10.65M parameters", nano, ours, "s", "30x", "60x")
+
+
+def stream(bench: Bench, table: Table) -> None:
+    """One interactive stream from the model of 0.8M parameters, once each program is running."""
+    run_dir = untrained(bench, SMALL)
+    nano, ours, share = [], [], []
+    for _ in tqdm(range(bench.runs), unit="round", desc="stream"):
+        nano.append(float(bench.nano("-c", NANO_STREAM).output.split()[-1]))
+        speed, floor = map(float, bench.ours("bench/decode_speed.py", str(run_dir)).output.split()[-2:])
+        ours.append(speed)
+        share.append(speed / floor)
+    versus(table, "CPU, one stream, 0.8M parameters", nano, ours, "characters/s", "10x", "25x")
+    table.notes.append(
+        f"One stream runs at {median(share):.0%} of what its bare matrix products, called one after the other, allow."
+    )
+
+
+def prepare(bench: Bench, table: Table) -> None:
+    """100 MB of text to character shards, whole processes."""
+    folder = bench.nanogpt / "data" / "large"
+    folder.mkdir()
+    shutil.copy(bench.nanogpt / "data" / "shakespeare_char" / "prepare.py", folder)
+    text = folder / "input.txt"
+    write_text(text, 100 * 10**6, accents=False)
+    nano, ours = [], []
+    for _ in tqdm(range(bench.runs), unit="round", desc="prepare"):
+        nano.append(bench.nano(str(folder / "prepare.py")))
+        ours.append(bench.ours("prepare.py", str(text), "--name=large", f"--data_dir={bench.scratch}", "--overwrite"))
+    seconds = [run.seconds for run in nano], [run.seconds for run in ours]
+    versus(table, "CPU, prepare 100 MB", *seconds, "s", "10x", "30x")
+    peaks = [f"{median(run.peak_bytes for run in runs) / 2**20:,.0f} MiB" for runs in (nano, ours)]
+    table.notes.append(f"Peak memory of preparing 100 MB: nanoGPT {peaks[0]}, glyphgpt {peaks[1]}.")
+    shutil.rmtree(folder)
+
+
+def untrained(bench: Bench, shape: dict[str, int]) -> Path:
+    """Give both programs an untrained GPT-2 model of this shape, and return the folder of ours."""
+    (bench.nanogpt / "out-shakespeare-char").mkdir(exist_ok=True)
+    bench.nano("-c", NANO_UNTRAINED, json.dumps(shape))
+    out = bench.out("untrained")
+    flags = [f"--{key}={value}" for key, value in shape.items()]
+    flags += [f"--data_dir={bench.scratch}", f"--out_dir={out}", "--max_steps=0", "--eval_tokens=100", "--overwrite"]
+    bench.ours("train.py", *flags)
+    return out
+
+
+def versus(
+    table: Table, name: str, nano: list[float], ours: list[float], unit: str, at_least: str, aim: str
+) -> None:
+    """Add a row of medians; the ratio is how much better ours is."""
+    ratio = median(nano) / median(ours) if unit == "s" else median(ours) / median(nano)
+    table.add(name, spread(nano, unit), spread(ours, unit), f"{ratio:.1f}x", at_least, aim)
+
+
+def spread(values: list[float], unit: str) -> str:
+    """Tell a median with the range around it."""
+    digits = 0 if min(values) >= 100 else 2
+    low, middle, high = (f"{value:,.{digits}f}" for value in (min(values), median(values), max(values)))
+    return f"{middle} {unit} ({low} to {high})"
+
+
+def read_metrics(out: Path, kind: str) -> list[dict[str, float]]:
+    """Return a run's metrics of one kind."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+@contextmanager
+def both_ready(nanogpt: Path, runs: int) -> Iterator[Bench]:
+    """Copy nanoGPT's checkout and prepare the same text for both."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder) / "nanoGPT", Path(folder), runs)
+        shutil.copytree(nanogpt, bench.nanogpt, ignore=shutil.ignore_patterns(".git", "out*"))
+        shutil.copy(ROOT / "data" / "shakespeare_char.toml", folder)
+        bench.ours("prepare.py", "shakespeare_char", f"--data_dir={folder}")
+        dataset = load_dataset(Path(folder) / "shakespeare_char", Path(folder))
+        parts = [split.slice(0, split.tokens) for split in (dataset.train, dataset.val)]
+        text = "".join(decode(dataset.tokenizer, part) for part in parts)
+        target = bench.nanogpt / "data" / "shakespeare_char"
+        (target / "input.txt").write_text(text, encoding="utf-8", newline="")
+        bench.nano(str(target / "prepare.py"))
+        yield bench
+
+
+def machine() -> str:
+    """Describe this machine."""
+    model = platform.processor() or platform.machine()
+    with Path("/proc/cpuinfo").open() as lines:
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{os.cpu_count()} cores of an {model}, torch {version('torch')}, Python {platform.python_version()}"
+
+
+def main() -> None:
+    """Measure the rows asked for, and write the table."""
+    rows: dict[str, Callable[[Bench, Table], None]] = {
+        "like-for-like": like_for_like, "sampling": sampling, "stream": stream, "prepare": prepare,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--rows", default=",".join([*RACES, *rows]), help="which to measure (default %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each program, and seeds of ours (default 3)")
+    options = parser.parse_args()
+    chosen = options.rows.split(",")
+    if unknown := set(chosen) - set(RACES) - set(rows):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commits = [subprocess.check_output(git, cwd=folder, text=True).strip() for folder in (ROOT, options.nanogpt)]
+    table = Table()
+    with both_ready(options.nanogpt, options.runs) as bench:
+        if races := [name for name in RACES if name in chosen]:
+            training(bench, table, races)
+        for name, measure in rows.items():
+            if name in chosen:
+                measure(bench, table)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    head = f"## Against nanoGPT, {now}\n\n{machine()}; glyphgpt {commits[0]}, nanoGPT {commits[1]}; {options.runs} runs."
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(f"\n{head}\n\n{table.markdown()}\n")
+
+
+if __name__ == "__main__":
+    main()
