@@ -102,18 +102,18 @@ def make_optimizers(model: nn.Module, settings: Optimization) -> list[Optimizer]
     tables = {name for name in matrices if name.startswith("ngram_embedding.")}
     muon = {name for name in matrices if name.startswith("blocks.") and settings.optimizer == "muon"}
 
-    def group(names: set[str], weight_decay: float, lr_factor: float = 1.0) -> dict[str, Any]:
+    def group_of(names: set[str], weight_decay: float, lr_factor: float = 1.0) -> dict[str, Any]:
         chosen = [parameter for name, parameter in parameters.items() if name in names]
         return {"params": chosen, "weight_decay": weight_decay, "lr_factor": lr_factor}
 
     groups = [
-        group(matrices - tables - muon, settings.weight_decay),
-        group(parameters.keys() - matrices, 0.0),
-        group(tables, settings.weight_decay, TABLE_FACTOR),
+        group_of(matrices - tables - muon, settings.weight_decay),
+        group_of(parameters.keys() - matrices, 0.0),
+        group_of(tables, settings.weight_decay, TABLE_FACTOR),
     ]
     betas = (settings.beta1, settings.beta2)
-    adamw = AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
-    return [adamw, Muon([group(muon, settings.weight_decay)], settings.learning_rate)] if muon else [adamw]
+    adamw = AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, betas=betas, fused=True)
+    return [adamw, Muon([group_of(muon, settings.weight_decay)], settings.learning_rate)] if muon else [adamw]
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

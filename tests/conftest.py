@@ -103,6 +103,7 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
         "sample_tokens": 10,
         "log_every": 1,
         "warmup_steps": 2,
+        "dtype": "float32",
         "device": "cpu",
     }
     return TrainSettings.model_validate({**settings, **changes})

@@ -37,6 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
         )
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
 
     return pretend
 
@@ -80,7 +81,8 @@ def test_a_device_that_is_not_here_is_refused(
 @pytest.mark.parametrize(
     ("device", "bf16", "chosen"),
     [
-        ("cpu", True, torch.float32),
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
         ("mps", True, torch.float32),
         ("cuda", True, torch.bfloat16),
         ("cuda", False, torch.float16),
@@ -107,7 +109,7 @@ def test_products_have_the_precision(dtype: torch.dtype) -> None:
 def test_start_on_a_cpu_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with start("cpu", "auto") as runtime:
+    with start("cpu", "float32") as runtime:
         assert runtime == CPU
         assert runtime.is_main
         assert runtime.sum(1.5, 2.0) == [1.5, 2.0]
@@ -134,20 +136,30 @@ def broken(*_: object, **__: object) -> None:
     raise RuntimeError("no C++ compiler found\nand a second line\nand a third")
 
 
-def broken_when_called(_: nn.Module) -> Callable[..., None]:
-    return broken
+class Wrapped(nn.Module):
+    """Stands for a compiled block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.block(*inputs)
 
 
-def broken_backward(model: nn.Module) -> Callable[..., Tensor]:
-    def forward(*inputs: Tensor) -> Tensor:
-        model(*inputs).backward()
+class BrokenWhenCalled(Wrapped):
+    def forward(self, *_: Any) -> None:
         broken()
-        return inputs[0]
-
-    return forward
 
 
-@pytest.mark.parametrize("compiler", [broken, broken_when_called, broken_backward])
+class BrokenBackward(Wrapped):
+    def forward(self, *inputs: Any) -> Any:
+        output = super().forward(*inputs)
+        output.register_hook(broken)
+        return output
+
+
+@pytest.mark.parametrize("compiler", [broken, BrokenWhenCalled, BrokenBackward])
 def test_a_compiler_that_fails_costs_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiler: Callable[..., Any]
 ) -> None:
@@ -186,18 +198,12 @@ def test_compilation_is_asked_for(
     device: str,
     compiled: bool,
 ) -> None:
-    class Compiled(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *inputs: Tensor) -> Tensor:
-            return self.model(*inputs)
-
-    monkeypatch.setattr(torch, "compile", Compiled)
+    monkeypatch.setattr(torch, "compile", Wrapped)
     model = tiny_model()
     seen = compile_or_eager(model, choice, Runtime(torch.device(device), torch.float32), example())
-    assert isinstance(seen, Compiled) if compiled else seen is model
+    assert all(isinstance(block, Wrapped) == compiled for block in seen.blocks)  # type: ignore[union-attr]
+    assert not any(isinstance(block, Wrapped) for block in model.blocks)
+    assert [id(p) for p in seen.parameters()] == [id(p) for p in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert capsys.readouterr().err == ""
 

@@ -377,7 +377,12 @@ def test_compilation_that_fails_falls_back_to_eager_with_one_warning(
     def fail(*_: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", fail if moment == "compile" else lambda _: fail)
+    def compile_to_failure(block: torch.nn.Module) -> torch.nn.Module:
+        wrapped = torch.nn.Sequential(block)
+        wrapped.forward = fail  # type: ignore[method-assign]
+        return wrapped
+
+    monkeypatch.setattr(torch, "compile", fail if moment == "compile" else compile_to_failure)
     train.main(tiny_settings(data_dir, tmp_path / "compiled", compile=True, max_steps=5))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: torch.compile failed (no C++ compiler); going on without it, slower"]
@@ -402,7 +407,7 @@ def test_a_compiled_model_is_trained_and_saved_under_plain_names(
     train.main(tiny_settings(data_dir, tmp_path / "eager", max_steps=5))
     monkeypatch.setattr(torch, "compile", Compiled)
     train.main(tiny_settings(data_dir, tmp_path / "compiled", max_steps=5, compile=True))
-    assert Compiled.calls == 1 + 5
+    assert Compiled.calls == 2 * (1 + 5)  # two blocks, the trial and five steps
     assert same_tensors(tmp_path / "compiled", tmp_path / "eager")
 
 
