@@ -150,7 +150,8 @@ class Trainer:
         form = settings.model_dump(include={field.name for field in fields(GPTConfig)})
         self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **form)
         self.model = GPT(self.config).to(runtime.device)
-        self.optimizers = make_optimizers(self.model, settings)
+        products = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+        self.optimizers = make_optimizers(self.model, settings, products)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
         self.train_windows = Windows(dataset.train, runtime.device)
         self.val_windows = Windows(dataset.val, runtime.device)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 
 from glyphgpt.errors import Failure
@@ -36,7 +32,6 @@ LAST = "last.safetensors"
 _DIGEST_KEY = b'"sha256":"'
 _NO_DIGEST = b"0" * 64
 _CHUNK_BYTES = 1 << 22
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -101,11 +96,15 @@ class Checkpoint:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' state by parameter name, which aliases the live state; nothing before the first step."""
-    if not any(optimizer.state for optimizer in optimizers):
-        return {}  # torch would make up a state, and count it as a step
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_FLAT)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    """Return the optimizers' state, which stays theirs, as KIND.PARAMETER.KEY; nothing before the first step."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{type(optimizer).__name__}.{names[parameter]}.{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint: Checkpoint) -> None:
@@ -116,11 +115,20 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
     """
     if checkpoint.info.progress.step == 0:
         return
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_FLAT)
-    if {name for name, value in state.items() if isinstance(value, Tensor)} != set(checkpoint.optimizer):
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in checkpoint.optimizer.items():
+        owner, _, key = name.rpartition(".")
+        states[owner][key] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    owners = [
+        [f"{type(optimizer).__name__}.{names[parameter]}" for group in optimizer.param_groups for parameter in group["params"]]
+        for optimizer in optimizers
+    ]
+    if set().union(*owners) != states.keys():
         raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
-    state.update(checkpoint.optimizer)
-    set_optimizer_state_dict(model, optimizers, state, options=_FLAT)
+    for optimizer, owned in zip(optimizers, owners, strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # which number parameters in this very order
+        optimizer.load_state_dict({"state": dict(enumerate(map(states.get, owned))), "param_groups": groups})
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

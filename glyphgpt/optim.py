@@ -45,9 +45,17 @@ class Muon(Optimizer):
     orthogonal in one batch, which for small ones is several times faster.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
-        """Take matrices, or groups of them."""
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Take matrices, or groups of them, and the precision in which updates are made orthogonal."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -70,19 +78,19 @@ class Muon(Optimizer):
         means = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's look ahead
-        update = orthogonal(torch.stack(tuple(ahead)))
+        update = orthogonal(torch.stack(tuple(ahead)), self.dtype)
         rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Return for each matrix (..., M, N) one with nearly its singular vectors and singular values near 1.
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return for each matrix (B, M, N) one with nearly its singular vectors and singular values near 1.
 
-    Five Newton-Schulz iterations with Jordan's coefficients, in bfloat16, along the shorter side.
+    Five Newton-Schulz iterations with Jordan's coefficients, in `dtype`, along the shorter side.
     """
     tall = matrices.size(-2) > matrices.size(-1)
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
@@ -91,11 +99,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(model: nn.Module, settings: Optimization) -> list[Optimizer]:
+def make_optimizers(
+    model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """Return the optimizers that together update every parameter: AdamW (Loshchilov & Hutter 2017), and Muon if set.
 
     Weight decay acts on matrices and embeddings only, not on biases and the gains of norms. Rows of n-gram tables,
-    which few tokens touch, learn TABLE_FACTOR times as fast.
+    which few tokens touch, learn TABLE_FACTOR times as fast. `dtype` is Muon's precision.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {name for name, p in parameters.items() if p.dim() >= 2}
@@ -113,7 +123,9 @@ def make_optimizers(model: nn.Module, settings: Optimization) -> list[Optimizer]
     ]
     betas = (settings.beta1, settings.beta2)
     adamw = AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, betas=betas, fused=True)
-    return [adamw, Muon([group_of(muon, settings.weight_decay)], settings.learning_rate)] if muon else [adamw]
+    if not muon:
+        return [adamw]
+    return [adamw, Muon([group_of(muon, settings.weight_decay)], settings.learning_rate, dtype=dtype)]
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

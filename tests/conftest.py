@@ -29,6 +29,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
 
 
+MODERN: dict[str, Any] = {
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "relu2",
+    "qk_norm": True,
+    "bias": False,
+    "tie_embeddings": False,
+    "ngram": 3,
+    "ngram_rows": 50,
+    "token_shift": True,
+    "init": "zero",
+}
+"""Every switch away from GPT-2's form."""
+
+
 def tiny_config(**changes: object) -> GPTConfig:
     """A network small enough for any test: GPT-2's form unless changed."""
     form = {

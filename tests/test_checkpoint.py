@@ -209,7 +209,6 @@ def test_the_model_alone_is_complete(tmp_path: Path) -> None:
         {"position": "rotary"},
         {"position": "elsewhere"},
         {"norm": "rmsnorm"},
-        {"qk_norm": True},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import tiny_model
+from conftest import MODERN, tiny_model
 from glyphgpt.generate import SamplingRule, TextStream, context_start, generate
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT, Cache
@@ -25,9 +26,9 @@ class Watched(GPT):
         return super().next_logits(tokens, cache)
 
 
-def sharp_model(position: str = "learned") -> GPT:
+def sharp_model(**form: Any) -> GPT:
     """A model with strong opinions, so that a wrong context changes the draws."""
-    model = tiny_model(position=position)
+    model = tiny_model(**form)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
@@ -59,9 +60,9 @@ def draws(
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("length", [3, 8, 20])
-@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
-def test_a_cache_changes_nothing(position: str, length: int, samples: int) -> None:
-    model = sharp_model(position)
+@pytest.mark.parametrize("form", [{}, {"position": "sinusoidal"}, {"position": "rotary"}, MODERN], ids=str)
+def test_a_cache_changes_nothing(form: dict[str, Any], length: int, samples: int) -> None:
+    model = sharp_model(**form)
     prompt = torch.randint(11, (length,)).tolist()
     cached = draws(model, prompt, 24, samples=samples)
     assert cached == draws(model, prompt, 24, samples=samples, cache=False)

@@ -9,21 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import tiny_config, tiny_model
+from conftest import MODERN, tiny_config, tiny_model
 from model import GPT, CausalSelfAttention, Rotary, SinusoidalPosition
 
 POSITIONS = ["learned", "sinusoidal", "rotary"]
-MODERN: dict[str, Any] = {
-    "position": "rotary",
-    "norm": "rmsnorm",
-    "activation": "relu2",
-    "qk_norm": True,
-    "tie_embeddings": False,
-    "ngram": 3,
-    "token_shift": True,
-    "init": "zero",
-}
-
 SWITCHES: dict[str, list[Any]] = {
     "position": POSITIONS,
     "norm": ["layernorm", "rmsnorm"],

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, as_flags, read_metrics, tiny_settings
+from conftest import MODERN, ROOT, as_flags, read_metrics, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.settings import TrainSettings
 
@@ -46,9 +47,12 @@ def assert_close_runs(one: Path, other: Path) -> None:
     assert steps[0] == steps[1]
 
 
-def test_two_processes_follow_one_and_one_goes_on_with_their_run(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [{}, {**MODERN, "optimizer": "muon"}], ids=["gpt2", "modern"])
+def test_two_processes_follow_one_and_one_goes_on_with_their_run(
+    form: dict[str, Any], data_dir: Path, tmp_path: Path
+) -> None:
     def settings(name: str, steps: int) -> TrainSettings:
-        return tiny_settings(data_dir, tmp_path / name, max_steps=steps, eval_every=5, schedule="constant")
+        return tiny_settings(data_dir, tmp_path / name, max_steps=steps, eval_every=5, schedule="constant", **form)
 
     train.main(settings("one", 10))
     done = torchrun(settings("two", 10))

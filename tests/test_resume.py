@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, as_flags, prepare_text, read_metrics, same_tensors, some_text, tiny_settings
+from conftest import MODERN, ROOT, as_flags, prepare_text, read_metrics, same_tensors, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure
 from glyphgpt.settings import TrainSettings
@@ -92,6 +92,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         settings = resumed(settings)
     train.main(settings)
     assert_same_run(straight, tmp_path)
+
+
+def test_every_part_of_the_newer_form_goes_on_to_the_same_bits(data_dir: Path, tmp_path: Path) -> None:
+    form = {**MODERN, "optimizer": "muon", "learning_rate": 0.01, "dropout": 0.1, "dtype": "bfloat16", "max_steps": 24}
+    straight, stopped = (tiny_settings(data_dir, tmp_path / name, **form) for name in ("straight", "stopped"))
+    train.main(straight)
+    assert train_until(stopped, 7, signal.SIGTERM) == 128 + signal.SIGTERM
+    train.main(resumed(stopped))
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_a_signal_at_the_last_step_lets_the_run_end_as_usual(

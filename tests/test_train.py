@@ -245,7 +245,7 @@ def test_grad_clip_limits_the_gradient_and_0_leaves_it_alone(data_dir: Path, tmp
     assert not same_tensors(tmp_path / "0", tmp_path / "0.01")
     norm = rows(tmp_path / "0.01", "train")[0]["grad_norm"]
     assert norm == rows(tmp_path / "0", "train")[0]["grad_norm"] > 0.1
-    name = "optimizer.state.token_embedding.weight.exp_avg"
+    name = "optimizer.AdamW.token_embedding.weight.exp_avg"
     unclipped, clipped = last_tensors(tmp_path / "0")[name], last_tensors(tmp_path / "0.01")[name]
     torch.testing.assert_close(clipped, unclipped * (0.01 / norm), rtol=1e-3, atol=1e-9)
 
