@@ -68,8 +68,9 @@ class LayerCache:
         """Add the keys and values (B, H, T, D) of T more tokens; return all so far, (B, H, S, D)."""
         if self.length == 0:
             B, H, _, D = keys.shape
-            self.keys = keys.new_empty(B, H, self.block_size, D)
-            self.values = values.new_empty(B, H, self.block_size, D)
+            dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype  # the fastest for one query
+            self.keys = keys.new_empty(B, H, self.block_size, D, dtype=dtype)
+            self.values = values.new_empty(B, H, self.block_size, D, dtype=dtype)
         start, self.length = self.length, self.length + keys.size(2)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
@@ -252,7 +253,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v.squeeze(2)))  # (B, H, T, D) each
         if cache:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        mixed = attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0).to(x.dtype)  # (B, H, T, D)
         return self.residual_dropout(self.out(mixed.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -9,64 +9,144 @@ A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is al
 to the model's block_size tokens; then its older half is let go of, and it grows again.
 """
 
+import ctypes
+import os
 import sys
-
-from glyphgpt.commandline import parse
-from glyphgpt.errors import Failure, UsageError, plain_errors, warn
-from glyphgpt.settings import SampleSettings
-
-USAGE = "python sample.py RUN | CHECKPOINT [--key=value ...]"
-
-if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
-    with plain_errors():
-        SETTINGS, WORDS = parse(SampleSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
-        if len(WORDS) != 1:
-            raise UsageError(f"name one run or checkpoint: {USAGE}")
-
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt import runtime as runtimes
-from glyphgpt.batches import Windows
+from glyphgpt.checkpoint import Checkpoint
+from glyphgpt.commandline import parse
 from glyphgpt.corpus import open_text
-from glyphgpt.evaluate import evaluate
-from glyphgpt.generate import SamplingRule, TextStream, generate
-from glyphgpt.runtime import Runtime
+from glyphgpt.decoder import Decoder
+from glyphgpt.errors import Failure, UsageError, plain_errors, warn
+from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
+from glyphgpt.settings import SampleSettings
 from glyphgpt.shards import Split
 from glyphgpt.tokenizer import Tokenizer, Tokens, first_token, from_plain
-from model import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from glyphgpt.runtime import Runtime
+    from model import GPT
+
+USAGE = "python sample.py RUN | CHECKPOINT [--key=value ...]"
 
 
 def main(settings: SampleSettings, place: str) -> None:
     """Load the checkpoint and do what the settings ask for."""
     checkpoint = checkpoints.load(checkpoints.find(Path(place)), with_optimizer=False)
     tokenizer = from_plain(checkpoint.info.tokenizer, Path(settings.data_dir))
-    with (
-        runtimes.start(settings.device, settings.dtype) as runtime,
-        runtimes.memory_hint("num_samples, or use --device=cpu"),
-    ):
-        model = checkpoint.make_model(GPT, GPTConfig).to(runtime.device).eval()
-        sampler = Sampler(model, tokenizer, settings, runtime)
-        if settings.score:
-            sampler.score()
-        elif settings.interactive:
+    if settings.score:
+        score(checkpoint, tokenizer, settings)
+        return
+    with language_model(checkpoint, settings) as model:
+        sampler = Sampler(model, checkpoint.info.model["block_size"], tokenizer, settings)
+        if settings.interactive:
             sampler.interact()
         else:
             sampler.show_samples()
 
 
+@contextmanager
+def language_model(checkpoint: Checkpoint, settings: SampleSettings) -> Iterator[LanguageModel]:
+    """Make a checkpoint's model ready to decode: on a CPU without torch, which takes longer to import than to sample.
+
+    Raises:
+        Failure: config and weights do not belong together, or the weights are no numbers.
+    """
+    if settings.device == "cpu" or (settings.device == "auto" and not gpu_driver()):
+        yield on_cpu(checkpoint)
+        return
+    with torch_model(checkpoint, settings) as (model, runtime):
+        from glyphgpt.runtime import OnDevice  # noqa: PLC0415
+
+        yield on_cpu(checkpoint) if runtime.device.type == "cpu" else OnDevice(model, runtime)
+
+
+def on_cpu(checkpoint: Checkpoint) -> Decoder:
+    """Return a checkpoint's decoder.
+
+    Raises:
+        Failure: config and weights do not belong together, or the weights are no numbers.
+    """
+    try:
+        return Decoder(checkpoint.info.model, checkpoint.model)
+    except ValueError as error:  # pydantic's errors are ValueErrors too
+        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+
+
+@contextmanager
+def torch_model(checkpoint: Checkpoint, settings: SampleSettings) -> Iterator[tuple["GPT", "Runtime"]]:
+    """Make a checkpoint's torch model ready on the device of the settings."""
+    from glyphgpt import runtime as runtimes  # noqa: PLC0415  (torch, only where it is used)
+    from glyphgpt.state import make_model  # noqa: PLC0415
+    from model import GPT, GPTConfig  # noqa: PLC0415
+
+    with (
+        runtimes.start(settings.device, settings.dtype) as runtime,
+        runtimes.memory_hint("num_samples, or use --device=cpu"),
+    ):
+        yield make_model(checkpoint, GPT, GPTConfig).to(runtime.device).eval(), runtime
+
+
+def gpu_driver() -> bool:
+    """Tell whether CUDA's driver is installed, which is sooner seen than torch is imported."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+    """Print the loss of a text under the model."""
+    from glyphgpt.batches import Windows  # noqa: PLC0415
+    from glyphgpt.evaluate import evaluate  # noqa: PLC0415
+
+    text = read_file(settings.score)
+    tokens = encode(text, tokenizer, settings)
+    if len(tokens) < 2:
+        raise Failure(f"{settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
+    known = len(text) - sum(text.count(character) for character in tokenizer.unknown(text))
+    with torch_model(checkpoint, settings) as (model, runtime):
+        windows = Windows(Split((tokens,), known), runtime.device)
+        score = evaluate(model, windows, runtime, block_size=model.config.block_size, batch_size=16)
+    left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
+    print(f"{settings.score}: {len(tokens):,} tokens{left_out}, {score}")
+
+
+def encode(text: str, tokenizer: Tokenizer, settings: SampleSettings) -> Tokens:
+    """Turn text into ids, unknown characters left out if the settings say so.
+
+    Raises:
+        Failure: the text has characters that the model has never seen.
+    """
+    unknown = tokenizer.unknown(text)
+    if unknown and settings.unknown == "error":
+        shown = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise Failure(f"the model has never seen {shown}{more}; change the text, or add --unknown=skip")
+    return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
+
+
+def read_file(name: str) -> str:
+    """Read a whole UTF-8 file, or - for standard input."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return "".join(open_text([name], "utf-8", Path(scratch)).read(lambda _: None))
+
+
 class Sampler:
     """A model with its tokenizer, and how to draw from it."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SampleSettings, runtime: Runtime) -> None:
-        """Take the model in evaluation mode."""
-        self.model, self.tokenizer, self.settings, self.runtime = model, tokenizer, settings, runtime
+    def __init__(self, model: LanguageModel, block_size: int, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+        """Take the model and what belongs to it."""
+        self.model, self.block_size, self.tokenizer, self.settings = model, block_size, tokenizer, settings
         self.rule = SamplingRule(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
 
     def show_samples(self) -> None:
@@ -125,63 +205,34 @@ class Sampler:
         print(stream.end())
         return np.array(tokens, dtype=np.int64)
 
-    def score(self) -> None:
-        """Print the loss of a text under the model."""
-        text = self.read_file(self.settings.score)
-        tokens = self.encode(text)
-        if len(tokens) < 2:
-            raise Failure(f"{self.settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
-        known = len(text) - sum(text.count(character) for character in self.tokenizer.unknown(text))
-        score = evaluate(
-            self.model,
-            Windows(Split((tokens,), known), self.runtime.device),
-            self.runtime,
-            block_size=self.model.config.block_size,
-            batch_size=16,
-        )
-        left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
-        print(f"{self.settings.score}: {len(tokens):,} tokens{left_out}, {score}")
-
     def generate(self, prompt: Tokens, seed: int) -> Iterator[list[int]]:
         """Yield the next token of every sample, in turn."""
-        with self.runtime.autocast():
-            for drawn in generate(
-                self.model,
-                torch.tensor(prompt.astype(np.int64), device=self.runtime.device),
-                block_size=self.model.config.block_size,
-                num_samples=self.settings.num_samples,
-                max_new_tokens=self.settings.max_new_tokens,
-                rule=self.rule,
-                seed=seed,
-                use_cache=self.settings.cache,
-            ):
-                yield drawn.tolist()
+        tokens = generate(
+            self.model,
+            prompt.astype(np.int64),
+            block_size=self.block_size,
+            num_samples=self.settings.num_samples,
+            max_new_tokens=self.settings.max_new_tokens,
+            rule=self.rule,
+            seed=seed,
+            use_cache=self.settings.cache,
+        )
+        return (drawn.tolist() for drawn in tokens)
 
     def encode(self, text: str) -> Tokens:
-        """Turn text into ids, unknown characters left out if the settings say so.
-
-        Raises:
-            Failure: the text has characters that the model has never seen.
-        """
-        unknown = self.tokenizer.unknown(text)
-        if unknown and self.settings.unknown == "error":
-            shown = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in unknown[:10])
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise Failure(f"the model has never seen {shown}{more}; change the text, or add --unknown=skip")
-        return self.tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
+        """Turn text into ids, as the settings say."""
+        return encode(text, self.tokenizer, self.settings)
 
     def prompt(self) -> str:
         """Return the prompt, from wherever the settings say."""
         if self.settings.prompt_file:
-            return self.read_file(self.settings.prompt_file)
+            return read_file(self.settings.prompt_file)
         return self.settings.prompt
-
-    def read_file(self, name: str) -> str:
-        """Read a whole UTF-8 file, or - for standard input."""
-        with tempfile.TemporaryDirectory() as scratch:
-            return "".join(open_text([name], "utf-8", Path(scratch)).read(lambda _: None))
 
 
 if __name__ == "__main__":
     with plain_errors():
+        SETTINGS, WORDS = parse(SampleSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
+        if len(WORDS) != 1:
+            raise UsageError(f"name one run or checkpoint: {USAGE}")
         main(SETTINGS, WORDS[0])

@@ -40,12 +40,14 @@ from glyphgpt import checkpoint as checkpoints
 from glyphgpt import runtime as runtimes
 from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
+from glyphgpt.decoder import Decoder
 from glyphgpt.evaluate import Score, evaluate
-from glyphgpt.generate import SamplingRule, generate
+from glyphgpt.generate import LanguageModel, SamplingRule, generate
 from glyphgpt.metrics import Metrics, check_trackers, write_whole
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
-from glyphgpt.runtime import Runtime, StopRequest
+from glyphgpt.runtime import OnDevice, Runtime, StopRequest
 from glyphgpt.shards import Dataset, load_dataset
+from glyphgpt.state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
 from glyphgpt.tokenizer import decode, first_token
 from glyphgpt.walk import Walk
 from model import GPT, GPTConfig
@@ -91,7 +93,7 @@ def score_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> S
     """Evaluate a run's best model on the validation split."""
     best = checkpoints.load(Path(settings.out_dir) / BEST, with_optimizer=False)
     check_vocabulary(best, dataset)
-    model = best.make_model(GPT, GPTConfig).to(runtime.device)
+    model = make_model(best, GPT, GPTConfig).to(runtime.device)
     return evaluate(
         model,
         Windows(dataset.val, runtime.device),
@@ -231,8 +233,8 @@ class Trainer:
             warn(f"settings changed since the run began: {', '.join(changed)}")
         if checkpoint.info.data != self.dataset.meta.fingerprint and self.runtime.is_main:
             warn(f"{self.dataset.folder} is not the data that the run began with; it goes on, but not exactly")
-        self.model.load_state_dict(checkpoint.model)
-        checkpoints.restore_optimizers(self.model, self.optimizers, checkpoint)
+        load_weights(self.model, checkpoint)
+        restore_optimizers(self.model, self.optimizers, checkpoint)
         if checkpoint.info.scaler:  # the run may have begun in another precision
             self.scaler.load_state_dict(checkpoint.info.scaler)
         self.progress = checkpoint.info.progress
@@ -367,24 +369,26 @@ class Trainer:
             progress=self.progress,
             scaler=self.scaler.state_dict(),
         )
-        optimizer = checkpoints.optimizer_tensors(self.model, self.optimizers) if name == LAST else {}
-        checkpoints.save(Checkpoint(info, self.model.state_dict(), optimizer), self.out_dir / name)
+        optimizer = optimizer_arrays(self.model, self.optimizers) if name == LAST else {}
+        checkpoints.save(Checkpoint(info, model_arrays(self.model), optimizer), self.out_dir / name)
 
     def sample(self) -> str:
         """Generate a little text, the same way each time."""
         self.model.eval()
-        prompt = torch.tensor([first_token(self.dataset.tokenizer)], device=self.runtime.device)
-        with self.runtime.autocast():
-            tokens = generate(
-                self.model,
-                prompt,
-                block_size=self.settings.block_size,
-                num_samples=1,
-                max_new_tokens=self.settings.sample_tokens,
-                rule=SamplingRule(temperature=0.8),
-                seed=self.settings.seed,
-            )
-            text = decode(self.dataset.tokenizer, [int(token) for token in tokens])
+        if self.runtime.device.type == "cpu":
+            model: LanguageModel = Decoder(asdict(self.config), model_arrays(self.model))
+        else:
+            model = OnDevice(self.model, self.runtime)
+        tokens = generate(
+            model,
+            np.array([first_token(self.dataset.tokenizer)]),
+            block_size=self.settings.block_size,
+            num_samples=1,
+            max_new_tokens=self.settings.sample_tokens,
+            rule=SamplingRule(temperature=0.8),
+            seed=self.settings.seed,
+        )
+        text = decode(self.dataset.tokenizer, [int(token[0]) for token in tokens])
         self.model.train()
         return text
 

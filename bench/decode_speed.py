@@ -13,14 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import sample
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt import runtime as runtimes
-from glyphgpt.generate import SamplingRule, generate
-from model import GPT, GPTConfig
+from glyphgpt.decoder import Decoder, Linear
+from glyphgpt.generate import LanguageModel, SamplingRule, generate
+from glyphgpt.runtime import OnDevice
+from glyphgpt.settings import SampleSettings
 
 CHARACTERS = 1000
 
@@ -30,13 +33,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder or a checkpoint")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     checkpoint = checkpoints.load(checkpoints.find(options.run), with_optimizer=False)
-    with runtimes.start(options.device, options.dtype) as runtime:
-        model = checkpoint.make_model(GPT, GPTConfig).to(runtime.device, runtime.dtype).eval()
-        speed = CHARACTERS / seconds(lambda: stream(model, runtime.device))
-        products = CHARACTERS / seconds(lambda: bare_products(model))
+    with sample.language_model(checkpoint, SampleSettings(device=options.device)) as model:
+        block_size = checkpoint.info.model["block_size"]
+        speed = CHARACTERS / seconds(lambda: stream(model, block_size))
+        products = CHARACTERS / seconds(
+            products_in_numpy(model) if isinstance(model, Decoder) else products_in_torch(model)
+        )
     print(f"characters per second, and at most, from matrix products alone: {speed:.0f} {products:.0f}")
 
 
@@ -51,28 +55,46 @@ def seconds(work: Callable[[], None]) -> float:
     return median(times)
 
 
-def stream(model: GPT, device: torch.device) -> None:
+def stream(model: LanguageModel, block_size: int) -> None:
     """Generate text from one token on, handing each token over."""
-    prompt = torch.zeros(1, dtype=torch.long, device=device)
-    tokens = generate(
-        model, prompt, num_samples=1, block_size=model.config.block_size, max_new_tokens=CHARACTERS,
-        rule=SamplingRule(temperature=0.8), seed=0,
-    )  # fmt: skip
-    for token in tokens:
+    rule = SamplingRule(temperature=0.8)
+    prompt = np.zeros(1, dtype=np.int64)
+    for token in generate(
+        model, prompt, num_samples=1, block_size=block_size, max_new_tokens=CHARACTERS, rule=rule, seed=0
+    ):
         token.tolist()
 
 
-@torch.inference_mode()
-def bare_products(model: GPT) -> None:
-    """Do a token's matrix-vector products, as often as the stream does."""
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
-    weights += [model.token_embedding.weight] * (model.head is None)
-    vectors = [torch.randn(1, weight.size(1), device=weight.device, dtype=weight.dtype) for weight in weights]
-    for _ in range(CHARACTERS):
-        for vector, weight in zip(vectors, weights, strict=True):
-            F.linear(vector, weight)
-    if weights[0].device.type == "cuda":
-        torch.cuda.synchronize()
+def products_in_numpy(model: Decoder) -> Callable[[], None]:
+    """Return a function that does a token's matrix-vector products, as often as the stream does."""
+    matrices = [layer.weight for block in model.blocks for layer in vars(block).values() if isinstance(layer, Linear)]
+    pairs = [(np.ones((1, len(matrix)), np.float32), matrix) for matrix in [*matrices, model.head]]
+
+    def work() -> None:
+        for _ in range(CHARACTERS):
+            for vector, matrix in pairs:
+                vector @ matrix
+
+    return work
+
+
+def products_in_torch(model: LanguageModel) -> Callable[[], None]:
+    """Return the same for a torch model on its device."""
+    assert isinstance(model, OnDevice)
+    network, dtype = model.model, model.runtime.dtype
+    weights = [layer.weight.to(dtype) for layer in network.modules() if isinstance(layer, nn.Linear)]
+    weights += [network.token_embedding.weight.to(dtype)] * (network.head is None)
+    pairs = [(torch.ones(1, weight.size(1), device=weight.device, dtype=dtype), weight) for weight in weights]
+
+    @torch.inference_mode()
+    def work() -> None:
+        for _ in range(CHARACTERS):
+            for vector, weight in pairs:
+                F.linear(vector, weight)
+        if model.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return work
 
 
 if __name__ == "__main__":

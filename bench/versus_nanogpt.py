@@ -25,14 +25,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
+from prepare_speed import write_text
 from tqdm import tqdm
 
 from glyphgpt.shards import load_dataset
 from glyphgpt.tokenizer import decode
-from prepare_speed import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "RESULTS.md"
@@ -41,7 +42,7 @@ README_CPU = (
     f"train.py {SHAKESPEARE} --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 ).split()
-README_SAMPLE = "sample.py --out_dir=out-shakespeare-char --device=cpu".split()
+README_SAMPLE = ["sample.py", "--out_dir=out-shakespeare-char", "--device=cpu"]
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
 
@@ -215,16 +216,14 @@ def like_for_like(bench: Bench, table: Table) -> None:
         nano.append(12 * 64 / median(steps) * 1000)
         out = bench.out(f"like-{run}")
         flags = ("--max_steps=400", "--eval_every=400", "--eval_tokens=1000", "--sample_tokens=0")
-        bench.ours(
-            "train.py", "config/nanogpt_cpu.toml", f"--data_dir={bench.scratch}", f"--out_dir={out}", *flags
-        )
+        bench.ours("train.py", "config/nanogpt_cpu.toml", f"--data_dir={bench.scratch}", f"--out_dir={out}", *flags)
         lines = read_metrics(out, "train")
         speeds = [
             (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
-            for before, after in zip(lines, lines[1:], strict=False)
+            for before, after in pairwise(lines)
         ]
         ours.append(median(speeds))
-    versus(table, "CPU, like for like (`config/nanogpt_cpu.toml`)", nano, ours, "tokens/s", "2x", "3x")
+    versus(table, "CPU, like for like (`config/nanogpt_cpu.toml`)", nano, ours, unit="tokens/s", targets=("2x", "3x"))
 
 
 def sampling(bench: Bench, table: Table) -> None:
@@ -235,7 +234,7 @@ def sampling(bench: Bench, table: Table) -> None:
         nano.append(bench.nano(*README_SAMPLE).seconds)
         flags = ("--num_samples=10", "--max_new_tokens=500", "--top_k=200")
         ours.append(bench.ours("sample.py", str(run_dir), *flags).seconds)
-    versus(table, "CPU, sampling 10 x 500 characters, 10.65M parameters", nano, ours, "s", "30x", "60x")
+    versus(table, "CPU, sampling 10 x 500 characters, 10.65M parameters", nano, ours, unit="s", targets=("30x", "60x"))
 
 
 def stream(bench: Bench, table: Table) -> None:
@@ -247,7 +246,7 @@ def stream(bench: Bench, table: Table) -> None:
         speed, floor = map(float, bench.ours("bench/decode_speed.py", str(run_dir)).output.split()[-2:])
         ours.append(speed)
         share.append(speed / floor)
-    versus(table, "CPU, one stream, 0.8M parameters", nano, ours, "characters/s", "10x", "25x")
+    versus(table, "CPU, one stream, 0.8M parameters", nano, ours, unit="characters/s", targets=("10x", "25x"))
     table.notes.append(
         f"One stream runs at {median(share):.0%} of what its bare matrix products, called one after the other, allow."
     )
@@ -265,7 +264,7 @@ def prepare(bench: Bench, table: Table) -> None:
         nano.append(bench.nano(str(folder / "prepare.py")))
         ours.append(bench.ours("prepare.py", str(text), "--name=large", f"--data_dir={bench.scratch}", "--overwrite"))
     seconds = [run.seconds for run in nano], [run.seconds for run in ours]
-    versus(table, "CPU, prepare 100 MB", *seconds, "s", "10x", "30x")
+    versus(table, "CPU, prepare 100 MB", *seconds, unit="s", targets=("10x", "30x"))
     peaks = [f"{median(run.peak_bytes for run in runs) / 2**20:,.0f} MiB" for runs in (nano, ours)]
     table.notes.append(f"Peak memory of preparing 100 MB: nanoGPT {peaks[0]}, glyphgpt {peaks[1]}.")
     shutil.rmtree(folder)
@@ -283,11 +282,11 @@ def untrained(bench: Bench, shape: dict[str, int]) -> Path:
 
 
 def versus(
-    table: Table, name: str, nano: list[float], ours: list[float], unit: str, at_least: str, aim: str
+    table: Table, name: str, nano: list[float], ours: list[float], *, targets: tuple[str, str], unit: str
 ) -> None:
     """Add a row of medians; the ratio is how much better ours is."""
     ratio = median(nano) / median(ours) if unit == "s" else median(ours) / median(nano)
-    table.add(name, spread(nano, unit), spread(ours, unit), f"{ratio:.1f}x", at_least, aim)
+    table.add(name, spread(nano, unit), spread(ours, unit), f"{ratio:.1f}x", *targets)
 
 
 def spread(values: list[float], unit: str) -> str:
@@ -351,7 +350,9 @@ def main() -> None:
             if name in chosen:
                 measure(bench, table)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    head = f"## Against nanoGPT, {now}\n\n{machine()}; glyphgpt {commits[0]}, nanoGPT {commits[1]}; {options.runs} runs."
+    head = (
+        f"## Against nanoGPT, {now}\n\n{machine()}; glyphgpt {commits[0]}, nanoGPT {commits[1]}; {options.runs} runs."
+    )
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(f"\n{head}\n\n{table.markdown()}\n")
 

@@ -4,6 +4,8 @@ A checkpoint is one safetensors file; nothing in it is ever executed. Tensors st
 `optimizer.`; the rest is JSON in the header. A SHA-256 of the whole file, taken with the digest's own place
 filled with zeros, stands in the header too: whatever is cut or flipped is found before a weight is used.
 
+torch is not needed to read one; `glyphgpt/state.py` takes tensors out of and into torch.
+
 There is no random state to save: every random number of training follows from the seed and the step.
 """
 
@@ -11,17 +13,16 @@ import hashlib
 import json
 import math
 import os
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from safetensors.numpy import save_file
 
 from glyphgpt.errors import Failure
 
@@ -33,7 +34,7 @@ _DIGEST_KEY = b'"sha256":"'
 _NO_DIGEST = b"0" * 64
 _CHUNK_BYTES = 1 << 22
 
-M = TypeVar("M", bound=nn.Module)
+Arrays = dict[str, NDArray[Any]]
 
 
 class Progress(BaseModel):
@@ -71,64 +72,12 @@ class Info(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory; `path` is where it came from."""
+    """A checkpoint in memory, its tensors as arrays by name; `path` is where it came from."""
 
     info: Info
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    model: Arrays
+    optimizer: Arrays = field(default_factory=dict)
     path: Path = Path()
-
-    def make_model(self, model_class: type[M], config_class: type) -> M:
-        """Return the model with its weights, on the CPU.
-
-        Raises:
-            Failure: config and weights do not belong together, or the weights are no numbers.
-        """
-        if not all(tensor.isfinite().all() for tensor in self.model.values()):
-            raise Failure(f"{self.path}: some weights are not finite; use an earlier checkpoint")
-        try:
-            config: Any = TypeAdapter(config_class).validate_json(json.dumps(self.info.model), strict=True)
-            model: M = model_class(config)
-            model.load_state_dict(self.model)
-        except (ValidationError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise Failure(f"{self.path}: its config and its weights do not belong together") from error
-        return model
-
-
-def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' state, which stays theirs, as KIND.PARAMETER.KEY; nothing before the first step."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{type(optimizer).__name__}.{names[parameter]}.{key}": value
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint: Checkpoint) -> None:
-    """Load the optimizers' state; learning rates and the like stay those of the settings.
-
-    Raises:
-        Failure: the state is of another model or optimizer.
-    """
-    if checkpoint.info.progress.step == 0:
-        return
-    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in checkpoint.optimizer.items():
-        owner, _, key = name.rpartition(".")
-        states[owner][key] = tensor
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    owners = [
-        [f"{type(optimizer).__name__}.{names[parameter]}" for group in optimizer.param_groups for parameter in group["params"]]
-        for optimizer in optimizers
-    ]
-    if set().union(*owners) != states.keys():
-        raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
-    for optimizer, owned in zip(optimizers, owners, strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # which number parameters in this very order
-        optimizer.load_state_dict({"state": dict(enumerate(map(states.get, owned))), "param_groups": groups})
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -142,7 +91,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     header = {"glyphgpt": checkpoint.info.model_dump_json(), "sha256": _NO_DIGEST.decode()}
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, header)
+        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, unfinished, header)
         unfinished.chmod(path.parent.stat().st_mode & 0o666)  # as open as its folder; safetensors makes it private
         with unfinished.open("r+b") as file:
             place = _digest_place(file, path)
@@ -173,17 +122,17 @@ def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
             file.seek(place)
             if file.read(len(_NO_DIGEST)) != digest:
                 raise Failure(f"{path}: damaged: its checksum does not match; use another checkpoint")
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             info = _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
             wanted = [name for name in file.keys() if with_optimizer or name.startswith("model.")]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name).clone() for name in wanted}  # off the file, which is replaced
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except FileNotFoundError as error:
         raise Failure(f"{path}: no checkpoint there") from error
     except OSError as error:
         raise Failure(f"{path}: cannot be read: {_reason(error)}") from error
     except SafetensorError as error:
         raise Failure(f"{path}: damaged or cut short: {_reason(error)}; use another checkpoint") from error
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    parts: dict[str, Arrays] = {"model": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:

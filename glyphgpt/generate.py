@@ -4,20 +4,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from glyphgpt.tokenizer import StreamDecoder, Tokenizer
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
 
 
 class LanguageModel(Protocol):
     """What decoding needs of a model."""
 
-    def new_cache(self) -> Any:
-        """Return an empty cache."""
+    def new_cache(self, batch: int) -> Any:
+        """Return an empty cache for so many samples."""
         ...
 
-    def next_logits(self, tokens: Tensor, cache: Any = None) -> Tensor:
+    def next_logits(self, tokens: Ids, cache: Any) -> Floats:
         """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
         ...
 
@@ -35,28 +38,34 @@ class SamplingRule:
     min_p: float = 0.0
     """Only tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Floats) -> Floats:
         """Turn logits (B, V) into the probabilities to draw from, (B, V); the temperature is above 0."""
-        logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # so that nothing overflows
-        if 0 < self.top_k < logits.size(-1):
-            least = logits.topk(self.top_k).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        probabilities = logits.softmax(-1)
+        logits = logits.astype(np.float64)
+        chances = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)  # nothing overflows
+        if 0 < self.top_k < logits.shape[-1]:
+            least = np.partition(chances, -self.top_k, axis=-1)[:, -self.top_k, None]  # (B, 1)
+            chances = np.where(chances < least, 0, chances)
+        chances /= chances.sum(-1, keepdims=True)
         if self.top_p < 1:
-            ordered, place = probabilities.sort(-1, descending=True)
+            order = np.argsort(-chances, axis=-1, kind="stable")
+            ordered = np.take_along_axis(chances, order, axis=-1)
             reached = ordered.cumsum(-1) - ordered >= self.top_p  # before this token
-            probabilities = probabilities.masked_fill(reached.scatter(-1, place, reached), 0)
+            np.put_along_axis(chances, order, np.where(reached, 0, ordered), axis=-1)
         if self.min_p > 0:
-            likeliest = probabilities.amax(-1, keepdim=True)
-            probabilities = probabilities.masked_fill(probabilities < self.min_p * likeliest, 0)
-        return probabilities
+            chances[chances < self.min_p * chances.max(-1, keepdims=True)] = 0
+        return chances
 
-    def draw(self, logits: Tensor, random: torch.Generator) -> Tensor:
-        """Draw a token for each row of logits (B, V); shape (B, 1)."""
-        if self.temperature < 1e-6:  # the limit, long before float32 could not divide
-            return logits.argmax(-1, keepdim=True)
-        return torch.multinomial(self.probabilities(logits), 1, generator=random)
+    def draw(self, logits: Floats, random: np.random.Generator) -> Ids:
+        """Draw a token for each row of logits (B, V); shape (B,)."""
+        if self.temperature < 1e-6:  # the limit, long before numbers overflow
+            return logits.argmax(-1)
+        reach = self.probabilities(logits).cumsum(
+            -1
+        )  # (B, V); token i owns what lies above reach[i - 1] up to reach[i]
+        place = (1 - random.random((len(logits), 1))) * reach[
+            :, -1:
+        ]  # never 0, which a token without a chance could own
+        return (reach < place).sum(-1)
 
 
 def context_start(length: int, block_size: int) -> int:
@@ -72,10 +81,9 @@ def context_start(length: int, block_size: int) -> int:
     return -(-(length - block_size) // hop) * hop
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
-    prompt: Tensor,
+    prompt: Ids,
     *,
     block_size: int,
     num_samples: int,
@@ -83,25 +91,25 @@ def generate(
     rule: SamplingRule,
     seed: int,
     use_cache: bool = True,
-) -> Iterator[Tensor]:
+) -> Iterator[Ids]:
     """Go on from a prompt (T,), T at least 1, and yield the next token of every sample, (num_samples,), in turn.
 
-    The model is in evaluation mode. In float32, the same seed gives the same tokens with and without cache.
+    The same seed gives the same tokens with and without cache, up to rounding.
     """
-    random = torch.Generator(prompt.device).manual_seed(seed)
+    random = np.random.default_rng(seed)
     length, start = len(prompt), context_start(len(prompt), block_size)
-    context = prompt[start:].repeat(num_samples, 1)  # (B, T)
-    cache, unseen = model.new_cache() if use_cache else None, context
+    context = np.tile(prompt[start:], (num_samples, 1))  # (B, T)
+    cache, unseen = model.new_cache(num_samples), context
     for _ in range(max_new_tokens):
-        token = rule.draw(model.next_logits(unseen, cache), random)  # (B, 1)
-        yield token[:, 0]
+        token = rule.draw(model.next_logits(unseen, cache), random)  # (B,)
+        yield token
         length += 1
         before, start = start, context_start(length, block_size)
-        context = torch.cat((context, token), dim=1)[:, start - before :]
+        context = np.concatenate((context, token[:, None]), axis=1)[:, start - before :]
         if use_cache and start == before:
-            unseen = token
+            unseen = token[:, None]
         else:
-            cache, unseen = model.new_cache() if use_cache else None, context
+            cache, unseen = model.new_cache(num_samples), context
 
 
 class TextStream:

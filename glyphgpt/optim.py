@@ -99,9 +99,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(
-    model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32
-) -> list[Optimizer]:
+def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
     """Return the optimizers that together update every parameter: AdamW (Loshchilov & Hutter 2017), and Muon if set.
 
     Weight decay acts on matrices and embeddings only, not on biases and the gains of norms. Rows of n-gram tables,

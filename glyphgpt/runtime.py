@@ -3,14 +3,16 @@
 import os
 import signal
 from collections.abc import Iterator
-from copy import copy
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,7 +102,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":  # emulated, bfloat16 would be the slower one
-        native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # torch 2.9 cannot tell
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot tell
+        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
         return torch.bfloat16 if native else torch.float32
     if device.type != "cuda":
         return torch.float32
@@ -139,6 +142,25 @@ def parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
         return model
     devices = [runtime.device] if runtime.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # they never change
+
+
+class OnDevice:
+    """A torch model as decoding sees it (`generate.LanguageModel`): ids in, logits out, both on the CPU."""
+
+    def __init__(self, model: Any, runtime: Runtime) -> None:
+        """Take a model in evaluation mode, on the runtime's device."""
+        self.model, self.runtime = model, runtime
+
+    def new_cache(self, batch: int) -> Any:  # noqa: ARG002
+        """Return an empty cache."""
+        return self.model.new_cache()
+
+    @torch.inference_mode()
+    def next_logits(self, tokens: NDArray[np.int64], cache: Any) -> NDArray[np.float32]:
+        """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
+        with self.runtime.autocast():
+            logits: Tensor = self.model.next_logits(torch.from_numpy(tokens).to(self.runtime.device), cache)
+        return logits.float().cpu().numpy()
 
 
 class StopRequest:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import prepare
+from glyphgpt.decoder import Decoder
 from glyphgpt.settings import PrepareSettings, TrainSettings
+from glyphgpt.state import model_arrays
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +74,11 @@ def tiny_model(seed: int = 0, **changes: object) -> GPT:
     """Such a network with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     return GPT(tiny_config(**changes)).eval()
+
+
+def decoder_of(model: GPT) -> Decoder:
+    """Return what a CPU decodes with, with a model's weights."""
+    return Decoder(asdict(model.config), model_arrays(model))
 
 
 def some_text(characters: int, seed: int = 0) -> str:

@@ -4,26 +4,33 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from conftest import MODERN, tiny_model
-from glyphgpt.generate import SamplingRule, TextStream, context_start, generate
+from conftest import MODERN, decoder_of, tiny_model
+from glyphgpt.decoder import DecoderCache
+from glyphgpt.generate import Floats, Ids, LanguageModel, SamplingRule, TextStream, context_start, generate
+from glyphgpt.runtime import OnDevice, Runtime
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer
-from model import GPT, Cache
+from model import GPT
 
 
-class Watched(GPT):
-    """A GPT that notes how many tokens it is given."""
+class Watched:
+    """A model that notes how many tokens it is given."""
 
-    seen: list[tuple[int, int]]
+    def __init__(self, model: GPT) -> None:
+        self.model = decoder_of(model)
+        self.seen: list[tuple[int, int]] = []
 
-    def next_logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        self.seen.append((cache.length if cache else 0, tokens.size(1)))
-        return super().next_logits(tokens, cache)
+    def new_cache(self, batch: int) -> DecoderCache:
+        return self.model.new_cache(batch)
+
+    def next_logits(self, tokens: Ids, cache: DecoderCache) -> Floats:
+        self.seen.append((cache.length, tokens.shape[1]))
+        return self.model.next_logits(tokens, cache)
 
 
 def sharp_model(**form: Any) -> GPT:
@@ -36,7 +43,7 @@ def sharp_model(**form: Any) -> GPT:
 
 
 def draws(
-    model: GPT,
+    model: GPT | LanguageModel,
     prompt: list[int],
     count: int,
     *,
@@ -46,8 +53,8 @@ def draws(
     greedy: bool = False,
 ) -> list[list[int]]:
     tokens = generate(
-        model,
-        torch.tensor(prompt),
+        decoder_of(model) if isinstance(model, GPT) else model,
+        np.array(prompt),
         block_size=8,
         num_samples=samples,
         max_new_tokens=count,
@@ -66,6 +73,9 @@ def test_a_cache_changes_nothing(form: dict[str, Any], length: int, samples: int
     prompt = torch.randint(11, (length,)).tolist()
     cached = draws(model, prompt, 24, samples=samples)
     assert cached == draws(model, prompt, 24, samples=samples, cache=False)
+    with_torch = OnDevice(model, Runtime(torch.device("cpu"), torch.float32))
+    assert cached == draws(with_torch, prompt, 24, samples=samples)
+    assert cached == draws(with_torch, prompt, 24, samples=samples, cache=False)
     assert len(cached) == samples and len(cached[0]) == 24
     assert len({tuple(sample) for sample in cached}) == samples
 
@@ -81,8 +91,7 @@ def test_every_token_is_drawn_from_the_tokens_in_its_context() -> None:
 
 
 def test_with_a_cache_the_model_sees_each_token_once_until_the_context_moves() -> None:
-    model = Watched(tiny_model().config).eval()
-    model.seen = []
+    model = Watched(tiny_model())
     draws(model, [1, 2, 3], 15)
     assert model.seen[:6] == [(0, 3), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1)]
     assert model.seen[6:11] == [(0, 5), (5, 1), (6, 1), (7, 1), (0, 5)]
@@ -157,7 +166,7 @@ RULES = st.builds(
 @example([1.0, 1.0, 0.0], SamplingRule(min_p=1.0))
 def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingRule) -> None:
     wanted = by_hand(logits, rule)
-    (seen,) = rule.probabilities(torch.tensor([logits, logits[::-1]]))[:1].tolist()
+    (seen,) = rule.probabilities(np.array([logits, logits[::-1]]))[:1].tolist()
     shares = [weight / sum(seen) for weight in seen]
     # of tokens that are equally likely, top_p may take any
     assert sorted(shares) == pytest.approx(sorted(wanted), abs=1e-5)
@@ -168,25 +177,41 @@ def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingRule) -> N
 @given(LOGITS, RULES, st.integers(0, 1000))
 @settings(deadline=None, max_examples=100)
 def test_some_token_is_always_left(logits: list[float], rule: SamplingRule, seed: int) -> None:
-    rows = torch.tensor([logits] * 3) * 20
+    rows = np.array([logits] * 3) * 20
     allowed = rule.probabilities(rows)
-    assert allowed.isfinite().all()
-    drawn = rule.draw(rows, torch.Generator().manual_seed(seed))
-    assert drawn.shape == (3, 1)
-    assert (allowed.gather(1, drawn) > 0).all()
+    assert np.isfinite(allowed).all()
+    drawn = rule.draw(rows, np.random.default_rng(seed))
+    assert drawn.shape == (3,)
+    assert (allowed[[0, 1, 2], drawn] > 0).all()
+
+
+class Extreme:
+    """A source of randomness that gives its smallest or its largest number."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self, shape: tuple[int, ...]) -> Floats:
+        return np.full(shape, self.number)
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 2), (1 - 2**-53, 1)])
+def test_tokens_without_a_chance_are_never_drawn(number: float, token: int) -> None:
+    rows = np.array([[-np.inf, 0.0, 0.0, -np.inf]])
+    assert SamplingRule().draw(rows, Extreme(number)).tolist() == [token]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-300])
 def test_a_temperature_near_0_takes_the_likeliest(temperature: float) -> None:
-    rows = torch.tensor([[1.0, 50.0, -30.0], [-1.0, -2.0, -3.0]])
-    drawn = SamplingRule(temperature=temperature).draw(rows, torch.Generator())
-    assert drawn.tolist() == [[1], [0]]
+    rows = np.array([[1.0, 50.0, -30.0], [-1.0, -2.0, -3.0]])
+    drawn = SamplingRule(temperature=temperature).draw(rows, np.random.default_rng(0))
+    assert drawn.tolist() == [1, 0]
 
 
 def test_temperature_0_takes_the_likeliest() -> None:
-    rows = torch.randn(50, 9)
-    drawn = SamplingRule(temperature=0, top_k=5, top_p=0.5, min_p=0.5).draw(rows, torch.Generator())
-    assert drawn[:, 0].tolist() == [row.index(max(row)) for row in rows.tolist()]
+    rows = np.random.default_rng(0).normal(size=(50, 9))
+    drawn = SamplingRule(temperature=0, top_k=5, top_p=0.5, min_p=0.5).draw(rows, np.random.default_rng(0))
+    assert drawn.tolist() == [row.index(max(row)) for row in rows.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -202,9 +227,9 @@ def test_temperature_0_takes_the_likeliest() -> None:
 )
 def test_draws_are_as_frequent_as_they_should_be(rule: SamplingRule, wanted: list[float]) -> None:
     count = 40_000
-    rows = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(count, -1)
-    drawn = rule.draw(rows, torch.Generator().manual_seed(0))
-    found = drawn.flatten().bincount(minlength=4).tolist()
+    rows = np.tile(np.log([0.1, 0.2, 0.3, 0.4]), (count, 1))
+    drawn = rule.draw(rows, np.random.default_rng(0))
+    found = np.bincount(drawn, minlength=4).tolist()
     expected = [count * share for share in wanted]
     assert all(n == 0 for n, e in zip(found, expected, strict=True) if e == 0)
     chi_square = sum((n - e) ** 2 / e for n, e in zip(found, expected, strict=True) if e)

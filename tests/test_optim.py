@@ -131,7 +131,9 @@ def test_the_rate_is_set_everywhere_and_tables_learn_faster() -> None:
     optimizers = make_optimizers(model, Optimization(optimizer="muon"))
     set_learning_rate(optimizers, 0.7)
     tables = {id(p) for p in model.ngram_embedding.parameters()}  # type: ignore[union-attr]
-    rates = {id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    rates = {
+        id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     assert rates == {id(p): 2.8 if id(p) in tables else 0.7 for p in model.parameters()}
 
 
@@ -139,7 +141,9 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     model = tiny_model(n_layer=1, ngram=3, tie_embeddings=False)
     adamw, muon = make_optimizers(model, Optimization(optimizer="muon"))
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    taken = [[name_of[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (adamw, muon)]
+    taken = [
+        [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (adamw, muon)
+    ]
     assert sorted(taken[0] + taken[1]) == sorted(name_of.values())
     assert taken[1] == [f"blocks.0.{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")]
 
@@ -149,8 +153,10 @@ def test_muon_updates_as_that_of_torch() -> None:
     shapes = [(24, 8), (8, 8), (8, 32), (24, 8), (8, 32)]
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
-    settings: dict[str, float] = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
-    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(ours, lr=0.1, weight_decay=0.2, momentum=0.9),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+    ]
     for _ in range(4):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn_like(one)

@@ -166,7 +166,7 @@ def test_score_is_the_loss_that_evaluation_tells(
     validation_text = some_text(6000)[5400:]
     file = tmp_path / "validation.txt"
     file.write_bytes(validation_text.encode())
-    assert ask(score=str(file)) == f"{file}: 600 tokens, {evaluated}"
+    assert ask(score=str(file), dtype="float32") == f"{file}: 600 tokens, {evaluated}"
     file.write_bytes("qz字".join(validation_text).encode())
     with pytest.raises(Failure, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
         ask(score=str(file))

@@ -1,0 +1,252 @@
+"""The network of model.py once more, in numpy: what a CPU decodes with.
+
+For small networks and a token at a time, calling torch costs several times what the arithmetic does, and importing it
+takes longer than most samples. Here a call costs a microsecond, and numpy is there at once. Weights are float32 and
+laid out as (inputs, outputs). `tests/test_decoder.py` holds it to model.py's logits in every form. Shape letters are
+those of model.py.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from glyphgpt.settings import Count, Network
+
+Array = NDArray[np.floating[Any]]
+EPSILON = np.float32(1e-5)  # LayerNorm's
+RMS_EPSILON = np.finfo(np.float32).eps
+
+
+class Form(Network):
+    """A network's config, as checkpoints hold it."""
+
+    model_config = ConfigDict(strict=True)
+
+    vocab_size: Count
+
+
+class DecoderCache:
+    """Keys and values of every layer for the tokens seen so far, and the last few tokens."""
+
+    def __init__(self, form: Form, batch: int) -> None:
+        """Begin empty, with room for block_size tokens."""
+        shape = (form.n_layer, batch, form.n_head, form.block_size, form.n_embd // form.n_head)
+        self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)  # (L, B, H, S, D)
+        self.recent = np.empty((batch, 0), np.int64)
+        self.length = 0
+
+
+class Decoder:
+    """A network that decodes, from a config and weights by name as a checkpoint holds them."""
+
+    def __init__(self, config: dict[str, Any], weights: dict[str, Array]) -> None:
+        """Lay the weights out for decoding.
+
+        Raises:
+            ValueError: config and weights do not belong together.
+        """
+        self.form = form = Form.model_validate(config)
+        if form.n_embd % form.n_head or (form.position == "rotary" and form.n_embd // form.n_head % 2):
+            raise ValueError("n_embd cannot be shared evenly by the heads")
+        if {name: weight.shape for name, weight in weights.items()} != expected_shapes(form):
+            raise ValueError("the weights are not those of the config")
+        if not all(weight.dtype == np.float32 and np.isfinite(weight).all() for weight in weights.values()):
+            raise ValueError("some weights are not finite float32 numbers")
+        self.head_size = form.n_embd // form.n_head
+        self.lookback = form.ngram - 1 + form.token_shift
+        self.embedding = weights["token_embedding.weight"]
+        self.tables = [weights[f"ngram_embedding.tables.{i}.weight"] for i in range(form.ngram - 1)]
+        self.share = weights.get("token_shift.share")
+        self.positions = self._positions(weights)
+        self.rotation = angles(form.block_size, self.head_size) if form.position == "rotary" else None
+        self.blocks = [Block(form, weights, f"blocks.{layer}.") for layer in range(form.n_layer)]
+        self.norm = Norm(form, weights, "norm.")
+        head = weights["token_embedding.weight" if form.tie_embeddings else "head.weight"]
+        self.head = np.ascontiguousarray(head.T)  # (C, V)
+
+    def _positions(self, weights: dict[str, Array]) -> Array | None:
+        """Return what is added at each position, (T, C), or None."""
+        if self.form.position == "learned":
+            return weights["position.embedding.weight"]
+        if self.form.position == "sinusoidal":
+            cos, sin = angles(self.form.block_size, self.form.n_embd)
+            return np.stack((sin, cos), axis=-1).reshape(self.form.block_size, -1)
+        return None
+
+    def new_cache(self, batch: int) -> DecoderCache:
+        """Return an empty cache for so many samples."""
+        return DecoderCache(self.form, batch)
+
+    def next_logits(self, tokens: NDArray[np.int64], cache: DecoderCache) -> Array:
+        """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
+        start, T = cache.length, tokens.shape[1]
+        S = start + T
+        x = self._embed(tokens, cache)
+        rotation = None
+        if self.rotation is not None:
+            cos, sin = (table[start:S, None, None] for table in self.rotation)  # (T, 1, 1, D / 2) each
+            rotation = cos, sin
+        future = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            x = x + block.attend(x, keys[:, :, :S], values[:, :, :S], rotation, future)
+            x = x + block.mlp(x)
+        cache.length = S
+        return self.norm(x[:, -1]) @ self.head
+
+    def _embed(self, tokens: NDArray[np.int64], cache: DecoderCache) -> Array:
+        """Map tokens (B, T) to the residual stream's beginning (B, T, C)."""
+        T, start = tokens.shape[1], cache.length
+        if self.lookback:
+            tokens = np.concatenate((cache.recent, tokens), axis=1)
+            cache.recent = tokens[:, -self.lookback :]
+        x = self.embedding[tokens]
+        if self.tables:
+            x = rms_norm(x + self._ngrams(tokens))
+        if self.share is not None:
+            x[:, 1:] += self.share * x[:, :-1].copy()
+        x = x[:, -T:]
+        if self.form.position == "sinusoidal":
+            x = x * np.float32(math.sqrt(self.form.n_embd))
+        return x if self.positions is None else x + self.positions[start : start + T]
+
+    def _ngrams(self, tokens: NDArray[np.int64]) -> Array:
+        """Sum up the tables' vectors for tokens (B, T), (B, T, C)."""
+        key = tokens + 1
+        total: Array = np.zeros(1, np.float32)
+        for back, table in enumerate(self.tables, start=1):
+            earlier = np.zeros_like(key)
+            earlier[:, back:] = tokens[:, : max(0, tokens.shape[1] - back)] + 1
+            key = key * 1_000_003 + earlier
+            total = total + table[key % self.form.ngram_rows]
+        return total
+
+
+class Block:
+    """One block's weights."""
+
+    def __init__(self, form: Form, weights: dict[str, Array], prefix: str) -> None:
+        """Pick them by name."""
+        self.n_head, self.qk_norm = form.n_head, form.qk_norm
+        self.attention_norm = Norm(form, weights, f"{prefix}attention_norm.")
+        self.qkv = Linear(weights, f"{prefix}attention.qkv.")
+        self.out = Linear(weights, f"{prefix}attention.out.")
+        self.mlp_norm = Norm(form, weights, f"{prefix}mlp_norm.")
+        self.up = Linear(weights, f"{prefix}mlp.up.")
+        self.down = Linear(weights, f"{prefix}mlp.down.")
+        self.activation = relu2 if form.activation == "relu2" else gelu
+
+    def attend(
+        self, x: Array, keys: Array, values: Array, rotation: tuple[Array, Array] | None, future: Array | None
+    ) -> Array:
+        """Return what attention adds to x (B, T, C), whose own keys and values take the last places of (B, H, S, D)."""
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        heads = self.qkv(self.attention_norm(x)).reshape(B, T, 3, H, D)
+        qk = heads[:, :, :2]
+        if self.qk_norm:
+            qk = rms_norm(qk)
+        if rotation:
+            cos, sin = rotation
+            first, second = qk[..., : D // 2], qk[..., D // 2 :]
+            qk = np.concatenate((first * cos - second * sin, first * sin + second * cos), axis=-1)
+        keys[:, :, -T:] = qk[:, :, 1].swapaxes(1, 2)
+        values[:, :, -T:] = heads[:, :, 2].swapaxes(1, 2)
+        scores = (qk[:, :, 0].swapaxes(1, 2) * np.float32(D**-0.5)) @ keys.swapaxes(2, 3)  # (B, H, T, S)
+        if future is not None:
+            scores += future
+        return self.out((softmax(scores) @ values).swapaxes(1, 2).reshape(B, T, C))
+
+    def mlp(self, x: Array) -> Array:
+        """Return what the MLP adds to x (B, T, C)."""
+        return self.down(self.activation(self.up(self.mlp_norm(x))))
+
+
+class Linear:
+    """A matrix and perhaps a bias."""
+
+    def __init__(self, weights: dict[str, Array], prefix: str) -> None:
+        """Pick them by name; the matrix is turned to (inputs, outputs), the faster layout."""
+        self.weight = np.ascontiguousarray(weights[f"{prefix}weight"].T)
+        self.bias = weights.get(f"{prefix}bias")
+
+    def __call__(self, x: Array) -> Array:
+        """Map (..., inputs) to (..., outputs)."""
+        y = (x.reshape(-1, x.shape[-1]) @ self.weight).reshape(*x.shape[:-1], -1)  # one product for the whole batch
+        return y if self.bias is None else y + self.bias
+
+
+class Norm:
+    """LayerNorm or RMSNorm over channels."""
+
+    def __init__(self, form: Form, weights: dict[str, Array], prefix: str) -> None:
+        """Pick the gain and bias by name, if there are any."""
+        self.layernorm = form.norm == "layernorm"
+        self.gain, self.bias = weights.get(f"{prefix}weight"), weights.get(f"{prefix}bias")
+
+    def __call__(self, x: Array) -> Array:
+        """Return the same shape."""
+        if not self.layernorm:
+            return rms_norm(x)
+        x = x - np.add.reduce(x, axis=-1, keepdims=True) * np.float32(1 / x.shape[-1])
+        y: Array = x / np.sqrt(mean_square(x) + EPSILON) * self.gain
+        return y if self.bias is None else y + self.bias
+
+
+def mean_square(x: Array) -> Array:
+    """Return the mean of the squares over the last axis, which is kept."""
+    return np.einsum("...c,...c->...", x, x)[..., None] * np.float32(1 / x.shape[-1])
+
+
+def rms_norm(x: Array) -> Array:
+    """Divide by the root mean square over the last axis."""
+    return x / np.sqrt(mean_square(x) + RMS_EPSILON)
+
+
+def relu2(x: Array) -> Array:
+    """max(0, x)²."""
+    x = np.maximum(x, 0)
+    return x * x
+
+
+def gelu(x: Array) -> Array:
+    """GELU in GPT-2's form, by tanh."""
+    return (
+        np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
+    )
+
+
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis."""
+    x = np.exp(x - np.maximum.reduce(x, axis=-1, keepdims=True))
+    return x / np.add.reduce(x, axis=-1, keepdims=True)
+
+
+def angles(length: int, channels: int) -> tuple[Array, Array]:
+    """Return cosine and sine of t / 10000^(2i / channels) for position t and pair i, (length, channels / 2) each."""
+    frequency = 10000.0 ** (-2 * np.arange(channels // 2) / channels)
+    angle = np.outer(np.arange(length), frequency).astype(np.float32)
+    return np.cos(angle), np.sin(angle)
+
+
+def expected_shapes(form: Form) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of a form, by name."""
+    C, V = form.n_embd, form.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (V, C)}
+    shapes |= {f"ngram_embedding.tables.{i}.weight": (form.ngram_rows, C) for i in range(form.ngram - 1)}
+    shapes |= {"token_shift.share": (C,)} if form.token_shift else {}
+    shapes |= {"position.embedding.weight": (form.block_size, C)} if form.position == "learned" else {}
+    shapes |= {} if form.tie_embeddings else {"head.weight": (V, C)}
+    norms = ["norm"]
+    for layer in range(form.n_layer):
+        linear = {"attention.qkv": (3 * C, C), "attention.out": (C, C), "mlp.up": (4 * C, C), "mlp.down": (C, 4 * C)}
+        for name, shape in linear.items():
+            shapes[f"blocks.{layer}.{name}.weight"] = shape
+            shapes |= {f"blocks.{layer}.{name}.bias": shape[:1]} if form.bias else {}
+        norms += [f"blocks.{layer}.attention_norm", f"blocks.{layer}.mlp_norm"]
+    if form.norm == "layernorm":
+        shapes |= {f"{norm}.weight": (C,) for norm in norms}
+        shapes |= {f"{norm}.bias": (C,) for norm in norms} if form.bias else {}
+    return shapes

@@ -1,0 +1,87 @@
+"""Between torch and checkpoints: weights and optimizer state as arrays by name, and back."""
+
+import json
+from collections import defaultdict
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from glyphgpt.checkpoint import Arrays, Checkpoint
+from glyphgpt.errors import Failure
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def model_arrays(model: nn.Module) -> Arrays:
+    """Return the weights by name. On a CPU they are not copied."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into a model.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in checkpoint.model.items()})
+
+
+def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type) -> M:
+    """Return a checkpoint's model with its weights, on the CPU.
+
+    Raises:
+        Failure: config and weights do not belong together, or the weights are no numbers.
+    """
+    if not all(np.isfinite(array).all() for array in checkpoint.model.values()):
+        raise Failure(f"{checkpoint.path}: some weights are not finite; use an earlier checkpoint")
+    try:
+        config: Any = TypeAdapter(config_class).validate_json(json.dumps(checkpoint.info.model), strict=True)
+        model: M = model_class(config)
+        load_weights(model, checkpoint)
+    except (ValidationError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+    return model
+
+
+def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer]) -> Arrays:
+    """Return the optimizers' state as KIND.PARAMETER.KEY; nothing before the first step. On a CPU it is not copied."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{type(optimizer).__name__}.{names[parameter]}.{key}": value.cpu().numpy()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint: Checkpoint) -> None:
+    """Load the optimizers' state; learning rates and the like stay those of the settings.
+
+    Raises:
+        Failure: the state is of another model or optimizer.
+    """
+    if checkpoint.info.progress.step == 0:
+        return
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, array in checkpoint.optimizer.items():
+        owner, _, key = name.rpartition(".")
+        states[owner][key] = torch.tensor(array)  # a copy, which the optimizer may change
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    owners = [
+        [
+            f"{type(optimizer).__name__}.{names[parameter]}"
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        for optimizer in optimizers
+    ]
+    if set().union(*owners) != states.keys():
+        raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
+    for optimizer, owned in zip(optimizers, owners, strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # which number parameters in this very order
+        optimizer.load_state_dict({"state": dict(enumerate(map(states.get, owned))), "param_groups": groups})
