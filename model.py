@@ -265,8 +265,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
     if q.device.type == "cpu" and 1 < T <= EXPLICIT_ATTENTION and T == S:
-        scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
-        weights = scores.masked_fill(~causal_mask(T, S, q.device), -torch.inf).softmax(-1)
+        scores = q / math.sqrt(D) @ k.mT  # (B, H, T, S)
+        weights = scores.masked_fill_(~causal_mask(T, S, q.device), -torch.inf).softmax(-1)
         return F.dropout(weights, dropout) @ v
     mask = causal_mask(T, S, q.device) if 1 < T < S else None
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)

@@ -63,8 +63,8 @@ class Race:
 RACES = {
     "to-1.88": Race("CPU, to 1.88", "config/quick.toml", 0.1, 1.88, 1.88),
     "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char_cpu.toml", 1, 1.55, 1.50),
-    "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_x2.toml", 2, 1.50, 1.4697),
-    "five": Race("CPU, in five times that time", "config/shakespeare_char_cpu_x5.toml", 5, 1.4697, 1.44),
+    "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_long.toml", 2, 1.50, 1.4697),
+    "five": Race("CPU, in five times that time", "config/shakespeare_char_cpu_best.toml", 5, 1.4697, 1.44),
 }
 
 # Run by nanoGPT's side, in its own folder, where `model` is nanoGPT's.

@@ -18,6 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from glyphgpt.errors import Failure, UsageError, warn
 
+CPU_OPTIONS: dict[str, Any] = {
+    "cpp.vec_isa_ok": True,  # spares ten seconds of trial programs, one for each set of vector instructions
+    "fallback_random": True,  # compiled random numbers are slow on CPUs
+}
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -119,11 +124,12 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
     """
     if choice is False or (choice == "auto" and runtime.device.type != "cuda"):
         return model
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares the trial programs for each set of instructions
     compiled = copy(model)
     compiled._modules = model._modules.copy()
     try:
-        compiled.blocks = nn.ModuleList(map(torch.compile, model.blocks))  # type: ignore[arg-type]
+        options = CPU_OPTIONS if runtime.device.type == "cpu" else None
+        blocks: list[Any] = [torch.compile(block, options=options) for block in model.blocks]  # type: ignore[union-attr]
+        compiled.blocks = nn.ModuleList(blocks)
         with runtime.autocast():
             compiled(*example).backward()
     except torch.OutOfMemoryError:  # no fault of the compiler's

@@ -98,7 +98,7 @@ class Optimization(Settings):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from learning_rate after the warm-up to min_lr at max_steps."""
     weight_decay: NotNegative = 0.1
-    """AdamW's weight decay; on matrices and embeddings only."""
+    """Weight decay; on matrices and embeddings only."""
     beta1: Fraction = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: Fraction = 0.99
@@ -138,10 +138,10 @@ class Machine(Settings):
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on an
-    older one, else float32."""
+    """Precision of the products; weights stay float32. auto: bfloat16 on a GPU or CPU that has it, float16 on an
+    older GPU, else float32."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the model, which takes up to a minute before the first step. auto: on CUDA only."""
+    """torch.compile the blocks, which takes up to half a minute before the first step. auto: on CUDA only."""
 
 
 class Action(Settings):
@@ -212,9 +212,10 @@ class SampleSettings(Settings):
     cache: bool = True
     """Keep keys and values between tokens: the same text, sooner."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
+    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products. auto: bfloat16 on a GPU that has it, float16 on an older one, else float32."""
+    """Precision of the products on a GPU, and of --score; a CPU samples in float32. auto: bfloat16 where there is
+    such hardware, float16 on an older GPU, else float32."""
 
     def conflicts(self) -> Iterator[str]:
         """Say, a line each, which values do not go together."""

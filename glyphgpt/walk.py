@@ -31,9 +31,12 @@ class Walk:
         """From token ids to the residual stream."""
         net, V = self.network, self.vocab_size
         T, C = net.block_size, net.n_embd
+        ngrams = [Stage(f"ngram_embedding of 2 to {net.ngram} tokens", "B T C", (net.ngram - 1) * net.ngram_rows * C)]
         return [
             Stage("tokens", "B T"),
             Stage("token_embedding", "B T C", V * C),
+            *(ngrams if net.ngram > 1 else []),
+            *([Stage("token_shift", "B T C", C)] if net.token_shift else []),
             Stage(f"position ({net.position})", "B T C", T * C if net.position == "learned" else 0),
         ]
 
@@ -45,7 +48,7 @@ class Walk:
         return [
             self._norm("attention_norm"),
             self._linear("qkv", "B T 3C", C, 3 * C),
-            Stage("queries, keys, values", "B H T D", 2 * D if net.qk_norm else 0),
+            Stage("queries, keys, values", "B H T D"),
             Stage("scores = q k^T / sqrt(D)", "B H T T", 0, B * H * T * T * D),
             Stage("weights = softmax of the past", "B H T T"),
             Stage("mixed = weights v", "B H T D", 0, B * H * T * T * D),
@@ -69,7 +72,7 @@ class Walk:
 
     def _norm(self, name: str) -> Stage:
         net = self.network
-        vectors = 2 if net.norm == "layernorm" and net.bias else 1
+        vectors = 0 if net.norm == "rmsnorm" else 2 if net.bias else 1
         return Stage(f"{name} ({net.norm})", "B T C", vectors * net.n_embd)
 
     def _linear(self, name: str, letters: str, inputs: int, outputs: int) -> Stage:

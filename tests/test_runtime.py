@@ -139,7 +139,7 @@ def broken(*_: object, **__: object) -> None:
 class Wrapped(nn.Module):
     """Stands for a compiled block."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, **_: object) -> None:
         super().__init__()
         self.block = block
 
@@ -173,7 +173,7 @@ def test_a_compiler_that_fails_costs_one_warning(
 
 
 def test_a_failure_without_words_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(_: nn.Module) -> None:
+    def fail(_: nn.Module, **__: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(torch, "compile", fail)

@@ -79,6 +79,13 @@ def test_the_cache_does_not_change_the_text(length: int, prompt: str, ask: Ask) 
     assert ask(**form, cache=True) == ask(**form, cache=False)
 
 
+def test_a_cpu_samples_without_torch(run: Path) -> None:
+    program = f"import sys; sys.modules['torch'] = None; sys.argv = ['sample.py', {str(run)!r}, '--device=cpu']\n"
+    program += "import runpy; runpy.run_path('sample.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 500 + 1)
+
+
 def test_num_samples_prints_so_many_different_ones(ask: Ask) -> None:
     samples = ask(num_samples=3, prompt="my lord").split("-" * 20 + "\n")
     assert len(set(samples)) == 3
@@ -171,7 +178,7 @@ def test_score_is_the_loss_that_evaluation_tells(
     with pytest.raises(Failure, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
         ask(score=str(file))
     left_out = "(1,797 unknown characters left out)"
-    assert ask(score=str(file), unknown="skip") == f"{file}: 600 tokens {left_out}, {evaluated}"
+    assert ask(score=str(file), unknown="skip", dtype="float32") == f"{file}: 600 tokens {left_out}, {evaluated}"
 
 
 def test_score_reads_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

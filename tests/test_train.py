@@ -374,10 +374,10 @@ def test_bfloat16_trains_on_the_cpu(
 def test_compilation_that_fails_falls_back_to_eager_with_one_warning(
     moment: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    def compile_to_failure(block: torch.nn.Module) -> torch.nn.Module:
+    def compile_to_failure(block: torch.nn.Module, **_: object) -> torch.nn.Module:
         wrapped = torch.nn.Sequential(block)
         wrapped.forward = fail  # type: ignore[method-assign]
         return wrapped
@@ -396,7 +396,7 @@ def test_a_compiled_model_is_trained_and_saved_under_plain_names(
     class Compiled(torch.nn.Module):
         calls = 0
 
-        def __init__(self, model: torch.nn.Module) -> None:
+        def __init__(self, model: torch.nn.Module, **_: object) -> None:
             super().__init__()
             self._orig_mod = model
 

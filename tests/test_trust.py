@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 import train
 from conftest import ROOT, as_flags, contents, prepare_text, same_tensors, script, some_text, tiny_settings

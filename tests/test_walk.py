@@ -22,8 +22,10 @@ SWITCHES: dict[str, list[Any]] = {
     "qk_norm": [False, True],
     "tie_embeddings": [True, False],
     "bias": [True, False],
+    "ngram": [1, 3],
+    "token_shift": [False, True],
 }
-SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 10}
+SHAPE = {"ngram_rows": 50, "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 10}
 V, B = 13, 4
 
 
