@@ -283,15 +283,15 @@ class Trainer:
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         share_loss = self.gradients(self.batch())
         for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         grad_norm = clip_gradients(self.model, settings.grad_clip).item()
         loss_sum, stops = runtime.sum(share_loss, float(stop.signal is not None))
         loss = loss_sum / runtime.world_size
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled())):  # it skips such steps
             raise diverged(step + 1, f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", "before the update")
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            self.scaler.step(optimizer)  # type: ignore[arg-type]
+        self.model.zero_grad()
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # from 65,536: one halving after another
             raise diverged(step + 1, "gradients at every scale", "after many updates left out")

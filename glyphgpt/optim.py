@@ -1,13 +1,14 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
 
 from glyphgpt.settings import Optimization
 
@@ -30,58 +31,92 @@ def learning_rate(step: int, settings: Optimization) -> float:
     return peak + (low - peak) * fall
 
 
-def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
-    """Give every parameter group this learning rate, times its own factor."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+class Optimizer(ABC):
+    """Parameter groups and a state for each parameter.
+
+    torch.optim's class of this name imports torch's compiler, which takes two seconds at every start.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        """Take groups of parameters: dicts with params, weight_decay and lr_factor."""
+        self.param_groups = [{"lr": 0.0, **group} for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @abstractmethod
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first update."""
+
+    @abstractmethod
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that have a gradient, and their state."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if parameter not in self.state:
+                    self.state[parameter] = self.new_state(parameter)
+            if parameters:
+                self.update(parameters, [parameter.grad for parameter in parameters], group)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2017), computed by torch's fused kernel."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        """Take groups of parameters, and how fast the means of gradients and of their squares forget."""
+        super().__init__(groups)
+        self.beta1, self.beta2 = betas
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return means of zero."""
+        step = torch.zeros((), device=parameter.device)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that have a gradient, and their state."""
+        states = [self.state[parameter] for parameter in parameters]
+        means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        adamw(
+            parameters, gradients, means, squares, [], steps, fused=True, amsgrad=False, beta1=self.beta1,
+            beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
 class Muon(Optimizer):
-    """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum whose update is made orthogonal, for matrices.
 
-    Updates are scaled to the size that AdamW's usually have, so that both take one learning rate and weight decay
-    (Liu et al. 2025, "Muon is scalable for LLM training"). Unlike torch.optim.Muon it makes all matrices of one shape
-    orthogonal in one batch, which for small ones is several times faster.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled to the size that AdamW's updates usually
+    have, so that both take one learning rate and weight decay (Liu et al. 2025, "Muon is scalable for LLM training").
+    Unlike torch.optim.Muon it makes all matrices of one shape orthogonal together, which for small ones is faster.
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.float32,
+        self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, momentum: float = 0.95
     ) -> None:
-        """Take matrices, or groups of them, and the precision in which updates are made orthogonal."""
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        """Take groups of matrices, and the precision in which updates are made orthogonal."""
+        super().__init__(groups)
+        self.dtype, self.momentum = dtype, momentum
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Do one update; a closure is not supported."""
-        assert closure is None
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for parameters in by_shape.values():
-                self._update(parameters, group)
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return a momentum of zero."""
+        return {"momentum": torch.zeros_like(parameter)}
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices that have a gradient, and their momentum."""
         means = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's look ahead
-        update = orthogonal(torch.stack(tuple(ahead)), self.dtype)
-        rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        ahead = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov's look ahead
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+        by_shape = defaultdict(list)
+        for parameter, direction in zip(parameters, ahead, strict=True):
+            by_shape[parameter.shape].append((parameter, direction))
+        for shape, pairs in by_shape.items():
+            together = orthogonal(torch.stack([direction for _, direction in pairs]), self.dtype)
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+            torch._foreach_add_([parameter for parameter, _ in pairs], list(together.unbind()), alpha=-rate)
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,6 +132,13 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
+    """Give every parameter group this learning rate, times its own factor."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
 
 
 def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
@@ -119,11 +161,8 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
         group_of(parameters.keys() - matrices, 0.0),
         group_of(tables, settings.weight_decay, TABLE_FACTOR),
     ]
-    betas = (settings.beta1, settings.beta2)
-    adamw = AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, betas=betas, fused=True)
-    if not muon:
-        return [adamw]
-    return [adamw, Muon([group_of(muon, settings.weight_decay)], settings.learning_rate, dtype=dtype)]
+    optimizers: list[Optimizer] = [AdamW(groups, (settings.beta1, settings.beta2))]
+    return [*optimizers, Muon([group_of(muon, settings.weight_decay)], dtype)] if muon else optimizers
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

@@ -1,17 +1,16 @@
 """Between torch and checkpoints: weights and optimizer state as arrays by name, and back."""
 
 import json
-from collections import defaultdict
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from glyphgpt.checkpoint import Arrays, Checkpoint
 from glyphgpt.errors import Failure
+from glyphgpt.optim import Optimizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +54,6 @@ def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer]) -> Arrays:
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor)
     }
 
 
@@ -67,21 +65,18 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
     """
     if checkpoint.info.progress.step == 0:
         return
-    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, array in checkpoint.optimizer.items():
-        owner, _, key = name.rpartition(".")
-        states[owner][key] = torch.tensor(array)  # a copy, which the optimizer may change
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    owners = [
-        [
-            f"{type(optimizer).__name__}.{names[parameter]}"
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ]
-        for optimizer in optimizers
-    ]
-    if set().union(*owners) != states.keys():
-        raise Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
-    for optimizer, owned in zip(optimizers, owners, strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # which number parameters in this very order
-        optimizer.load_state_dict({"state": dict(enumerate(map(states.get, owned))), "param_groups": groups})
+    other = Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
+    device = next(model.parameters()).device
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    unused = dict(checkpoint.optimizer)
+    for optimizer in optimizers:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            state = optimizer.new_state(parameter)
+            for key, value in state.items():
+                array = unused.pop(f"{type(optimizer).__name__}.{names[parameter]}.{key}", None)
+                if array is None or array.shape != value.shape:
+                    raise other
+                state[key] = torch.tensor(array, device=device)  # a copy, which the optimizer may change
+            optimizer.state[parameter] = state
+    if unused:
+        raise other

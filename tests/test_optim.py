@@ -153,8 +153,8 @@ def test_muon_updates_as_that_of_torch() -> None:
     shapes = [(24, 8), (8, 8), (8, 32), (24, 8), (8, 32)]
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(ours, lr=0.1, weight_decay=0.2, momentum=0.9),
+    optimizers: list[Muon | torch.optim.Muon] = [
+        Muon([{"params": ours, "weight_decay": 0.2, "lr": 0.1}], momentum=0.9),
         torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(4):
