@@ -68,7 +68,7 @@ def stream(model: LanguageModel, block_size: int) -> None:
 def products_in_numpy(model: Decoder) -> Callable[[], None]:
     """Return a function that does a token's matrix-vector products, as often as the stream does."""
     matrices = [layer.weight for block in model.blocks for layer in vars(block).values() if isinstance(layer, Linear)]
-    pairs = [(np.ones((1, len(matrix)), np.float32), matrix) for matrix in [*matrices, model.head]]
+    pairs = [(np.ones((1, len(matrix)), np.float32), matrix) for matrix in [*matrices, model.head.weight]]
 
     def work() -> None:
         for _ in range(CHARACTERS):

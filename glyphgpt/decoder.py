@@ -16,8 +16,7 @@ from pydantic import ConfigDict
 from glyphgpt.settings import Count, Network
 
 Array = NDArray[np.floating[Any]]
-EPSILON = np.float32(1e-5)  # LayerNorm's
-RMS_EPSILON = np.finfo(np.float32).eps
+EPSILON = {"layernorm": 1e-5, "rmsnorm": float(np.finfo(np.float32).eps)}
 
 
 class Form(Network):
@@ -63,9 +62,7 @@ class Decoder:
         self.positions = self._positions(weights)
         self.rotation = angles(form.block_size, self.head_size) if form.position == "rotary" else None
         self.blocks = [Block(form, weights, f"blocks.{layer}.") for layer in range(form.n_layer)]
-        self.norm = Norm(form, weights, "norm.")
-        head = weights["token_embedding.weight" if form.tie_embeddings else "head.weight"]
-        self.head = np.ascontiguousarray(head.T)  # (C, V)
+        self.head = Linear(form, weights, "token_embedding." if form.tie_embeddings else "head.", norm="norm.")
 
     def _positions(self, weights: dict[str, Array]) -> Array | None:
         """Return what is added at each position, (T, C), or None."""
@@ -84,7 +81,7 @@ class Decoder:
         """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
         start, T = cache.length, tokens.shape[1]
         S = start + T
-        x = self._embed(tokens, cache)
+        x = self._embed(tokens, cache).reshape(-1, self.form.n_embd)  # (B T, C)
         rotation = None
         if self.rotation is not None:
             cos, sin = (table[start:S, None, None] for table in self.rotation)  # (T, 1, 1, D / 2) each
@@ -92,12 +89,12 @@ class Decoder:
         future = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = x + block.attend(x, keys[:, :, :S], values[:, :, :S], rotation, future)
-            x = x + block.mlp(x)
+            x += block.mlp(x)
         cache.length = S
-        return self.norm(x[:, -1]) @ self.head
+        return self.head(x[T - 1 :: T])
 
     def _embed(self, tokens: NDArray[np.int64], cache: DecoderCache) -> Array:
-        """Map tokens (B, T) to the residual stream's beginning (B, T, C)."""
+        """Map tokens (B, T) to the residual stream's beginning (B, T, C), with a mean of 0 if norms want that."""
         T, start = tokens.shape[1], cache.length
         if self.lookback:
             tokens = np.concatenate((cache.recent, tokens), axis=1)
@@ -110,7 +107,11 @@ class Decoder:
         x = x[:, -T:]
         if self.form.position == "sinusoidal":
             x = x * np.float32(math.sqrt(self.form.n_embd))
-        return x if self.positions is None else x + self.positions[start : start + T]
+        if self.positions is not None:
+            x = x + self.positions[start : start + T]
+        if self.form.norm == "layernorm":
+            x = x - np.add.reduce(x, axis=-1, keepdims=True) * np.float32(1 / self.form.n_embd)
+        return x
 
     def _ngrams(self, tokens: NDArray[np.int64]) -> Array:
         """Sum up the tables' vectors for tokens (B, T), (B, T, C)."""
@@ -130,21 +131,19 @@ class Block:
     def __init__(self, form: Form, weights: dict[str, Array], prefix: str) -> None:
         """Pick them by name."""
         self.n_head, self.qk_norm = form.n_head, form.qk_norm
-        self.attention_norm = Norm(form, weights, f"{prefix}attention_norm.")
-        self.qkv = Linear(weights, f"{prefix}attention.qkv.")
-        self.out = Linear(weights, f"{prefix}attention.out.")
-        self.mlp_norm = Norm(form, weights, f"{prefix}mlp_norm.")
-        self.up = Linear(weights, f"{prefix}mlp.up.")
-        self.down = Linear(weights, f"{prefix}mlp.down.")
+        self.qkv = Linear(form, weights, f"{prefix}attention.qkv.", norm=f"{prefix}attention_norm.")
+        self.out = Linear(form, weights, f"{prefix}attention.out.", to_stream=True)
+        self.up = Linear(form, weights, f"{prefix}mlp.up.", norm=f"{prefix}mlp_norm.")
+        self.down = Linear(form, weights, f"{prefix}mlp.down.", to_stream=True)
         self.activation = relu2 if form.activation == "relu2" else gelu
 
     def attend(
         self, x: Array, keys: Array, values: Array, rotation: tuple[Array, Array] | None, future: Array | None
     ) -> Array:
-        """Return what attention adds to x (B, T, C), whose own keys and values take the last places of (B, H, S, D)."""
-        B, T, C = x.shape
-        H, D = self.n_head, C // self.n_head
-        heads = self.qkv(self.attention_norm(x)).reshape(B, T, 3, H, D)
+        """Return what attention adds to x (B T, C), whose own keys and values take the last places of (B, H, S, D)."""
+        B, H, _, D = keys.shape
+        T = len(x) // B
+        heads = self.qkv(x).reshape(B, T, 3, H, D)
         qk = heads[:, :, :2]
         if self.qk_norm:
             qk = rms_norm(qk)
@@ -157,52 +156,49 @@ class Block:
         scores = (qk[:, :, 0].swapaxes(1, 2) * np.float32(D**-0.5)) @ keys.swapaxes(2, 3)  # (B, H, T, S)
         if future is not None:
             scores += future
-        return self.out((softmax(scores) @ values).swapaxes(1, 2).reshape(B, T, C))
+        return self.out((softmax(scores) @ values).swapaxes(1, 2).reshape(B * T, H * D))
 
     def mlp(self, x: Array) -> Array:
-        """Return what the MLP adds to x (B, T, C)."""
-        return self.down(self.activation(self.up(self.mlp_norm(x))))
+        """Return what the MLP adds to x (B T, C)."""
+        return self.down(self.activation(self.up(x)))
 
 
 class Linear:
-    """A matrix and perhaps a bias."""
+    """A matrix and perhaps a bias, after a norm if one is named, whose gain and bias they take in.
 
-    def __init__(self, weights: dict[str, Array], prefix: str) -> None:
+    Where norms are LayerNorms, what writes to the residual stream is centred: the stream then has a mean of 0, as every
+    LayerNorm would make it, and all that is left of these is the division by the root mean square.
+    """
+
+    def __init__(
+        self, form: Form, weights: dict[str, Array], prefix: str, *, norm: str = "", to_stream: bool = False
+    ) -> None:
         """Pick them by name; the matrix is turned to (inputs, outputs), the faster layout."""
-        self.weight = np.ascontiguousarray(weights[f"{prefix}weight"].T)
-        self.bias = weights.get(f"{prefix}bias")
+        matrix, bias = weights[f"{prefix}weight"], weights.get(f"{prefix}bias")
+        gain, shift = weights.get(f"{norm}weight"), weights.get(f"{norm}bias")
+        if shift is not None:
+            bias = matrix @ shift if bias is None else bias + matrix @ shift
+        if gain is not None:
+            matrix = matrix * gain
+        if to_stream and form.norm == "layernorm":
+            matrix = matrix - matrix.mean(0)
+            bias = None if bias is None else bias - bias.mean()
+        self.weight, self.bias = np.ascontiguousarray(matrix.T), bias
+        self.epsilon = EPSILON[form.norm] if norm else None
 
     def __call__(self, x: Array) -> Array:
-        """Map (..., inputs) to (..., outputs)."""
-        y = (x.reshape(-1, x.shape[-1]) @ self.weight).reshape(*x.shape[:-1], -1)  # one product for the whole batch
-        return y if self.bias is None else y + self.bias
+        """Map (N, inputs) to (N, outputs)."""
+        if self.epsilon is not None:
+            x = rms_norm(x, self.epsilon)
+        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
 
 
-class Norm:
-    """LayerNorm or RMSNorm over channels."""
-
-    def __init__(self, form: Form, weights: dict[str, Array], prefix: str) -> None:
-        """Pick the gain and bias by name, if there are any."""
-        self.layernorm = form.norm == "layernorm"
-        self.gain, self.bias = weights.get(f"{prefix}weight"), weights.get(f"{prefix}bias")
-
-    def __call__(self, x: Array) -> Array:
-        """Return the same shape."""
-        if not self.layernorm:
-            return rms_norm(x)
-        x = x - np.add.reduce(x, axis=-1, keepdims=True) * np.float32(1 / x.shape[-1])
-        y: Array = x / np.sqrt(mean_square(x) + EPSILON) * self.gain
-        return y if self.bias is None else y + self.bias
-
-
-def mean_square(x: Array) -> Array:
-    """Return the mean of the squares over the last axis, which is kept."""
-    return np.einsum("...c,...c->...", x, x)[..., None] * np.float32(1 / x.shape[-1])
-
-
-def rms_norm(x: Array) -> Array:
+def rms_norm(x: Array, epsilon: float = EPSILON["rmsnorm"]) -> Array:
     """Divide by the root mean square over the last axis."""
-    return x / np.sqrt(mean_square(x) + RMS_EPSILON)
+    C = x.shape[-1]
+    if x.size == C:  # a single vector, the usual case, is fastest as a number
+        return x * np.float32(1 / math.sqrt(np.vdot(x, x) / C + epsilon))
+    return x / np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) * np.float32(1 / C) + np.float32(epsilon))
 
 
 def relu2(x: Array) -> Array:
@@ -212,16 +208,24 @@ def relu2(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """GELU in GPT-2's form, by tanh."""
-    return (
-        np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
-    )
+    """GELU in GPT-2's form, x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))) / 2; few arrays are made on the way."""
+    y = x * x
+    y *= np.float32(0.044715 * math.sqrt(2 / math.pi))
+    y += np.float32(math.sqrt(2 / math.pi))
+    y *= x
+    np.tanh(y, out=y)
+    y += 1
+    y *= x
+    y *= np.float32(0.5)
+    return y
 
 
 def softmax(x: Array) -> Array:
     """Softmax over the last axis."""
-    x = np.exp(x - np.maximum.reduce(x, axis=-1, keepdims=True))
-    return x / np.add.reduce(x, axis=-1, keepdims=True)
+    x = x - np.maximum.reduce(x, axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= np.add.reduce(x, axis=-1, keepdims=True)
+    return x
 
 
 def angles(length: int, channels: int) -> tuple[Array, Array]:

@@ -34,7 +34,8 @@ def evaluate(
 ) -> Score:
     """Score a split tile by tile, block_size tokens each; every token but the very first is predicted once.
 
-    `batch_size` is that of training: four times as much fits without gradients, and is faster. `max_tokens` above 0 takes so many tokens from the split's start only. Processes share the tiles.
+    `batch_size` is that of training: four times as much fits without gradients, and is faster. `max_tokens` above 0
+    takes so many tokens from the split's start only. Processes share the tiles.
     """
     tokens = min(windows.split.tokens, max_tokens or windows.split.tokens)
     tiles, rest = divmod(tokens - 1, block_size)

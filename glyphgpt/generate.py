@@ -38,15 +38,15 @@ class SamplingRule:
     min_p: float = 0.0
     """Only tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
 
-    def probabilities(self, logits: Floats) -> Floats:
-        """Turn logits (B, V) into the probabilities to draw from, (B, V); the temperature is above 0."""
+    def chances(self, logits: Floats) -> Floats:
+        """Turn logits (B, V) into what the probabilities are in proportion to, (B, V); the temperature is above 0."""
         logits = logits.astype(np.float64)
         chances = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)  # nothing overflows
         if 0 < self.top_k < logits.shape[-1]:
             least = np.partition(chances, -self.top_k, axis=-1)[:, -self.top_k, None]  # (B, 1)
             chances = np.where(chances < least, 0, chances)
-        chances /= chances.sum(-1, keepdims=True)
         if self.top_p < 1:
+            chances /= chances.sum(-1, keepdims=True)
             order = np.argsort(-chances, axis=-1, kind="stable")
             ordered = np.take_along_axis(chances, order, axis=-1)
             reached = ordered.cumsum(-1) - ordered >= self.top_p  # before this token
@@ -59,9 +59,7 @@ class SamplingRule:
         """Draw a token for each row of logits (B, V); shape (B,)."""
         if self.temperature < 1e-6:  # the limit, long before numbers overflow
             return logits.argmax(-1)
-        reach = self.probabilities(logits).cumsum(
-            -1
-        )  # (B, V); token i owns what lies above reach[i - 1] up to reach[i]
+        reach = self.chances(logits).cumsum(-1)  # (B, V); token i owns what lies above reach[i - 1] up to reach[i]
         place = (1 - random.random((len(logits), 1))) * reach[
             :, -1:
         ]  # never 0, which a token without a chance could own

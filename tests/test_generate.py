@@ -166,7 +166,7 @@ RULES = st.builds(
 @example([1.0, 1.0, 0.0], SamplingRule(min_p=1.0))
 def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingRule) -> None:
     wanted = by_hand(logits, rule)
-    (seen,) = rule.probabilities(np.array([logits, logits[::-1]]))[:1].tolist()
+    (seen,) = rule.chances(np.array([logits, logits[::-1]]))[:1].tolist()
     shares = [weight / sum(seen) for weight in seen]
     # of tokens that are equally likely, top_p may take any
     assert sorted(shares) == pytest.approx(sorted(wanted), abs=1e-5)
@@ -178,7 +178,7 @@ def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingRule) -> N
 @settings(deadline=None, max_examples=100)
 def test_some_token_is_always_left(logits: list[float], rule: SamplingRule, seed: int) -> None:
     rows = np.array([logits] * 3) * 20
-    allowed = rule.probabilities(rows)
+    allowed = rule.chances(rows)
     assert np.isfinite(allowed).all()
     drawn = rule.draw(rows, np.random.default_rng(seed))
     assert drawn.shape == (3,)
