@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
+import torch
 from prepare_speed import write_text
 from tqdm import tqdm
 
@@ -324,7 +324,7 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     with Path("/proc/cpuinfo").open() as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{os.cpu_count()} cores of an {model}, torch {version('torch')}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of an {model}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def main() -> None:
