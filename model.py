@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EXPLICIT_ATTENTION = 256  # tokens of context, at most
+RMS_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class NGramEmbedding(nn.Module):
             earlier = F.pad(tokens + 1, (back, 0))[:, : tokens.size(1)]
             key = key * 1_000_003 + earlier  # a rolling hash (Karp & Rabin 1987); overflow does no harm
             x = x + table(key % self.rows)
-        return F.rms_norm(x, x.shape[-1:])
+        return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
 
 
 class TokenShift(nn.Module):
@@ -215,7 +216,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same shape."""
-        return F.rms_norm(x, x.shape[-1:])
+        return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
 
 
 def make_position(config: GPTConfig) -> nn.Module:

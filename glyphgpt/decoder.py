@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 from glyphgpt.settings import Count, Network
 
 Array = NDArray[np.floating[Any]]
-EPSILON = {"layernorm": 1e-5, "rmsnorm": float(np.finfo(np.float32).eps)}
+EPSILON = {"layernorm": 1e-5, "rmsnorm": 1e-6}
 
 
 class Form(Network):
