@@ -254,7 +254,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v.squeeze(2)))  # (B, H, T, D) each
         if cache:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        mixed = attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0).to(x.dtype)  # (B, H, T, D)
+        mixed = attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.residual_dropout(self.out(mixed.transpose(1, 2).reshape(B, T, C)))
 
 
