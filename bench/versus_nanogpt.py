@@ -1,7 +1,7 @@
 """Measure glyphgpt against nanoGPT on this machine, and add a table to bench/RESULTS.md.
 
     git clone https://github.com/karpathy/nanoGPT
-    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about 75 minutes
+    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about an hour
     python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=sampling,stream --runs=5
 
 Both programs run as they ship, in processes of their own, in turn: nanoGPT by the commands of its README in a copy of
@@ -64,7 +64,6 @@ RACES = {
     "to-1.88": Race("CPU, to 1.88", "config/quick.toml", 0.1, 1.88, 1.88),
     "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char_cpu.toml", 1, 1.55, 1.50),
     "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_long.toml", 2, 1.50, 1.4697),
-    "five": Race("CPU, in five times that time", "config/shakespeare_char_cpu_best.toml", 5, 1.4697, 1.44),
 }
 
 # Run by nanoGPT's side, in its own folder, where `model` is nanoGPT's.

@@ -22,7 +22,7 @@ def draw(folders: list[Path]) -> None:
         axes.plot([row["tokens"] for row in train], [row["loss"] for row in train], color=color, alpha=0.3, linewidth=1)
         label = f"{folder.name}: {val[-1]['loss']:.3f} after {val[-1]['step']:,} steps"
         axes.plot([row["tokens"] for row in val], [row["loss"] for row in val], "o-", color=color, label=label)
-    axes.set(xlabel="characters seen", ylabel="loss, nats per character", ylim=(1.5, 4.4))
+    axes.set(xlabel="characters seen", ylabel="loss, nats per character", ylim=(1.2, 4.4))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(title="validation loss (faint: of each training batch)", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
