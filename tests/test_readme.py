@@ -24,12 +24,13 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 FEW = ["--max_new_tokens=3", "--device=cpu", "--unknown=skip"]  # the small text lacks some letters
-SMALL = ["--max_steps=1", "--eval_tokens=100", "--sample_tokens=5", "--batch_size=1", "--device=cpu"]
+SMALL = ["--max_steps=1", "--eval_tokens=100", "--sample_tokens=5", "--batch_size=1", "--device=cpu", "--compile=False"]
 
 
 def own_commands() -> list[list[str]]:
     """The README's calls of the three scripts, in order, without the python before them."""
-    return [words[1:] for words in COMMANDS if words[:1] == ["python"] and words[1].endswith(".py")]
+    scripts = {"prepare.py", "train.py", "sample.py"}
+    return [words[1:] for words in COMMANDS if words[:1] == ["python"] and words[1] in scripts]
 
 
 @pytest.fixture
@@ -74,6 +75,14 @@ def test_torchrun_and_make_commands_are_real() -> None:
     targets = {words[1] for words in COMMANDS if words[:1] == ["make"]}
     assert targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_benchmarks_take_the_flags_that_the_readme_gives() -> None:
+    benchmarks = [words for words in COMMANDS if words[:1] == ["python"] and words[1].startswith("bench/")]
+    assert benchmarks
+    for _, file, *flags in benchmarks:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert all(f'add_argument("{flag.partition("=")[0]}"' in source for flag in flags)
 
 
 def test_make_demo_and_the_plain_commands_are_the_same() -> None:
