@@ -58,10 +58,13 @@ def language_model(checkpoint: Checkpoint, settings: SampleSettings) -> Iterator
     """Make a checkpoint's model ready to decode: on a CPU without torch, which takes longer to import than to sample.
 
     Raises:
-        Failure: config and weights do not belong together, or the weights are no numbers.
+        Failure: config and weights do not belong together, the weights are no numbers, or memory ran out.
     """
     if settings.device == "cpu" or (settings.device == "auto" and not gpu_driver()):
-        yield on_cpu(checkpoint)
+        try:
+            yield on_cpu(checkpoint)
+        except MemoryError as error:
+            raise Failure("out of memory; lower num_samples") from error
         return
     with torch_model(checkpoint, settings) as (model, runtime):
         from glyphgpt.runtime import OnDevice  # noqa: PLC0415
@@ -75,6 +78,7 @@ def on_cpu(checkpoint: Checkpoint) -> Decoder:
     Raises:
         Failure: config and weights do not belong together, or the weights are no numbers.
     """
+    checkpoint.check_weights()
     try:
         return Decoder(checkpoint.info.model, checkpoint.model)
     except ValueError as error:  # pydantic's errors are ValueErrors too

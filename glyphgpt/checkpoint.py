@@ -79,6 +79,15 @@ class Checkpoint:
     optimizer: Arrays = field(default_factory=dict)
     path: Path = Path()
 
+    def check_weights(self) -> None:
+        """Make sure that the model's weights are numbers.
+
+        Raises:
+            Failure: some are infinite or no number.
+        """
+        if not all(np.isfinite(array).all() for array in self.model.values()):
+            raise Failure(f"{self.path}: some weights are not finite; use an earlier checkpoint")
+
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint beside `path`, flush it, seal it, and rename it into place.

@@ -52,8 +52,8 @@ class Decoder:
             raise ValueError("n_embd cannot be shared evenly by the heads")
         if {name: weight.shape for name, weight in weights.items()} != expected_shapes(form):
             raise ValueError("the weights are not those of the config")
-        if not all(weight.dtype == np.float32 and np.isfinite(weight).all() for weight in weights.values()):
-            raise ValueError("some weights are not finite float32 numbers")
+        if not all(weight.dtype == np.float32 for weight in weights.values()):
+            raise ValueError("the weights are not float32")
         self.head_size = form.n_embd // form.n_head
         self.lookback = form.ngram - 1 + form.token_shift
         self.embedding = weights["token_embedding.weight"]

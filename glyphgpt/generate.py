@@ -60,9 +60,8 @@ class SamplingRule:
         if self.temperature < 1e-6:  # the limit, long before numbers overflow
             return logits.argmax(-1)
         reach = self.chances(logits).cumsum(-1)  # (B, V); token i owns what lies above reach[i - 1] up to reach[i]
-        place = (1 - random.random((len(logits), 1))) * reach[
-            :, -1:
-        ]  # never 0, which a token without a chance could own
+        # above 0, which a token without a chance could own
+        place = (1 - random.random((len(logits), 1))) * reach[:, -1:]
         return (reach < place).sum(-1)
 
 

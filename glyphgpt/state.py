@@ -3,7 +3,6 @@
 import json
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -35,8 +34,7 @@ def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type)
     Raises:
         Failure: config and weights do not belong together, or the weights are no numbers.
     """
-    if not all(np.isfinite(array).all() for array in checkpoint.model.values()):
-        raise Failure(f"{checkpoint.path}: some weights are not finite; use an earlier checkpoint")
+    checkpoint.check_weights()
     try:
         config: Any = TypeAdapter(config_class).validate_json(json.dumps(checkpoint.info.model), strict=True)
         model: M = model_class(config)

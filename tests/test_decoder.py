@@ -8,21 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MODERN, decoder_of, tiny_model
+from conftest import MODERN, SWITCHES, decoder_of, tiny_model
 from glyphgpt.decoder import Decoder, expected_shapes
 from glyphgpt.state import model_arrays
 from model import GPT
 
-SWITCHES: dict[str, list[Any]] = {
-    "position": ["learned", "sinusoidal", "rotary"],
-    "norm": ["layernorm", "rmsnorm"],
-    "activation": ["gelu", "relu2"],
-    "qk_norm": [False, True],
-    "tie_embeddings": [True, False],
-    "bias": [True, False],
-    "ngram": [1, 4],
-    "token_shift": [False, True],
-}
 FORMS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
 
 
@@ -68,10 +58,8 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any
         Decoder({**asdict(model.config), **change}, model_arrays(model))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
+def test_weights_of_another_precision_are_refused() -> None:
     model = tiny_model()
-    weights = {name: array.copy() for name, array in model_arrays(model).items()}
-    weights["norm.weight"][3] = bad
-    with pytest.raises(ValueError, match="finite"):
+    weights = {name: array.astype(np.float16) for name, array in model_arrays(model).items()}
+    with pytest.raises(ValueError, match="float32"):
         Decoder(asdict(model.config), weights)

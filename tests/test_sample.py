@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 import sample
 import train
 from conftest import ROOT, prepare_text, script, some_text, tiny_settings
+from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.settings import SampleSettings
 
@@ -84,6 +86,23 @@ def test_a_cpu_samples_without_torch(run: Path) -> None:
     program += "import runpy; runpy.run_path('sample.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 500 + 1)
+
+
+def test_weights_that_are_no_numbers_are_refused(ask: Ask, run: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoints.load(run / "best.safetensors")
+    checkpoint.model["norm.weight"][3] = np.nan
+    checkpoints.save(checkpoint, tmp_path / "nan.safetensors")
+    with pytest.raises(Failure, match=r"nan\.safetensors: some weights are not finite; use an earlier checkpoint"):
+        ask(tmp_path / "nan.safetensors")
+
+
+def test_running_out_of_memory_is_one_line(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("glyphgpt.decoder.np.empty", fail)
+    with pytest.raises(Failure, match=r"^out of memory; lower num_samples$"):
+        ask(num_samples=3)
 
 
 def test_num_samples_prints_so_many_different_ones(ask: Ask) -> None:
