@@ -32,6 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
 
 
+SWITCHES: dict[str, list[Any]] = {
+    "position": ["learned", "sinusoidal", "rotary"],
+    "norm": ["layernorm", "rmsnorm"],
+    "activation": ["gelu", "relu2"],
+    "qk_norm": [False, True],
+    "tie_embeddings": [True, False],
+    "bias": [True, False],
+    "ngram": [1, 4],
+    "token_shift": [False, True],
+}
+"""Every value of the network's switches."""
+
 MODERN: dict[str, Any] = {
     "position": "rotary",
     "norm": "rmsnorm",

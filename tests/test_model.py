@@ -9,20 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import MODERN, tiny_config, tiny_model
+from conftest import MODERN, SWITCHES, tiny_config, tiny_model
 from model import GPT, CausalSelfAttention, Rotary, SinusoidalPosition
 
 POSITIONS = ["learned", "sinusoidal", "rotary"]
-SWITCHES: dict[str, list[Any]] = {
-    "position": POSITIONS,
-    "norm": ["layernorm", "rmsnorm"],
-    "activation": ["gelu", "relu2"],
-    "qk_norm": [False, True],
-    "tie_embeddings": [True, False],
-    "bias": [True, False],
-    "ngram": [1, 3],
-    "token_shift": [False, True],
-}
 FORMS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
 
 

@@ -10,21 +10,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import tiny_config
+from conftest import SWITCHES, tiny_config
 from glyphgpt.settings import Network
 from glyphgpt.walk import Walk
 from model import GPT
 
-SWITCHES: dict[str, list[Any]] = {
-    "position": ["learned", "sinusoidal", "rotary"],
-    "norm": ["layernorm", "rmsnorm"],
-    "activation": ["gelu", "relu2"],
-    "qk_norm": [False, True],
-    "tie_embeddings": [True, False],
-    "bias": [True, False],
-    "ngram": [1, 3],
-    "token_shift": [False, True],
-}
 SHAPE = {"ngram_rows": 50, "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 10}
 V, B = 13, 4
 
