@@ -5,8 +5,8 @@ D head size (C / H), V vocabulary, S time of the keys (T, and before it what a c
 
 The form is GPT-2's (Radford et al. 2019, https://github.com/openai/gpt-2): learned positions, blocks of
 pre-LayerNorm attention and GELU MLP on a residual stream, a head tied to the token embedding. The switches of
-`GPTConfig` choose small modules once, in the constructors; `forward` knows nothing of them. What they cost and gain
-in time and loss is in bench/LOG.md.
+`GPTConfig` choose small modules once, in the constructors; `forward` knows nothing of them. What some
+of them cost and gain in time and loss is in bench/LOG.md.
 """
 
 import math
