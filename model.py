@@ -267,7 +267,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     T, S, D = q.size(2), k.size(2), q.size(3)
     if q.device.type == "cpu" and 1 < T <= EXPLICIT_ATTENTION and T == S:
         scores = q / math.sqrt(D) @ k.mT  # (B, H, T, S)
-        weights = scores.masked_fill_(~causal_mask(T, S, q.device), -torch.inf).softmax(-1)
+        weights = scores.where(causal_mask(T, S, q.device), -torch.inf).softmax(-1)
         return F.dropout(weights, dropout) @ v
     mask = causal_mask(T, S, q.device) if 1 < T < S else None
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
@@ -275,7 +275,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """Return True where the last T of S tokens may look: at themselves and before, shape (T, S)."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+    places = torch.arange(S, device=device)
+    return places <= places[S - T :, None]
 
 
 class MLP(nn.Module):

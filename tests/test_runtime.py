@@ -1,7 +1,10 @@
 """Devices, precision, compilation, requests to stop, and running out of memory."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +43,27 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
 
     return pretend
+
+
+PAGE_FAULTS = """
+import resource
+import torch
+from glyphgpt.runtime import start
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(2**20) for _ in range(50)]  # 4 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with start("cpu", "float32"):
+    print([step() for _ in range(6)][-1])
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="only glibc gives memory back so soon")
+def test_memory_is_kept_from_one_step_to_the_next() -> None:
+    faults = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 5000  # else all of its 51,200 pages
 
 
 @pytest.mark.parametrize(
