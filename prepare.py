@@ -16,6 +16,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,13 @@ class Survey:
         """Read the whole text."""
         self.characters = 0
         digest = hashlib.sha256()
+        helper = ThreadPoolExecutor(1)
+        hashing = helper.submit(digest.update, b"")
 
         def on_chunk(chunk: bytes) -> None:
-            digest.update(chunk)
+            nonlocal hashing
+            hashing.result()  # so that it falls one chunk behind at most
+            hashing = helper.submit(digest.update, chunk)
             bar.update(len(chunk))
 
         def pieces() -> Iterator[str]:
@@ -170,7 +175,8 @@ class Survey:
                 self.characters += len(piece)
                 yield piece
 
-        self.tokenizer = make_tokenizer(settings, pieces())
+        with helper:
+            self.tokenizer = make_tokenizer(settings, pieces())
         self.sha256 = digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glyphgpt.errors import Failure, UsageError
 
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 18
 DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
 PIP_SECONDS = 300
 
