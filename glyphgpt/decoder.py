@@ -106,11 +106,11 @@ class Decoder:
             x[:, 1:] += self.share * x[:, :-1].copy()
         x = x[:, -T:]
         if self.form.position == "sinusoidal":
-            x = x * np.float32(math.sqrt(self.form.n_embd))
+            x = x * math.sqrt(self.form.n_embd)
         if self.positions is not None:
             x = x + self.positions[start : start + T]
         if self.form.norm == "layernorm":
-            x = x - np.add.reduce(x, axis=-1, keepdims=True) * np.float32(1 / self.form.n_embd)
+            x = x - np.add.reduce(x, axis=-1, keepdims=True) * (1 / self.form.n_embd)
         return x
 
     def _ngrams(self, tokens: NDArray[np.int64]) -> Array:
@@ -130,8 +130,11 @@ class Block:
 
     def __init__(self, form: Form, weights: dict[str, Array], prefix: str) -> None:
         """Pick them by name."""
-        self.n_head, self.qk_norm = form.n_head, form.qk_norm
+        self.qk_norm = form.qk_norm
+        self.qk_scale = (form.n_embd // form.n_head) ** -0.25  # of queries and keys, so that scores are divided by √D
         self.qkv = Linear(form, weights, f"{prefix}attention.qkv.", norm=f"{prefix}attention_norm.")
+        if not form.qk_norm:
+            self.qkv.scale(np.repeat(np.array([self.qk_scale, self.qk_scale, 1], np.float32), form.n_embd))
         self.out = Linear(form, weights, f"{prefix}attention.out.", to_stream=True)
         self.up = Linear(form, weights, f"{prefix}mlp.up.", norm=f"{prefix}mlp_norm.")
         self.down = Linear(form, weights, f"{prefix}mlp.down.", to_stream=True)
@@ -146,14 +149,14 @@ class Block:
         heads = self.qkv(x).reshape(B, T, 3, H, D)
         qk = heads[:, :, :2]
         if self.qk_norm:
-            qk = rms_norm(qk)
+            qk = rms_norm(qk, scale=self.qk_scale)
         if rotation:
             cos, sin = rotation
             first, second = qk[..., : D // 2], qk[..., D // 2 :]
             qk = np.concatenate((first * cos - second * sin, first * sin + second * cos), axis=-1)
         keys[:, :, -T:] = qk[:, :, 1].swapaxes(1, 2)
         values[:, :, -T:] = heads[:, :, 2].swapaxes(1, 2)
-        scores = (qk[:, :, 0].swapaxes(1, 2) * np.float32(D**-0.5)) @ keys.swapaxes(2, 3)  # (B, H, T, S)
+        scores = qk[:, :, 0].swapaxes(1, 2) @ keys.swapaxes(2, 3)  # (B, H, T, S)
         if future is not None:
             scores += future
         return self.out((softmax(scores) @ values).swapaxes(1, 2).reshape(B * T, H * D))
@@ -190,15 +193,21 @@ class Linear:
         """Map (N, inputs) to (N, outputs)."""
         if self.epsilon is not None:
             x = rms_norm(x, self.epsilon)
-        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
+        y = x.dot(self.weight)  # for a single row faster than @
+        return y if self.bias is None else y + self.bias
+
+    def scale(self, factors: Array) -> None:
+        """Multiply each output by a factor of its own, (outputs,), from now on."""
+        self.weight = self.weight * factors
+        self.bias = None if self.bias is None else self.bias * factors
 
 
-def rms_norm(x: Array, epsilon: float = EPSILON["rmsnorm"]) -> Array:
-    """Divide by the root mean square over the last axis."""
+def rms_norm(x: Array, epsilon: float = EPSILON["rmsnorm"], scale: float = 1.0) -> Array:
+    """Divide by the root mean square over the last axis, and multiply by a scale."""
     C = x.shape[-1]
     if x.size == C:  # a single vector, the usual case, is fastest as a number
-        return x * np.float32(1 / math.sqrt(np.vdot(x, x) / C + epsilon))
-    return x / np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) * np.float32(1 / C) + np.float32(epsilon))
+        return x * (scale / math.sqrt(np.vdot(x, x) / C + epsilon))
+    return x / np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) * (scale**-2 / C) + scale**-2 * epsilon)
 
 
 def relu2(x: Array) -> Array:
@@ -210,19 +219,19 @@ def relu2(x: Array) -> Array:
 def gelu(x: Array) -> Array:
     """GELU in GPT-2's form, x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))) / 2; few arrays are made on the way."""
     y = x * x
-    y *= np.float32(0.044715 * math.sqrt(2 / math.pi))
-    y += np.float32(math.sqrt(2 / math.pi))
+    y *= 0.044715 * math.sqrt(2 / math.pi)
+    y += math.sqrt(2 / math.pi)
     y *= x
     np.tanh(y, out=y)
     y += 1
     y *= x
-    y *= np.float32(0.5)
+    y *= 0.5
     return y
 
 
 def softmax(x: Array) -> Array:
-    """Softmax over the last axis."""
-    x = x - np.maximum.reduce(x, axis=-1, keepdims=True)
+    """Softmax over the last axis, in place."""
+    x -= np.maximum.reduce(x, axis=-1, keepdims=True)
     np.exp(x, out=x)
     x /= np.add.reduce(x, axis=-1, keepdims=True)
     return x

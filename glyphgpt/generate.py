@@ -62,7 +62,7 @@ class SamplingRule:
         reach = self.chances(logits).cumsum(-1)  # (B, V); token i owns what lies above reach[i - 1] up to reach[i]
         # above 0, which a token without a chance could own
         place = (1 - random.random((len(logits), 1))) * reach[:, -1:]
-        return (reach < place).sum(-1)
+        return (reach >= place).argmax(-1)
 
 
 def context_start(length: int, block_size: int) -> int:
