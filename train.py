@@ -15,6 +15,7 @@ from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import Action, Optimization, TrainSettings
 
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
+DROPOUTS = {"dropout", "ngram_dropout"}  # what a resumed run may change of its network
 USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
@@ -152,6 +153,7 @@ class Trainer:
         form = settings.model_dump(include={field.name for field in fields(GPTConfig)})
         self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **form)
         self.model = GPT(self.config).to(runtime.device)
+        self.parameters = list(self.model.parameters())
         products = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         self.optimizers = make_optimizers(self.model, settings, products)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -221,13 +223,13 @@ class Trainer:
         """
         check_vocabulary(checkpoint, self.dataset)
         saved, wanted = checkpoint.info.model, asdict(self.config)
-        for name in wanted.keys() - {"dropout"}:
+        for name in wanted.keys() - DROPOUTS:
             if saved.get(name) != wanted[name]:
                 raise Failure(
                     f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings"
                 )
         was, now = checkpoint.info.settings, self.settings.model_dump()
-        decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
+        decisive = {*DROPOUTS, *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
         changed = [f"{key} {was.get(key)} -> {now[key]}" for key in now if key in decisive and was.get(key) != now[key]]
         if changed and self.runtime.is_main:
             warn(f"settings changed since the run began: {', '.join(changed)}")
@@ -245,7 +247,7 @@ class Trainer:
         tokens = self.sequences * settings.block_size
         epochs = settings.max_steps * self.sequences / windows_per_epoch(train, settings.block_size)
         processes = f", {self.runtime.world_size} processes" if self.runtime.world_size > 1 else ""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        parameters = sum(parameter.numel() for parameter in self.parameters)
         self.say(
             f"{self.out_dir}: {parameters:,} parameters on {self.runtime.device}, "
             f"{str(self.runtime.dtype).removeprefix('torch.')}{processes}; {tokens:,} tokens a step, "
@@ -278,20 +280,21 @@ class Trainer:
         settings, runtime, step = self.settings, self.runtime, self.progress.step
         rate = learning_rate(step, settings)
         set_learning_rate(self.optimizers, rate)
-        if settings.dropout:  # dropout follows from seed and step, so there is no random state to save
+        if settings.dropout or settings.ngram_dropout:  # it follows from seed and step: no random state to save
             seed = np.random.SeedSequence((settings.seed, step, runtime.rank))
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         share_loss = self.gradients(self.batch())
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
-        grad_norm = clip_gradients(self.model, settings.grad_clip).item()
+        grad_norm = clip_gradients(self.parameters, settings.grad_clip)
         loss_sum, stops = runtime.sum(share_loss, float(stop.signal is not None))
         loss = loss_sum / runtime.world_size
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled())):  # it skips such steps
             raise diverged(step + 1, f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", "before the update")
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)  # type: ignore[arg-type]
-        self.model.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # from 65,536: one halving after another
             raise diverged(step + 1, "gradients at every scale", "after many updates left out")

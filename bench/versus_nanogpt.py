@@ -214,7 +214,7 @@ def like_for_like(bench: Bench, table: Table) -> None:
         steps = [float(line.split("time ")[1].split("ms")[0]) for line in log.splitlines() if line.startswith("iter")]
         nano.append(12 * 64 / median(steps) * 1000)
         out = bench.out(f"like-{run}")
-        flags = ("--max_steps=400", "--eval_every=400", "--eval_tokens=1000", "--sample_tokens=0")
+        flags = ("--max_steps=400", "--eval_every=400", "--eval_tokens=1000", "--sample_tokens=0", "--log_every=50")
         bench.ours("train.py", "config/nanogpt_cpu.toml", f"--data_dir={bench.scratch}", f"--out_dir={out}", *flags)
         lines = read_metrics(out, "train")
         speeds = [

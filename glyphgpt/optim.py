@@ -165,8 +165,9 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
     return [*optimizers, Muon([group_of(muon, settings.weight_decay)], dtype)] if muon else optimizers
 
 
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     """Scale gradients down to at most this norm (0: leave them), and return the norm they had."""
-    if limit:
-        return nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    if limit and norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()

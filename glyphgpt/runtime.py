@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from copy import copy
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -134,20 +133,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
-    """Return the model with compiled blocks if it is asked for and works, else with one warning as it is.
+    """Return the model compiled if that is asked for and works, else with one warning as it is.
 
-    Blocks are alike, so compiling one serves all, in a third of the time that the whole model would take. What is
-    returned shares weights with `model`, which stays as it was, for evaluation: its shapes would be compiled anew.
-    It is tried, forward and backward, on `example`; gradients are cleared again.
+    What is returned shares weights with `model`, which stays as it was, for evaluation: its shapes would be compiled
+    anew. It is tried, forward and backward, on `example`; gradients are cleared again.
     """
     if choice is False or (choice == "auto" and runtime.device.type != "cuda"):
         return model
-    compiled = copy(model)
-    compiled._modules = model._modules.copy()
+    compiled: Any = model
     try:
-        options = CPU_OPTIONS if runtime.device.type == "cpu" else None
-        blocks: list[Any] = [torch.compile(block, options=options) for block in model.blocks]  # type: ignore[union-attr]
-        compiled.blocks = nn.ModuleList(blocks)
+        compiled = torch.compile(model, options=CPU_OPTIONS if runtime.device.type == "cpu" else None)
         with runtime.autocast():
             compiled(*example).backward()
     except torch.OutOfMemoryError:  # no fault of the compiler's

@@ -71,6 +71,8 @@ class Network(Settings):
     computation, and far fewer steps to a good loss."""
     ngram_rows: Count = 16384
     """Rows of each of these tables."""
+    ngram_dropout: Fraction = 0.0
+    """Share of the tables' vectors left out while training, where a text is seen more than a few times."""
     token_shift: bool = False
     """Mix into each token's embedding a learned share of the one before."""
     init: Literal["gpt2", "zero"] = "gpt2"
@@ -141,7 +143,7 @@ class Machine(Settings):
     """Precision of the products; weights stay float32. auto: bfloat16 on a GPU or CPU that has it, float16 on an
     older GPU, else float32."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the blocks, which takes up to half a minute before the first step. auto: on CUDA only."""
+    """torch.compile the model, which takes up to half a minute before the first step. auto: on CUDA only."""
 
 
 class Action(Settings):

@@ -333,7 +333,7 @@ def test_every_setting_is_told_in_the_help_with_its_default_and_meaning(settings
 def test_help_words_an_entry_as_one_would_say_it() -> None:
     shown = " ".join(help_text(TrainSettings, "usage", "description").split())
     assert "--n_layer INT Number of blocks. (at least 1; default 4)" in shown
-    assert "--compile auto|true|false torch.compile the blocks" in shown
+    assert "--compile auto|true|false torch.compile the model" in shown
     assert "(at least 0; below 1; default 0.0)" in shown
     for heading in ("Data and results:", "The network:", "Optimization:", "The machine:", "What to do:"):
         assert heading in shown
