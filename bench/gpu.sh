@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Test and measure everything that needs a GPU, in one call of less than ten minutes.
 #
-#   PYTHON=python3 OUT=out/gpu bash bench/gpu.sh
+#   PYTHON=python3 OUT=out/gpu NANOGPT=nanoGPT bash bench/gpu.sh
 #
-# Needs the project's dependencies, pytest and, where there is no network, data/ as preparing shakespeare_char and
-# shakespeare elsewhere left it, downloads included. Logs and one summary land in $OUT.
+# NANOGPT is a checkout of nanoGPT. Needs the project's dependencies, pytest and, where there is no network, data/ as
+# preparing shakespeare_char and shakespeare elsewhere left it, downloads included. Logs, the table of the GPU's rows and
+# one summary land in $OUT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-out/gpu}
+: "${NANOGPT:?a checkout of nanoGPT}"
 RUNS=$(mktemp -d)
 trap 'rm -rf "$RUNS"' EXIT
 mkdir -p "$OUT"
-: > "$OUT/summary.txt"
+: > "$OUT/summary.txt" && : > "$OUT/RESULTS.md"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 timed() {  # name, seconds at most, command ...: run it, keep its output, note its time and how it ended
@@ -25,15 +27,13 @@ timed() {  # name, seconds at most, command ...: run it, keep its output, note i
 
 $PYTHON prepare.py shakespeare_char
 $PYTHON prepare.py shakespeare
-baby="train.py config/shakespeare_char.toml"
-timed tests 90 $PYTHON -m pytest -m gpu tests/test_runtime.py tests/test_gpu.py
-timed baby-gpt 200 $PYTHON $baby --out_dir="$RUNS/baby-gpt"
-timed eager 40 $PYTHON $baby --out_dir="$RUNS/eager" --compile=False --max_steps=200 --eval_every=200
-timed torchrun 60 $PYTHON -m torch.distributed.run --standalone --nproc_per_node=gpu $baby \
+char="train.py config/shakespeare_char.toml"
+timed tests 80 $PYTHON -m pytest -m gpu tests/test_runtime.py tests/test_gpu.py
+timed versus 380 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md"
+timed char 40 $PYTHON $char --out_dir="$RUNS/char"
+timed torchrun 50 $PYTHON -m torch.distributed.run --standalone --nproc_per_node=gpu $char \
   --out_dir="$RUNS/torchrun" --compile=False --max_steps=100 --eval_every=100
-timed gpt2-124m 130 $PYTHON train.py config/gpt2.toml --out_dir="$RUNS/gpt2-124m" --gradient_accumulation_steps=4 \
-  --max_steps=40 --eval_every=40 --warmup_steps=10 --log_every=5
-timed sample 40 $PYTHON sample.py "$RUNS/baby-gpt" --num_samples=10 --max_new_tokens=500
+timed sample 30 $PYTHON sample.py "$RUNS/char" --num_samples=10 --max_new_tokens=500
 
 $PYTHON - "$RUNS" >> "$OUT/summary.txt" <<'PY'
 import json
@@ -52,4 +52,4 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*/metrics.jsonl")):
     speed = f"{speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "no speed"
     print(f"{path.parent.name}: {rows[-1]['step']} steps, {speed}, best validation loss {best:.4f}")
 PY
-cat "$OUT/summary.txt"
+cat "$OUT/summary.txt" "$OUT/RESULTS.md"

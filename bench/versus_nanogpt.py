@@ -3,11 +3,13 @@
     git clone https://github.com/karpathy/nanoGPT
     python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about an hour
     python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=sampling,stream --runs=5
+    python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=gpu       the rows of a CUDA GPU; bench/gpu.sh does this
 
 Both programs run as they ship, in processes of their own, in turn: nanoGPT by the commands of its README in a copy of
 the checkout, ours by one committed config per row. Times are of whole processes from a cold start of Python, compiler
-caches empty, unless a row says otherwise; a row quotes the median of its runs. Validation losses are over the whole
-validation split, tiled at the model's own block size; nanoGPT's saved weights are scored anew that way.
+caches empty on a CPU and filled on a GPU, unless a row says otherwise; a row quotes the median of its runs. Validation
+losses are over the whole validation split, tiled at the model's own block size; nanoGPT's saved weights are scored anew
+that way.
 """
 
 import argparse
@@ -42,38 +44,75 @@ README_CPU = (
     f"train.py {SHAKESPEARE} --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 ).split()
+README_GPU = ["train.py", SHAKESPEARE]
 README_SAMPLE = ["sample.py", "--out_dir=out-shakespeare-char", "--device=cpu"]
+GPT2_BENCH = ["bench.py", "--real_data=False"]
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
 
 
 @dataclass(frozen=True)
 class Race:
-    """A row of training: one of our configs against nanoGPT's CPU run."""
+    """A row of training: one of our configs against a run of nanoGPT's README."""
 
     name: str
     config: str
-    within: float
-    """Our wall time may be this many times nanoGPT's."""
-    at_least: float
-    """Validation loss asked for."""
-    aim: float
+    at_least: str
+    """How many times as fast, or the validation loss."""
+    aim: str
+    nano: tuple[str, ...] = tuple(README_CPU)
 
 
 RACES = {
-    "to-1.88": Race("CPU, to 1.88", "config/quick.toml", 0.1, 1.88, 1.88),
-    "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char_cpu.toml", 1, 1.55, 1.50),
-    "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_long.toml", 2, 1.50, 1.4697),
+    "to-1.88": Race("CPU, to 1.88", "config/quick.toml", "10x", "20x"),
+    "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char_cpu.toml", "<= 1.55", "<= 1.50"),
+    "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_long.toml", "<= 1.50", "<= 1.4697"),
+    "five": Race("CPU, in five times that time", "config/shakespeare_char_cpu_best.toml", "<= 1.4697", "<= 1.44"),
 }
+GPU_RACES = {
+    "gpu-to-1.4697": Race("GPU, to 1.4697", "config/shakespeare_char.toml", "8x", "20x", tuple(README_GPU)),
+}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A row of training speed: the same network, batch and settings in both programs."""
+
+    name: str
+    config: str
+    nano: tuple[str, ...]
+    tokens: int
+    """In each of nanoGPT's steps."""
+    at_least: str
+    aim: str
+
+
+PACES = {
+    "like-for-like": Pace(
+        "CPU, like for like", "config/nanogpt_cpu.toml", (*README_CPU, "--max_iters=200"), 12 * 64, "2x", "3x"
+    ),
+}
+GPU_PACES = {
+    "gpu-like-for-like": Pace(
+        "GPU, like for like", "config/nanogpt_gpu.toml", (*README_GPU, "--max_iters=200", "--log_interval=1"),
+        64 * 256, "2x", "4x",
+    ),
+    "gpu-124m": Pace("GPU, GPT-2 124M", "config/gpt2.toml", tuple(GPT2_BENCH), 12 * 1024, "1.2x", "1.5x, 55% of peak"),
+}  # fmt: skip
+GPT2_FLOPS = 6 * 124e6 + 12 * 12 * 768 * 1024
+"""Of training on one token: parameters and attention (Chowdhery et al. 2022, PaLM, appendix B)."""
+H200_FLOPS = 989e12
+"""Of dense bfloat16 products a second, by the vendor's data sheet."""
 
 # Run by nanoGPT's side, in its own folder, where `model` is nanoGPT's.
 NANO_SCORE = """
 import numpy as np, torch
 from model import GPT, GPTConfig
-saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu")
-model = GPT(GPTConfig(**saved["model_args"])).eval()
-model.load_state_dict(saved["model"])
-tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16).astype(np.int64))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+saved = torch.load("out-shakespeare-char/ckpt.pt", map_location=device)
+model = GPT(GPTConfig(**saved["model_args"])).eval().to(device)
+model.load_state_dict({name.removeprefix("_orig_mod."): weight for name, weight in saved["model"].items()})
+tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16).astype(np.int64)).to(device)
 T, total = model.config.block_size, 0.0
 with torch.no_grad():
     for start in range(0, len(tokens) - 1, T):
@@ -90,11 +129,11 @@ saved = {"model_args": shape, "model": GPT(GPTConfig(**shape)).state_dict(), "co
 torch.save(saved, "out-shakespeare-char/ckpt.pt")
 """
 NANO_STREAM = """
-import time, torch
+import sys, time, torch
 from model import GPT, GPTConfig
 saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu")
-model = GPT(GPTConfig(**saved["model_args"])).eval()
-prompt = torch.zeros((1, 1), dtype=torch.long)
+model = GPT(GPTConfig(**saved["model_args"])).eval().to(sys.argv[1])
+prompt = torch.zeros((1, 1), dtype=torch.long, device=sys.argv[1])
 model.generate(prompt, 50, temperature=0.8, top_k=200)
 started = time.perf_counter()
 model.generate(prompt, 1000, temperature=0.8, top_k=200)
@@ -114,9 +153,10 @@ class Bench:
         """Run nanoGPT's Python code in its folder."""
         return finish([sys.executable, *arguments], self.nanogpt)
 
-    def ours(self, *arguments: str) -> "Finished":
-        """Run one of our scripts with compiler caches empty."""
-        with tempfile.TemporaryDirectory() as caches:
+    def ours(self, *arguments: str, warm: bool = False) -> "Finished":
+        """Run one of our scripts, compiler caches empty, or warm: as earlier such runs left them."""
+        with tempfile.TemporaryDirectory() as empty:
+            caches = str(self.scratch / "caches") if warm else empty
             environment = {"TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": caches}
             return finish([sys.executable, *arguments], ROOT, environment)
 
@@ -175,54 +215,71 @@ def peak_bytes(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def training(bench: Bench, table: Table, names: list[str]) -> None:
-    """Race the named configs against nanoGPT's CPU run, with another seed of ours in each run."""
+def training(bench: Bench, table: Table, races: dict[str, Race]) -> None:
+    """Run configs against one run of nanoGPT's README, with another seed of ours in each run."""
+    (nano_command,) = {race.nano for race in races.values()}
+    warm = nano_command == tuple(README_GPU)
     nano_seconds, nano_loss = [], 0.0
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    losses: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in races}
+    losses: dict[str, list[float]] = {name: [] for name in races}
+    if warm:
+        for race in races.values():
+            bench.ours("train.py", race.config, *places(bench, "warm-up"), "--max_steps=1", warm=True)
     for run in tqdm(range(bench.runs), unit="round", desc="training"):
-        nano_seconds.append(bench.nano(*README_CPU).seconds)
+        nano_seconds.append(bench.nano(*nano_command).seconds)
         steps, score = bench.nano("-c", NANO_SCORE).output.split()[-2:]
         nano_loss = float(score)
-        for name in names:
-            out = bench.out(f"{name}-{run}")
-            flags = (f"--data_dir={bench.scratch}", f"--out_dir={out}", f"--seed={1 + run}")
-            seconds[name].append(bench.ours("train.py", RACES[name].config, *flags).seconds)
-            losses[name].append(read_metrics(out, "val")[-1]["loss"])
+        for name, race in races.items():
+            flags = (*places(bench, f"{name}-{run}"), f"--seed={1 + run}")
+            seconds[name].append(bench.ours("train.py", race.config, *flags, warm=warm).seconds)
+            losses[name].append(read_metrics(bench.out(f"{name}-{run}"), "val")[-1]["loss"])
             tqdm.write(f"{name}, seed {1 + run}: {seconds[name][-1]:.1f} s, loss {losses[name][-1]:.4f}")
     nano = median(nano_seconds)
-    table.notes.append(f"nanoGPT's README CPU run: {spread(nano_seconds, 's')}; its weights of step {steps} score anew")
-    for name in names:
-        race, ours = RACES[name], median(seconds[name])
-        found = f"{mean(losses[name]):.4f} ({', '.join(f'{loss:.4f}' for loss in losses[name])})"
-        to_loss = name == "to-1.88"
+    table.notes.append(f"nanoGPT's README run: {spread(nano_seconds, 's')}; its weights of step {steps} score anew")
+    for name, race in races.items():
+        ours, loss = median(seconds[name]), mean(losses[name])
+        found = f"{loss:.4f} ({', '.join(f'{each:.4f}' for each in losses[name])})"
         table.add(
             f"{race.name} (`{race.config}`)",
             f"{nano:.0f} s, loss {nano_loss:.4f}",
             f"{ours:.1f} s = {ours / nano:.2f} of its time, loss {found}",
-            f"{nano / ours:.1f}x" if to_loss else f"{mean(losses[name]):.4f}",
-            "10x" if to_loss else f"<= {race.at_least}",
-            "20x" if to_loss else f"<= {race.aim}",
+            f"{nano / ours:.1f}x" if race.at_least.endswith("x") else f"{loss:.4f}",
+            race.at_least,
+            race.aim,
         )
 
 
-def like_for_like(bench: Bench, table: Table) -> None:
-    """Training tokens per second on nanoGPT's own CPU model, once each program is running."""
+def pace(bench: Bench, table: Table, race: Pace) -> None:
+    """Training tokens per second on the same network, once each program is running."""
     ours, nano = [], []
-    for run in tqdm(range(bench.runs), unit="round", desc="like for like"):
-        log = bench.nano(*README_CPU, "--max_iters=200", "--eval_interval=1000").output
-        steps = [float(line.split("time ")[1].split("ms")[0]) for line in log.splitlines() if line.startswith("iter")]
-        nano.append(12 * 64 / median(steps) * 1000)
-        out = bench.out(f"like-{run}")
-        flags = ("--max_steps=400", "--eval_every=400", "--eval_tokens=1000", "--sample_tokens=0", "--log_every=50")
-        bench.ours("train.py", "config/nanogpt_cpu.toml", f"--data_dir={bench.scratch}", f"--out_dir={out}", *flags)
-        lines = read_metrics(out, "train")
+    for run in tqdm(range(bench.runs), unit="round", desc=race.name):
+        log = bench.nano(*race.nano, "--eval_interval=1000" if "train.py" in race.nano else "--seed=1").output
+        times = [float(line.split("time ")[1].split("ms")[0]) for line in log.splitlines() if line.startswith("iter")]
+        times += [
+            float(line.split("iteration: ")[1].split("ms")[0]) for line in log.splitlines() if "iteration: " in line
+        ]
+        nano.append(race.tokens / median(times) * 1000)
+        flags = (*places(bench, f"pace-{run}"), "--max_steps=400", "--eval_every=400", "--log_every=50", "--overwrite")
+        flags += ("--eval_tokens=2000", "--sample_tokens=0", "--gradient_accumulation_steps=1", "--warmup_steps=10")
+        bench.ours("train.py", race.config, *flags)
+        lines = read_metrics(bench.out(f"pace-{run}"), "train")
         speeds = [
             (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
             for before, after in pairwise(lines)
         ]
         ours.append(median(speeds))
-    versus(table, "CPU, like for like (`config/nanogpt_cpu.toml`)", nano, ours, unit="tokens/s", targets=("2x", "3x"))
+    targets = (race.at_least, race.aim)
+    versus(table, f"{race.name} (`{race.config}`)", nano, ours, unit="tokens/s", targets=targets)
+    if "124M" in race.name:
+        shares = [median(speeds) * GPT2_FLOPS / H200_FLOPS for speeds in (nano, ours)]
+        table.notes.append(
+            f"GPT-2 124M: {shares[0]:.0%} of an H200's peak with nanoGPT, {shares[1]:.0%} with glyphgpt."
+        )
+
+
+def places(bench: Bench, name: str) -> tuple[str, ...]:
+    """Return the flags that say where a run of ours reads and writes."""
+    return f"--data_dir={bench.scratch}", f"--out_dir={bench.out(name)}"
 
 
 def sampling(bench: Bench, table: Table) -> None:
@@ -238,14 +295,27 @@ def sampling(bench: Bench, table: Table) -> None:
 
 def stream(bench: Bench, table: Table) -> None:
     """One interactive stream from the model of 0.8M parameters, once each program is running."""
-    run_dir = untrained(bench, SMALL)
+    one_stream(bench, table, "CPU, one stream, 0.8M parameters", SMALL, "cpu", targets=("10x", "25x"))
+
+
+def gpu_stream(bench: Bench, table: Table) -> None:
+    """The same from the model of 10.65M parameters, on a GPU."""
+    one_stream(bench, table, "GPU, one stream, 10.65M parameters", BABY, "cuda", targets=("5,000", "10,000"))
+
+
+def one_stream(
+    bench: Bench, table: Table, name: str, shape: dict[str, int], device: str, *, targets: tuple[str, str]
+) -> None:
+    """Characters per second of a single text, once each program is running."""
+    run_dir = untrained(bench, shape)
     nano, ours, share = [], [], []
-    for _ in tqdm(range(bench.runs), unit="round", desc="stream"):
-        nano.append(float(bench.nano("-c", NANO_STREAM).output.split()[-1]))
-        speed, floor = map(float, bench.ours("bench/decode_speed.py", str(run_dir)).output.split()[-2:])
+    for _ in tqdm(range(bench.runs), unit="round", desc=name):
+        nano.append(float(bench.nano("-c", NANO_STREAM, device).output.split()[-1]))
+        output = bench.ours("bench/decode_speed.py", str(run_dir), f"--device={device}").output
+        speed, floor = map(float, output.split()[-2:])
         ours.append(speed)
         share.append(speed / floor)
-    versus(table, "CPU, one stream, 0.8M parameters", nano, ours, unit="characters/s", targets=("10x", "25x"))
+    versus(table, name, nano, ours, unit="characters/s", targets=targets)
     table.notes.append(
         f"One stream runs at {median(share):.0%} of what its bare matrix products, called one after the other, allow."
     )
@@ -307,8 +377,9 @@ def both_ready(nanogpt: Path, runs: int) -> Iterator[Bench]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder) / "nanoGPT", Path(folder), runs)
         shutil.copytree(nanogpt, bench.nanogpt, ignore=shutil.ignore_patterns(".git", "out*"))
-        shutil.copy(ROOT / "data" / "shakespeare_char.toml", folder)
-        bench.ours("prepare.py", "shakespeare_char", f"--data_dir={folder}")
+        shutil.copytree(ROOT / "data", folder, dirs_exist_ok=True)  # with what was fetched before
+        for name in ("shakespeare_char", "shakespeare"):
+            bench.ours("prepare.py", name, f"--data_dir={folder}")
         dataset = load_dataset(Path(folder) / "shakespeare_char", Path(folder))
         parts = [split.slice(0, split.tokens) for split in (dataset.train, dataset.val)]
         text = "".join(decode(dataset.tokenizer, part) for part in parts)
@@ -323,36 +394,52 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     with Path("/proc/cpuinfo").open() as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{os.cpu_count()} cores of an {model}, torch {torch.__version__}, Python {platform.python_version()}"
+    gpu = f", one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of an {model}{gpu}, {versions}"
+
+
+def commit(folder: Path) -> str:
+    """Return the commit that a folder stands at, if git knows it."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "of an unknown commit"
 
 
 def main() -> None:
     """Measure the rows asked for, and write the table."""
-    rows: dict[str, Callable[[Bench, Table], None]] = {
-        "like-for-like": like_for_like, "sampling": sampling, "stream": stream, "prepare": prepare,
+    cpu: list[str] = [*RACES, *PACES, "sampling", "stream", "prepare"]
+    gpu: list[str] = [*GPU_RACES, *GPU_PACES, "gpu-stream"]
+    others: dict[str, Callable[[Bench, Table], None]] = {
+        "sampling": sampling, "stream": stream, "prepare": prepare, "gpu-stream": gpu_stream,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
-    parser.add_argument("--rows", default=",".join([*RACES, *rows]), help="which to measure (default %(default)s)")
+    parser.add_argument("--rows", default="cpu", help=f"which to measure: cpu (all of {','.join(cpu)}), gpu "
+                        f"({','.join(gpu)}) or some of these (default %(default)s)")  # fmt: skip
     parser.add_argument("--runs", type=int, default=3, help="runs of each program, and seeds of ours (default 3)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to add the table (default %(default)s)")
     options = parser.parse_args()
-    chosen = options.rows.split(",")
-    if unknown := set(chosen) - set(RACES) - set(rows):
+    chosen = {"cpu": cpu, "gpu": gpu}.get(options.rows) or options.rows.split(",")
+    if unknown := set(chosen) - {*cpu, *gpu}:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commits = [subprocess.check_output(git, cwd=folder, text=True).strip() for folder in (ROOT, options.nanogpt)]
+    commits = [commit(folder) for folder in (ROOT, options.nanogpt)]
     table = Table()
     with both_ready(options.nanogpt, options.runs) as bench:
-        if races := [name for name in RACES if name in chosen]:
-            training(bench, table, races)
-        for name, measure in rows.items():
+        for races in (RACES, GPU_RACES):
+            if asked := {name: race for name, race in races.items() if name in chosen}:
+                training(bench, table, asked)
+        for name, race in {**PACES, **GPU_PACES}.items():
+            if name in chosen:
+                pace(bench, table, race)
+        for name, measure in others.items():
             if name in chosen:
                 measure(bench, table)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     head = (
         f"## Against nanoGPT, {now}\n\n{machine()}; glyphgpt {commits[0]}, nanoGPT {commits[1]}; {options.runs} runs."
     )
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with options.results.open("a", encoding="utf-8") as file:
         file.write(f"\n{head}\n\n{table.markdown()}\n")
 
 
