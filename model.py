@@ -39,7 +39,6 @@ class GPTConfig:
     tie_embeddings: bool
     ngram: int
     ngram_rows: int
-    ngram_dropout: float
     token_shift: bool
     init: Literal["gpt2", "zero"]
 
@@ -98,15 +97,13 @@ class NGramEmbedding(nn.Module):
     """Vectors for the last 2, 3, ... ngram tokens taken together, from one hashed table for each number.
 
     The Byte Latent Transformer's hash n-gram embeddings (Pagnoni et al. 2024, section 3.2.1): memory that costs
-    hardly any computation. Tokens before the window count as one more token, of its own. Lest the tables be learned by
-    heart, training leaves out a share of their vectors, each whole (embedding dropout, Gal & Ghahramani 2016).
+    hardly any computation. Tokens before the window count as one more token, of its own.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.rows = config.ngram_rows
         self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
-        self.dropout = nn.Dropout1d(config.ngram_dropout)
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Add to the embeddings x (B, T, C) of tokens (B, T), and normalise the sum."""
@@ -114,7 +111,7 @@ class NGramEmbedding(nn.Module):
         for back, table in enumerate(self.tables, start=1):
             earlier = F.pad(tokens + 1, (back, 0))[:, : tokens.size(1)]
             key = key * 1_000_003 + earlier  # a rolling hash (Karp & Rabin 1987); overflow does no harm
-            x = x + self.dropout(table(key % self.rows))
+            x = x + table(key % self.rows)
         return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
 
 

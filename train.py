@@ -15,7 +15,6 @@ from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import Action, Optimization, TrainSettings
 
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
-DROPOUTS = {"dropout", "ngram_dropout"}  # what a resumed run may change of its network
 USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
@@ -223,13 +222,13 @@ class Trainer:
         """
         check_vocabulary(checkpoint, self.dataset)
         saved, wanted = checkpoint.info.model, asdict(self.config)
-        for name in wanted.keys() - DROPOUTS:
+        for name in wanted.keys() - {"dropout"}:
             if saved.get(name) != wanted[name]:
                 raise Failure(
                     f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings"
                 )
         was, now = checkpoint.info.settings, self.settings.model_dump()
-        decisive = {*DROPOUTS, *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
+        decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
         changed = [f"{key} {was.get(key)} -> {now[key]}" for key in now if key in decisive and was.get(key) != now[key]]
         if changed and self.runtime.is_main:
             warn(f"settings changed since the run began: {', '.join(changed)}")
@@ -280,7 +279,7 @@ class Trainer:
         settings, runtime, step = self.settings, self.runtime, self.progress.step
         rate = learning_rate(step, settings)
         set_learning_rate(self.optimizers, rate)
-        if settings.dropout or settings.ngram_dropout:  # it follows from seed and step: no random state to save
+        if settings.dropout:  # dropout follows from seed and step, so there is no random state to save
             seed = np.random.SeedSequence((settings.seed, step, runtime.rank))
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         share_loss = self.gradients(self.batch())

@@ -65,9 +65,9 @@ class Race:
 
 RACES = {
     "to-1.88": Race("CPU, to 1.88", "config/quick.toml", "10x", "20x"),
-    "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char_cpu.toml", "<= 1.55", "<= 1.50"),
-    "twice": Race("CPU, in twice that time", "config/shakespeare_char_cpu_long.toml", "<= 1.50", "<= 1.4697"),
-    "five": Race("CPU, in five times that time", "config/shakespeare_char_cpu_best.toml", "<= 1.4697", "<= 1.44"),
+    "once": Race("CPU, in nanoGPT's time", "config/shakespeare_char.toml", "<= 1.55", "<= 1.50"),
+    "twice": Race("CPU, in twice that time", "config/shakespeare_char_long.toml", "<= 1.50", "<= 1.4697"),
+    "five": Race("CPU, in five times that time", "config/shakespeare_char_best.toml", "<= 1.4697", "<= 1.44"),
 }
 GPU_RACES = {
     "gpu-to-1.4697": Race("GPU, to 1.4697", "config/shakespeare_char.toml", "8x", "20x", tuple(README_GPU)),

@@ -1,6 +1,6 @@
 """Draw docs/loss.svg, the README's picture, from finished runs (needs matplotlib).
 
-python docs/draw_loss.py out/quick out/shakespeare_char_cpu
+python docs/draw_loss.py out/quick out/shakespeare_char
 """
 
 import json

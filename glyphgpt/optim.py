@@ -159,7 +159,7 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
     groups = [
         group_of(matrices - tables - muon, settings.weight_decay),
         group_of(parameters.keys() - matrices, 0.0),
-        group_of(tables, settings.weight_decay, TABLE_FACTOR),
+        group_of(tables, settings.ngram_weight_decay, TABLE_FACTOR),
     ]
     optimizers: list[Optimizer] = [AdamW(groups, (settings.beta1, settings.beta2))]
     return [*optimizers, Muon([group_of(muon, settings.weight_decay)], dtype)] if muon else optimizers

@@ -71,8 +71,6 @@ class Network(Settings):
     computation, and far fewer steps to a good loss."""
     ngram_rows: Count = 16384
     """Rows of each of these tables."""
-    ngram_dropout: Fraction = 0.0
-    """Share of the tables' vectors left out while training, where a text is seen more than a few times."""
     token_shift: bool = False
     """Mix into each token's embedding a learned share of the one before."""
     init: Literal["gpt2", "zero"] = "gpt2"
@@ -101,6 +99,8 @@ class Optimization(Settings):
     """How the learning rate falls from learning_rate after the warm-up to min_lr at max_steps."""
     weight_decay: NotNegative = 0.1
     """Weight decay; on matrices and embeddings only."""
+    ngram_weight_decay: NotNegative = 0.1
+    """That of the n-gram tables: far more than of the rest where a text is seen more than once or twice."""
     beta1: Fraction = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: Fraction = 0.99

@@ -76,7 +76,6 @@ def tiny_config(**changes: object) -> GPTConfig:
         "tie_embeddings": True,
         "ngram": 1,
         "ngram_rows": 50,
-        "ngram_dropout": 0.0,
         "token_shift": False,
         "init": "gpt2",
     }

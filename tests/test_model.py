@@ -276,16 +276,6 @@ def test_each_dropout_is_reached(place: str) -> None:
     assert not torch.equal(model(tokens), model(tokens))
 
 
-def test_tables_drop_whole_vectors() -> None:
-    embedding = tiny_model(ngram=2, ngram_dropout=0.4).train().ngram_embedding
-    assert embedding
-    nn.init.ones_(embedding.get_parameter("tables.0.weight"))
-    vectors = embedding(some_tokens(20, 100), torch.zeros(20, 100, 16))  # normalised: of ones, or of zeros
-    assert torch.equal(vectors.amax(-1), vectors.amin(-1))
-    assert vectors.mean().item() == pytest.approx(0.6, abs=0.05)
-    assert embedding.eval()(some_tokens(20, 100), torch.zeros(20, 100, 16)).min() > 0.99
-
-
 def test_attention_weights_drop_out_too() -> None:
     attention = CausalSelfAttention(tiny_config(dropout=0.5)).train()
     attention.residual_dropout.p = 0.0

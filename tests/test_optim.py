@@ -77,13 +77,14 @@ def test_rates_rise_then_fall_within_bounds(
 
 
 def test_only_matrices_decay_and_every_parameter_is_updated_once() -> None:
-    model = tiny_model(n_layer=1, tie_embeddings=False)
-    (optimizer,) = make_optimizers(model, Optimization(weight_decay=0.3))
+    model = tiny_model(n_layer=1, tie_embeddings=False, ngram=2)
+    (optimizer,) = make_optimizers(model, Optimization(weight_decay=0.3, ngram_weight_decay=0.7))
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups: dict[float, list[str]] = {0.3: [], 0.0: []}
+    groups: dict[float, list[str]] = {0.3: [], 0.7: [], 0.0: []}
     for group in optimizer.param_groups:
         groups[group["weight_decay"]] += [name_of[id(p)] for p in group["params"]]
-    assert sorted(groups[0.3] + groups[0.0]) == sorted(name_of.values())
+    assert sorted(groups[0.3] + groups[0.7] + groups[0.0]) == sorted(name_of.values())
+    assert groups[0.7] == ["ngram_embedding.tables.0.weight"]
     assert set(groups[0.3]) == {
         "token_embedding.weight",
         "position.embedding.weight",
