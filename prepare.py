@@ -15,8 +15,8 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,10 @@ class Survey:
     def __init__(self, text: Text, settings: PrepareSettings, bar: "tqdm[Any]") -> None:
         """Read the whole text."""
         self.characters = 0
-        digest = hashlib.sha256()
-        helper = ThreadPoolExecutor(1)
-        hashing = helper.submit(digest.update, b"")
+        digest, helper = hashlib.sha256(), Helper()
 
         def on_chunk(chunk: bytes) -> None:
-            nonlocal hashing
-            hashing.result()  # so that it falls one chunk behind at most
-            hashing = helper.submit(digest.update, chunk)
+            helper.do(digest.update, chunk)
             bar.update(len(chunk))
 
         def pieces() -> Iterator[str]:
@@ -175,9 +171,28 @@ class Survey:
                 self.characters += len(piece)
                 yield piece
 
-        with helper:
-            self.tokenizer = make_tokenizer(settings, pieces())
+        self.tokenizer = make_tokenizer(settings, pieces())
+        helper.wait()
         self.sha256 = digest.hexdigest()
+
+
+class Helper:
+    """A thread that hashes or writes while the next piece is being read: in order, one piece behind at most."""
+
+    def __init__(self) -> None:
+        """Begin with nothing to do."""
+        self._thread = ThreadPoolExecutor(1)
+        self._work: Future[object] | None = None
+
+    def do(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do something once what went before is done, and raise what that raised."""
+        self.wait()
+        self._work = self._thread.submit(work, *arguments)
+
+    def wait(self) -> None:
+        """Wait for the work, and raise what it raised."""
+        if self._work:
+            self._work.result()
 
 
 def make_tokenizer(settings: PrepareSettings, pieces: Iterator[str]) -> Tokenizer:
@@ -203,6 +218,7 @@ class SplitEncoder:
         """Begin a split."""
         self.tokenizer = tokenizer
         self.writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens)
+        self.helper = Helper()
         self.characters = 0
         self.pending = ""
 
@@ -211,12 +227,13 @@ class SplitEncoder:
         self.characters += len(piece)
         self.pending += piece
         cut = self.tokenizer.split_point(self.pending)
-        self.writer.write(self.tokenizer.encode(self.pending[:cut]))
+        self.helper.do(self.writer.write, self.tokenizer.encode(self.pending[:cut]))
         self.pending = self.pending[cut:]
 
     def close(self) -> SplitMeta:
         """Encode what is left, and finish the files."""
-        self.writer.write(self.tokenizer.encode(self.pending))
+        self.helper.do(self.writer.write, self.tokenizer.encode(self.pending))
+        self.helper.wait()
         return self.writer.close(self.characters)
 
 

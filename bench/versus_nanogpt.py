@@ -194,11 +194,12 @@ class Table:
 
 
 def finish(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> Finished:
-    """Run a command to its end; exit with what it printed if it fails."""
+    """Run a command to its end; exit with what it printed if it fails. Python caches bytecode, as it does by itself."""
+    environment = {"PYTHONDONTWRITEBYTECODE": "", **(environment or {})}
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
         )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
