@@ -30,7 +30,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
-import torch
 from prepare_speed import write_text
 from tqdm import tqdm
 
@@ -104,6 +103,11 @@ GPT2_FLOPS = 6 * 124e6 + 12 * 12 * 768 * 1024
 H200_FLOPS = 989e12
 """Of dense bfloat16 products a second, by the vendor's data sheet."""
 
+# Not imported here: Linux counts what this process holds into the peak memory of those it starts.
+TORCH = """
+import torch
+print(f"torch {torch.__version__}", *[f"on one {torch.cuda.get_device_name()}"] * torch.cuda.is_available())
+"""
 # Run by nanoGPT's side, in its own folder, where `model` is nanoGPT's.
 NANO_SCORE = """
 import numpy as np, torch
@@ -395,9 +399,8 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     with Path("/proc/cpuinfo").open() as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    gpu = f", one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{os.cpu_count()} cores of an {model}{gpu}, {versions}"
+    torch = finish([sys.executable, "-c", TORCH], ROOT).output.strip()
+    return f"{os.cpu_count()} cores of an {model}, {torch}, Python {platform.python_version()}"
 
 
 def commit(folder: Path) -> str:

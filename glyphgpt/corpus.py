@@ -2,14 +2,11 @@
 
 import codecs
 import hashlib
-import http.client
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,6 +145,10 @@ def _from_package_index(source: Source, scratch: Path) -> Path:
 
 def _from_web(source: Source, scratch: Path) -> Path:
     """Download the file from its address."""
+    import http.client  # noqa: PLC0415  (these bring ssl and more, for which every start would otherwise wait)
+    import urllib.error  # noqa: PLC0415
+    import urllib.request  # noqa: PLC0415
+
     target = scratch / source.file
     try:
         with urllib.request.urlopen(source.url, timeout=DOWNLOAD_SECONDS) as answer, target.open("wb") as out:
