@@ -335,6 +335,21 @@ def test_a_full_disk_leaves_nothing_half_done(
     assert snapshot(tmp_path / "data") == before
 
 
+def test_a_write_that_fails_once_is_not_forgotten(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 16)
+    write_tokens, calls = shards.ShardWriter.write, []
+
+    def fail_first(*words: Any) -> None:
+        calls.append(words)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write_tokens(*words)
+
+    monkeypatch.setattr(shards.ShardWriter, "write", fail_first)
+    with pytest.raises(OSError, match="No space left"):
+        run(write(tmp_path / "mine.txt", TEXT))
+
+
 def test_a_text_that_grows_while_it_is_read(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "mine.txt", TEXT)
     survey = prepare.Survey.__init__
