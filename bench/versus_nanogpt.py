@@ -1,7 +1,7 @@
 """Measure glyphgpt against nanoGPT on this machine, and add a table to bench/RESULTS.md.
 
     git clone https://github.com/karpathy/nanoGPT
-    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about an hour
+    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about 80 minutes
     python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=sampling,stream --runs=5
     python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=gpu       the rows of a CUDA GPU; bench/gpu.sh does this
 
@@ -45,6 +45,7 @@ README_CPU = (
 ).split()
 README_GPU = ["train.py", SHAKESPEARE]
 README_SAMPLE = ["sample.py", "--out_dir=out-shakespeare-char", "--device=cpu"]
+SHORT = ["--max_iters=200", "--eval_interval=1000"]
 GPT2_BENCH = ["bench.py", "--real_data=False"]
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
@@ -87,13 +88,11 @@ class Pace:
 
 
 PACES = {
-    "like-for-like": Pace(
-        "CPU, like for like", "config/nanogpt_cpu.toml", (*README_CPU, "--max_iters=200"), 12 * 64, "2x", "3x"
-    ),
+    "like-for-like": Pace("CPU, like for like", "config/nanogpt_cpu.toml", (*README_CPU, *SHORT), 12 * 64, "2x", "3x"),
 }
 GPU_PACES = {
     "gpu-like-for-like": Pace(
-        "GPU, like for like", "config/nanogpt_gpu.toml", (*README_GPU, "--max_iters=200", "--log_interval=1"),
+        "GPU, like for like", "config/nanogpt_gpu.toml", (*README_GPU, *SHORT, "--log_interval=1"),
         64 * 256, "2x", "4x",
     ),
     "gpu-124m": Pace("GPU, GPT-2 124M", "config/gpt2.toml", tuple(GPT2_BENCH), 12 * 1024, "1.2x", "1.5x, 55% of peak"),
@@ -258,7 +257,7 @@ def pace(bench: Bench, table: Table, race: Pace) -> None:
     """Training tokens per second on the same network, once each program is running."""
     ours, nano = [], []
     for run in tqdm(range(bench.runs), unit="round", desc=race.name):
-        log = bench.nano(*race.nano, "--eval_interval=1000" if "train.py" in race.nano else "--seed=1").output
+        log = bench.nano(*race.nano).output
         times = [float(line.split("time ")[1].split("ms")[0]) for line in log.splitlines() if line.startswith("iter")]
         times += [
             float(line.split("iteration: ")[1].split("ms")[0]) for line in log.splitlines() if "iteration: " in line
@@ -377,13 +376,15 @@ def read_metrics(out: Path, kind: str) -> list[dict[str, float]]:
 
 
 @contextmanager
-def both_ready(nanogpt: Path, runs: int) -> Iterator[Bench]:
-    """Copy nanoGPT's checkout and prepare the same text for both."""
+def both_ready(nanogpt: Path, runs: int, recipes: list[str]) -> Iterator[Bench]:
+    """Copy nanoGPT's checkout, prepare these recipes for us, and Tiny Shakespeare for both."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder) / "nanoGPT", Path(folder), runs)
         shutil.copytree(nanogpt, bench.nanogpt, ignore=shutil.ignore_patterns(".git", "out*"))
-        shutil.copytree(ROOT / "data", folder, dirs_exist_ok=True)  # with what was fetched before
-        for name in ("shakespeare_char", "shakespeare"):
+        if (ROOT / "data" / "downloads").exists():  # what was fetched before serves where there is no network
+            shutil.copytree(ROOT / "data" / "downloads", Path(folder) / "downloads")
+        for name in recipes:
+            shutil.copy(ROOT / "data" / f"{name}.toml", folder)
             bench.ours("prepare.py", name, f"--data_dir={folder}")
         dataset = load_dataset(Path(folder) / "shakespeare_char", Path(folder))
         parts = [split.slice(0, split.tokens) for split in (dataset.train, dataset.val)]
@@ -429,7 +430,8 @@ def main() -> None:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     commits = [commit(folder) for folder in (ROOT, options.nanogpt)]
     table = Table()
-    with both_ready(options.nanogpt, options.runs) as bench:
+    recipes = ["shakespeare_char"] + ["shakespeare"] * ("gpu-124m" in chosen)
+    with both_ready(options.nanogpt, options.runs, recipes) as bench:
         for races in (RACES, GPU_RACES):
             if asked := {name: race for name, race in races.items() if name in chosen}:
                 training(bench, table, asked)
