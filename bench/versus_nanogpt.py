@@ -105,7 +105,7 @@ H200_FLOPS = 989e12
 # Not imported here: Linux counts what this process holds into the peak memory of those it starts.
 TORCH = """
 import torch
-print(f"torch {torch.__version__}", *[f"on one {torch.cuda.get_device_name()}"] * torch.cuda.is_available())
+print(f"torch {torch.__version__}", f"on one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
 """
 # Run by nanoGPT's side, in its own folder, where `model` is nanoGPT's.
 NANO_SCORE = """
