@@ -32,8 +32,8 @@ class DecoderCache:
 
     def __init__(self, form: Form, batch: int) -> None:
         """Begin empty, with room for block_size tokens."""
-        shape = (form.n_layer, batch, form.n_head, form.block_size, form.n_embd // form.n_head)
-        self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)  # (L, B, H, S, D)
+        shape = (form.n_layer, batch, 2, form.n_head, form.block_size, form.n_embd // form.n_head)
+        self.memory = np.empty(shape, np.float32)  # (L, B, 2, H, S, D)
         self.recent = np.empty((batch, 0), np.int64)
         self.length = 0
 
@@ -59,6 +59,7 @@ class Decoder:
         self.embedding = weights["token_embedding.weight"]
         self.tables = [weights[f"ngram_embedding.tables.{i}.weight"] for i in range(form.ngram - 1)]
         self.share = weights.get("token_shift.share")
+        self.average = np.full((form.n_embd, 1), 1 / form.n_embd, np.float32)
         self.positions = self._positions(weights)
         self.rotation = angles(form.block_size, self.head_size) if form.position == "rotary" else None
         self.blocks = [Block(form, weights, f"blocks.{layer}.") for layer in range(form.n_layer)]
@@ -84,14 +85,15 @@ class Decoder:
         x = self._embed(tokens, cache).reshape(-1, self.form.n_embd)  # (B T, C)
         rotation = None
         if self.rotation is not None:
-            cos, sin = (table[start:S, None, None] for table in self.rotation)  # (T, 1, 1, D / 2) each
-            rotation = cos, sin
+            cos, sin = self.rotation
+            rotation = cos[start:S], sin[start:S]  # (T, D / 2) each
         future = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = x + block.attend(x, keys[:, :, :S], values[:, :, :S], rotation, future)
+        for block, memory in zip(self.blocks, cache.memory[:, :, :, :, :S], strict=True):
+            every = T if block is self.blocks[-1] else 1  # in the end, only the last of T tokens counts
+            x = x[every - 1 :: every] + block.attend(x, every, memory, rotation, future)
             x += block.mlp(x)
         cache.length = S
-        return self.head(x[T - 1 :: T])
+        return self.head(x)
 
     def _embed(self, tokens: NDArray[np.int64], cache: DecoderCache) -> Array:
         """Map tokens (B, T) to the residual stream's beginning (B, T, C), with a mean of 0 if norms want that."""
@@ -110,7 +112,7 @@ class Decoder:
         if self.positions is not None:
             x = x + self.positions[start : start + T]
         if self.form.norm == "layernorm":
-            x = x - np.add.reduce(x, axis=-1, keepdims=True) * (1 / self.form.n_embd)
+            x = x - x @ self.average
         return x
 
     def _ngrams(self, tokens: NDArray[np.int64]) -> Array:
@@ -141,28 +143,27 @@ class Block:
         self.activation = relu2 if form.activation == "relu2" else gelu
 
     def attend(
-        self, x: Array, keys: Array, values: Array, rotation: tuple[Array, Array] | None, future: Array | None
+        self, x: Array, every: int, memory: Array, rotation: tuple[Array, Array] | None, future: Array | None
     ) -> Array:
-        """Return what attention adds to x (B T, C), whose own keys and values take the last places of (B, H, S, D)."""
-        B, H, _, D = keys.shape
+        """Return what attention adds to each `every`-th of x (B T, C); `every` is 1 or T.
+
+        Keys and values of all of x take the last places of memory (B, 2, H, S, D).
+        """
+        B, _, H, _, D = memory.shape
         T = len(x) // B
-        heads = self.qkv(x).reshape(B, T, 3, H, D)
-        qk = heads[:, :, :2]
+        heads = self.qkv(x).reshape(B, T, 3, H, D).transpose(0, 2, 3, 1, 4)  # (B, 3, H, T, D)
         if self.qk_norm:
-            qk = rms_norm(qk, scale=self.qk_scale)
+            heads[:, :2] = rms_norm(heads[:, :2], scale=self.qk_scale)
         if rotation:
-            cos, sin = rotation
-            first, second = qk[..., : D // 2], qk[..., D // 2 :]
-            qk = np.concatenate((first * cos - second * sin, first * sin + second * cos), axis=-1)
-        keys[:, :, -T:] = qk[:, :, 1].swapaxes(1, 2)
-        values[:, :, -T:] = heads[:, :, 2].swapaxes(1, 2)
-        scores = qk[:, :, 0].swapaxes(1, 2) @ keys.swapaxes(2, 3)  # (B, H, T, S)
+            heads[:, :2] = rotate(heads[:, :2], *rotation)
+        memory[:, :, :, -T:] = heads[:, 1:]
+        scores = heads[:, 0, :, every - 1 :: every] @ memory[:, 0].swapaxes(2, 3)  # (B, H, T / every, S)
         if future is not None:
-            scores += future
-        return self.out((softmax(scores) @ values).swapaxes(1, 2).reshape(B * T, H * D))
+            scores += future[every - 1 :: every]
+        return self.out((softmax(scores) @ memory[:, 1]).swapaxes(1, 2).reshape(-1, H * D))
 
     def mlp(self, x: Array) -> Array:
-        """Return what the MLP adds to x (B T, C)."""
+        """Return what the MLP adds to x (N, C)."""
         return self.down(self.activation(self.up(x)))
 
 
@@ -210,6 +211,12 @@ def rms_norm(x: Array, epsilon: float = EPSILON["rmsnorm"], scale: float = 1.0) 
     return x / np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) * (scale**-2 / C) + scale**-2 * epsilon)
 
 
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate pairs of channels of x (..., T, D) by angles (T, D / 2)."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate((first * cos - second * sin, first * sin + second * cos), axis=-1)
+
+
 def relu2(x: Array) -> Array:
     """max(0, x)²."""
     x = np.maximum(x, 0)
@@ -233,7 +240,7 @@ def softmax(x: Array) -> Array:
     """Softmax over the last axis, in place."""
     x -= np.maximum.reduce(x, axis=-1, keepdims=True)
     np.exp(x, out=x)
-    x /= np.add.reduce(x, axis=-1, keepdims=True)
+    x /= x @ np.ones((x.shape[-1], 1), np.float32)  # for few rows faster than adding up
     return x
 
 

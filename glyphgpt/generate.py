@@ -56,13 +56,15 @@ class SamplingRule:
         return chances
 
     def draw(self, logits: Floats, random: np.random.Generator) -> Ids:
-        """Draw a token for each row of logits (B, V); shape (B,)."""
+        """Draw a token for each row of logits (B, V); shape (B,).
+
+        The tokens run a race: each takes an exponential time, at a speed in proportion to its chance, and the first
+        wins (Maddison et al. 2014, the Gumbel-max trick, in another form).
+        """
         if self.temperature < 1e-6:  # the limit, long before numbers overflow
             return logits.argmax(-1)
-        reach = self.chances(logits).cumsum(-1)  # (B, V); token i owns what lies above reach[i - 1] up to reach[i]
-        # above 0, which a token without a chance could own
-        place = (1 - random.random((len(logits), 1))) * reach[:, -1:]
-        return (reach >= place).argmax(-1)
+        times = random.standard_exponential(logits.shape) + 1e-300  # above 0, that who has no chance does not win
+        return (self.chances(logits) / times).argmax(-1)
 
 
 def context_start(length: int, block_size: int) -> int:
@@ -95,18 +97,18 @@ def generate(
     """
     random = np.random.default_rng(seed)
     length, start = len(prompt), context_start(len(prompt), block_size)
-    context = np.tile(prompt[start:], (num_samples, 1))  # (B, T)
-    cache, unseen = model.new_cache(num_samples), context
+    context = [np.full(num_samples, token) for token in prompt[start:]]  # (B,) each
+    cache, unseen = model.new_cache(num_samples), np.stack(context, axis=1)  # (B, T)
     for _ in range(max_new_tokens):
         token = rule.draw(model.next_logits(unseen, cache), random)  # (B,)
         yield token
         length += 1
         before, start = start, context_start(length, block_size)
-        context = np.concatenate((context, token[:, None]), axis=1)[:, start - before :]
+        context = [*context[start - before :], token]
         if use_cache and start == before:
             unseen = token[:, None]
         else:
-            cache, unseen = model.new_cache(num_samples), context
+            cache, unseen = model.new_cache(num_samples), np.stack(context, axis=1)
 
 
 class TextStream:

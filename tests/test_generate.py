@@ -191,14 +191,14 @@ class Extreme:
     def __init__(self, number: float) -> None:
         self.number = number
 
-    def random(self, shape: tuple[int, ...]) -> Floats:
+    def standard_exponential(self, shape: tuple[int, ...]) -> Floats:
         return np.full(shape, self.number)
 
 
-@pytest.mark.parametrize(("number", "token"), [(0.0, 2), (1 - 2**-53, 1)])
-def test_tokens_without_a_chance_are_never_drawn(number: float, token: int) -> None:
-    rows = np.array([[-np.inf, 0.0, 0.0, -np.inf]])
-    assert SamplingRule().draw(rows, Extreme(number)).tolist() == [token]  # type: ignore[arg-type]
+@pytest.mark.parametrize("number", [0.0, 1e-17, 50.0])
+def test_tokens_without_a_chance_are_never_drawn(number: float) -> None:
+    rows = np.array([[-np.inf, -30.0, 0.0, -np.inf]])
+    assert SamplingRule().draw(rows, Extreme(number)).tolist() == [2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-300])
