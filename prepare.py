@@ -124,13 +124,15 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
         survey = Survey(text, settings, bar)
         bar.set_description("encoding")
         train_characters = int(survey.characters * (1 - settings.val_fraction))
-        encoders = [SplitEncoder(folder, name, survey.tokenizer, settings.shard_tokens) for name in ("train", "val")]
+        lengths = {"train": train_characters, "val": survey.characters - train_characters}
+        encoders = [
+            SplitEncoder(folder, *length, survey.tokenizer, settings.shard_tokens) for length in lengths.items()
+        ]
+        rest = ""
         for piece in text.read(lambda chunk: bar.update(len(chunk))):
-            left = train_characters - encoders[0].characters
-            encoders[0].feed(piece[:left])
-            encoders[1].feed(piece[left:])
+            rest = encoders[1].feed(encoders[0].feed(piece))
         train, val = (encoder.close() for encoder in encoders)
-    if train.characters + val.characters != survey.characters:
+    if rest or train.characters + val.characters != survey.characters:
         raise Failure(f"{', '.join(text.names)}: the text changed while it was read; try again")
     for name, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
@@ -214,27 +216,31 @@ def make_tokenizer(settings: PrepareSettings, pieces: Iterator[str]) -> Tokenize
 class SplitEncoder:
     """The second reading, for one split: encodes pieces as they come, and cuts only where it makes no difference."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        """Begin a split."""
+    def __init__(self, folder: Path, split: str, characters: int, tokenizer: Tokenizer, shard_tokens: int) -> None:
+        """Begin a split of so many characters."""
+        self.characters, self.missing = characters, characters
         self.tokenizer = tokenizer
         self.writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens)
         self.helper = Helper()
-        self.characters = 0
         self.pending = ""
 
-    def feed(self, piece: str) -> None:
-        """Take the next piece of the split's text."""
-        self.characters += len(piece)
-        self.pending += piece
-        cut = self.tokenizer.split_point(self.pending)
-        self.helper.do(self.writer.write, self.tokenizer.encode(self.pending[:cut]))
-        self.pending = self.pending[cut:]
+    def feed(self, piece: str) -> str:
+        """Take what the split still lacks from the next piece of the text, and return the rest."""
+        own, rest = piece[: self.missing], piece[self.missing :]
+        if own:
+            self.missing -= len(own)
+            self.pending += own
+            cut = self.tokenizer.split_point(self.pending) if self.missing else len(self.pending)
+            self.helper.do(self.writer.write, self.tokenizer.encode(self.pending[:cut]))
+            self.pending = self.pending[cut:]
+            if not self.missing:
+                self.helper.do(self.writer.finish)  # hashes the last file, while the next split is encoded
+        return rest
 
     def close(self) -> SplitMeta:
-        """Encode what is left, and finish the files."""
-        self.helper.do(self.writer.write, self.tokenizer.encode(self.pending))
+        """Wait for the files, and tell what was written."""
         self.helper.wait()
-        return self.writer.close(self.characters)
+        return self.writer.meta(self.characters - self.missing)
 
 
 def report(meta: Meta, folder: Path) -> None:

@@ -90,10 +90,13 @@ class ShardWriter:
             if self._count == self.shard_tokens:
                 self._end(file)
 
-    def close(self, characters: int) -> SplitMeta:
-        """Finish the split and tell what was written."""
+    def finish(self) -> None:
+        """Finish the last file, if it was begun."""
         if self._file:
             self._end(self._file)
+
+    def meta(self, characters: int) -> SplitMeta:
+        """Tell what the finished files hold, which came from so many characters."""
         return SplitMeta(tokens=sum(s.tokens for s in self.shards), characters=characters, shards=self.shards)
 
     @property

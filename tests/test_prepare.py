@@ -124,9 +124,10 @@ def test_streaming_keeps_little_text_in_memory(gpt2_data_dir: Path, monkeypatch:
     kept: list[int] = []
     feed = prepare.SplitEncoder.feed
 
-    def watched(encoder: prepare.SplitEncoder, piece: str) -> None:
-        feed(encoder, piece)
+    def watched(encoder: prepare.SplitEncoder, piece: str) -> str:
+        rest = feed(encoder, piece)
         kept.append(len(encoder.pending))
+        return rest
 
     monkeypatch.setattr(prepare.SplitEncoder, "feed", watched)
     prepare_text(some_text(6000), gpt2_data_dir, "streamed", tokenizer="gpt2")
@@ -316,7 +317,7 @@ def test_a_folder_that_is_no_data_set_is_never_replaced(run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("place", ["write", "close"])
+@pytest.mark.parametrize("place", ["write", "finish"])
 def test_a_full_disk_leaves_nothing_half_done(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, old: bool
 ) -> None:
@@ -350,15 +351,18 @@ def test_a_write_that_fails_once_is_not_forgotten(run: Run, tmp_path: Path, monk
         run(write(tmp_path / "mine.txt", TEXT))
 
 
-def test_a_text_that_grows_while_it_is_read(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", [TEXT + TEXT, TEXT[:-1], ""], ids=["longer", "shorter", "empty"])
+def test_a_text_that_changes_while_it_is_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
     file = write(tmp_path / "mine.txt", TEXT)
     survey = prepare.Survey.__init__
 
-    def grow(*words: Any) -> None:
+    def change(*words: Any) -> None:
         survey(*words)
-        file.write_text(TEXT + TEXT)
+        file.write_text(later)
 
-    monkeypatch.setattr(prepare.Survey, "__init__", grow)
+    monkeypatch.setattr(prepare.Survey, "__init__", change)
     (tmp_path / "data").mkdir()
     assert refusal(run, tmp_path / "data", file) == f"{file}: the text changed while it was read; try again"
 

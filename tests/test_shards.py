@@ -297,7 +297,8 @@ def test_written_tokens_come_back(
     writer = ShardWriter(folder, "train", vocab_size, shard_tokens)
     for piece in pieces:
         writer.write(np.array(piece, dtype=np.uint16))
-    meta = writer.close(characters=5)
+    writer.finish()
+    meta = writer.meta(characters=5)
     arrays = [np.load(folder / shard.file) for shard in meta.shards]
     tokens = [token for piece in pieces for token in piece]
     assert [int(token) for array in arrays for token in array] == tokens
