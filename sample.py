@@ -42,6 +42,8 @@ def main(settings: SampleSettings, place: str) -> None:
     """Load the checkpoint and do what the settings ask for."""
     checkpoint = checkpoints.load(checkpoints.find(Path(place)), with_optimizer=False)
     tokenizer = from_plain(checkpoint.info.tokenizer, Path(settings.data_dir))
+    if tokenizer.vocab_size != checkpoint.info.model.get("vocab_size"):
+        raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
     if settings.score:
         score(checkpoint, tokenizer, settings)
         return

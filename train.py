@@ -10,7 +10,7 @@ Writes {last,best}.safetensors, metrics.jsonl and config.toml into out_dir.
 
 import sys
 
-from glyphgpt.commandline import parse
+from glyphgpt.commandline import parse, printable
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import Action, Optimization, TrainSettings
 
@@ -42,8 +42,9 @@ from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
 from glyphgpt.decoder import Decoder
 from glyphgpt.evaluate import Score, evaluate
+from glyphgpt.folder import locked, write_whole
 from glyphgpt.generate import LanguageModel, SamplingRule, generate
-from glyphgpt.metrics import Metrics, check_trackers, write_whole
+from glyphgpt.metrics import Metrics, check_trackers
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from glyphgpt.runtime import OnDevice, Runtime, StopRequest
 from glyphgpt.shards import Dataset, load_dataset
@@ -162,8 +163,19 @@ class Trainer:
 
     def train(self) -> None:
         """Train from where the run stands until max_steps, until patience runs out, or until asked to stop."""
-        resumed = self.open_run()
-        self.preflight()
+        if self.settings.resume and not (self.out_dir / LAST).exists():
+            instead = (
+                "begin anew with --overwrite" if (self.out_dir / BEST).exists() else "leave --resume out to begin one"
+            )
+            raise Failure(f"{self.out_dir}: no run to resume here; {instead}")
+        with locked(self.out_dir) if self.runtime.is_main else nullcontext():
+            resumed = self.open_run()
+            self.preflight()
+            stopped_by = self.loop(resumed=resumed)
+        self.farewell(stopped_by)
+
+    def loop(self, *, resumed: bool) -> signal.Signals | None:
+        """Update, evaluate and save until the end; return the signal that stopped it before."""
         settings, progress = self.settings, self.progress
         self.started = time.perf_counter() - progress.seconds
         stop, stopping = StopRequest(), False
@@ -181,7 +193,7 @@ class Trainer:
                     self.evaluate_and_save(metrics)
                 elif stopping or (settings.save_every and progress.step % settings.save_every == 0):
                     self.save(LAST)
-        self.farewell(stop.signal or signal.SIGTERM if stopping else None)
+        return stop.signal or signal.SIGTERM if stopping else None
 
     def open_run(self) -> bool:
         """Make the run's folder ready, never over another run's files; load its last checkpoint to resume.
@@ -190,18 +202,16 @@ class Trainer:
 
         Raises:
             UsageError: the folder holds a run, and neither resume nor overwrite is set.
-            Failure: there is nothing to resume, or it does not fit the settings.
+            Failure: what there is to resume does not fit the settings.
         """
         settings, out_dir = self.settings, self.out_dir
         if settings.resume:
-            if not (out_dir / LAST).exists():
-                raise Failure(f"{out_dir}: no run to resume here; leave --resume out to begin one")
             self.restore(checkpoints.load(out_dir / LAST))
         elif any((out_dir / name).exists() for name in (BEST, LAST)):
             if not settings.overwrite:
+                resume = "--resume to go on with it, " if (out_dir / LAST).exists() else ""
                 raise UsageError(
-                    f"{out_dir} holds a run already; add --resume to go on with it, --overwrite to replace it, "
-                    "or --out_dir=ANOTHER"
+                    f"{out_dir} holds a run already; add {resume}--overwrite to replace it, or --out_dir=ANOTHER"
                 )
             self.runtime.wait()
             if self.runtime.is_main:
@@ -209,7 +219,6 @@ class Trainer:
                     (out_dir / name).unlink(missing_ok=True)
         self.runtime.wait()  # every process has looked before one writes
         if self.runtime.is_main:
-            out_dir.mkdir(parents=True, exist_ok=True)
             lasting = settings.model_dump(exclude=set(Action.model_fields))
             write_whole(out_dir / "config.toml", tomli_w.dumps(lasting).encode())
         return settings.resume
@@ -224,12 +233,15 @@ class Trainer:
         saved, wanted = checkpoint.info.model, asdict(self.config)
         for name in wanted.keys() - {"dropout"}:
             if saved.get(name) != wanted[name]:
-                raise Failure(
-                    f"{checkpoint.path}: {name} is {saved.get(name)} there, but {wanted[name]} in the settings"
-                )
+                there = printable(str(saved.get(name)))
+                raise Failure(f"{checkpoint.path}: {name} is {there} there, but {wanted[name]} in the settings")
         was, now = checkpoint.info.settings, self.settings.model_dump()
         decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
-        changed = [f"{key} {was.get(key)} -> {now[key]}" for key in now if key in decisive and was.get(key) != now[key]]
+        changed = [
+            f"{key} {printable(str(was.get(key)))} -> {now[key]}"
+            for key in now
+            if key in decisive and was.get(key) != now[key]
+        ]
         if changed and self.runtime.is_main:
             warn(f"settings changed since the run began: {', '.join(changed)}")
         if checkpoint.info.data != self.dataset.meta.fingerprint and self.runtime.is_main:

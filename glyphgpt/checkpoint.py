@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from glyphgpt.errors import Failure
+from glyphgpt.settings import CountOrZero, NotNegative
 
 FORMAT = 1
 BEST = "best.safetensors"
@@ -42,13 +43,13 @@ class Progress(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
-    step: int = 0
+    step: CountOrZero = 0
     """Updates done."""
-    seconds: float = 0.0
+    seconds: NotNegative = 0.0
     """Time spent so far."""
     best_loss: float = math.inf
     """Of the validation split, nats per token."""
-    evaluations_since_best: int = 0
+    evaluations_since_best: CountOrZero = 0
 
 
 class Info(BaseModel):

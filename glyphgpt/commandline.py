@@ -24,6 +24,8 @@ S = TypeVar("S", bound=Settings)
 Values = dict[str, Any]
 
 COMMAND_LINE = "command line"
+BEYOND_WORDS = 10**6
+"""Bounds from here on are there for the sake of arithmetic."""
 
 # nanoGPT's names for settings that are called otherwise here.
 NANOGPT_NAMES = {
@@ -126,14 +128,16 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
         )
     if value is None or (isinstance(value, list) and None in value):
         return f"{source}: {name} needs a value: {expected(field)}"
-    too_long = isinstance(value, int) and abs(value) >= 2**64  # Python does not print numbers without end
-    shown = "that many digits" if too_long else reprlib.repr(value)
-    return f"{source}: {name} must be {expected(field)}, not {shown}"
+    wanted = "printable text" if field.annotation is str and isinstance(value, str) else expected(field)
+    digits = isinstance(value, str) and value.isdecimal() and len(value) >= len(str(BEYOND_WORDS))
+    large = digits or (isinstance(value, int) and abs(value) > BEYOND_WORDS)  # Python does not print all numbers
+    shown = "so large a one" if large else reprlib.repr(value)
+    return f"{source}: {name} must be {wanted}, not {shown}"
 
 
 def printable(key: str) -> str:
-    """Return a key as it can stand in one line, whatever bytes it came from."""
-    return key if key.isprintable() else key.encode("unicode_escape").decode("ascii")
+    """Return a key or value as it can stand in a line, whatever bytes it came from."""
+    return reprlib.repr(key)[1:-1] if len(key) > 100 or not key.isprintable() else key
 
 
 def is_switch(field: FieldInfo | None) -> bool:
@@ -154,13 +158,13 @@ def is_value(word: str, field: FieldInfo | None) -> bool:
 
 
 def bounds(field: FieldInfo) -> list[str]:
-    """Say a setting's bounds, as in ["at least 0", "below 1"]."""
+    """Say a setting's bounds, as in ["at least 0", "below 1"], but for those that nobody meets."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return [
         f"{phrase} {getattr(bound, name)}"
         for bound in field.metadata
         for name, phrase in words.items()
-        if hasattr(bound, name)
+        if hasattr(bound, name) and getattr(bound, name) < BEYOND_WORDS
     ]
 
 

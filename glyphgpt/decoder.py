@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from glyphgpt.settings import Count, Network
+from glyphgpt.settings import Network, Size
 
 Array = NDArray[np.floating[Any]]
 EPSILON = {"layernorm": 1e-5, "rmsnorm": 1e-6}
@@ -24,7 +24,7 @@ class Form(Network):
 
     model_config = ConfigDict(strict=True)
 
-    vocab_size: Count
+    vocab_size: Size
 
 
 class DecoderCache:
@@ -47,32 +47,17 @@ class Decoder:
         Raises:
             ValueError: config and weights do not belong together.
         """
-        self.form = form = Form.model_validate(config)
-        if form.n_embd % form.n_head or (form.position == "rotary" and form.n_embd // form.n_head % 2):
-            raise ValueError("n_embd cannot be shared evenly by the heads")
-        if {name: weight.shape for name, weight in weights.items()} != expected_shapes(form):
-            raise ValueError("the weights are not those of the config")
-        if not all(weight.dtype == np.float32 for weight in weights.values()):
-            raise ValueError("the weights are not float32")
-        self.head_size = form.n_embd // form.n_head
+        self.form = form = check_form(config, weights)
         self.lookback = form.ngram - 1 + form.token_shift
         self.embedding = weights["token_embedding.weight"]
         self.tables = [weights[f"ngram_embedding.tables.{i}.weight"] for i in range(form.ngram - 1)]
         self.share = weights.get("token_shift.share")
         self.average = np.full((form.n_embd, 1), 1 / form.n_embd, np.float32)
-        self.positions = self._positions(weights)
-        self.rotation = angles(form.block_size, self.head_size) if form.position == "rotary" else None
+        self.positions = weights.get("position.embedding.weight")
+        turned = form.n_embd if form.position == "sinusoidal" else form.n_embd // form.n_head  # channels
+        self.frequencies = 10000.0 ** (-2 * np.arange(turned // 2) / turned)
         self.blocks = [Block(form, weights, f"blocks.{layer}.") for layer in range(form.n_layer)]
         self.head = Linear(form, weights, "token_embedding." if form.tie_embeddings else "head.", norm="norm.")
-
-    def _positions(self, weights: dict[str, Array]) -> Array | None:
-        """Return what is added at each position, (T, C), or None."""
-        if self.form.position == "learned":
-            return weights["position.embedding.weight"]
-        if self.form.position == "sinusoidal":
-            cos, sin = angles(self.form.block_size, self.form.n_embd)
-            return np.stack((sin, cos), axis=-1).reshape(self.form.block_size, -1)
-        return None
 
     def new_cache(self, batch: int) -> DecoderCache:
         """Return an empty cache for so many samples."""
@@ -83,10 +68,7 @@ class Decoder:
         start, T = cache.length, tokens.shape[1]
         S = start + T
         x = self._embed(tokens, cache).reshape(-1, self.form.n_embd)  # (B T, C)
-        rotation = None
-        if self.rotation is not None:
-            cos, sin = self.rotation
-            rotation = cos[start:S], sin[start:S]  # (T, D / 2) each
+        rotation = self._waves(start, S) if self.form.position == "rotary" else None
         future = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
         for block, memory in zip(self.blocks, cache.memory[:, :, :, :, :S], strict=True):
             every = T if block is self.blocks[-1] else 1  # in the end, only the last of T tokens counts
@@ -107,13 +89,19 @@ class Decoder:
         if self.share is not None:
             x[:, 1:] += self.share * x[:, :-1].copy()
         x = x[:, -T:]
-        if self.form.position == "sinusoidal":
-            x = x * math.sqrt(self.form.n_embd)
         if self.positions is not None:
             x = x + self.positions[start : start + T]
+        elif self.form.position == "sinusoidal":
+            waves = np.stack(self._waves(start, start + T)[::-1], axis=-1)  # (T, C / 2, 2)
+            x = x * math.sqrt(self.form.n_embd) + waves.reshape(T, -1)
         if self.form.norm == "layernorm":
             x = x - x @ self.average
         return x
+
+    def _waves(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return cosine and sine of t x frequency for t from `start` up to `stop`, (stop - start, frequencies) each."""
+        angle = np.outer(np.arange(start, stop), self.frequencies).astype(np.float32)
+        return np.cos(angle), np.sin(angle)
 
     def _ngrams(self, tokens: NDArray[np.int64]) -> Array:
         """Sum up the tables' vectors for tokens (B, T), (B, T, C)."""
@@ -244,11 +232,27 @@ def softmax(x: Array) -> Array:
     return x
 
 
-def angles(length: int, channels: int) -> tuple[Array, Array]:
-    """Return cosine and sine of t / 10000^(2i / channels) for position t and pair i, (length, channels / 2) each."""
-    frequency = 10000.0 ** (-2 * np.arange(channels // 2) / channels)
-    angle = np.outer(np.arange(length), frequency).astype(np.float32)
-    return np.cos(angle), np.sin(angle)
+def check_form(config: dict[str, Any], weights: dict[str, Array]) -> Form:
+    """Return the form of a config, once weights are known to be those of it.
+
+    It may come from a stranger: nothing is done in proportion to its numbers before weights have vouched for them.
+
+    Raises:
+        ValueError: config and weights do not belong together.
+    """
+    form = Form.model_validate(config)
+    if form.model_fields_set != Form.model_fields.keys():
+        raise ValueError("some of the config is missing")
+    if form.n_embd % form.n_head or (form.position == "rotary" and form.n_embd // form.n_head % 2):
+        raise ValueError("n_embd cannot be shared evenly by the heads")
+    if form.position == "sinusoidal" and form.n_embd % 2:
+        raise ValueError("an odd n_embd has no pairs for waves")
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if max(form.n_layer, form.ngram) > len(weights) or shapes != expected_shapes(form):
+        raise ValueError("the weights are not those of the config")
+    if not all(weight.dtype == np.float32 for weight in weights.values()):
+        raise ValueError("the weights are not float32")
+    return form
 
 
 def expected_shapes(form: Form) -> dict[str, tuple[int, ...]]:

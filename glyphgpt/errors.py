@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 
@@ -45,9 +46,22 @@ def plain_errors() -> Iterator[None]:
         status = report(Failure(describe(error)))
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # lest Python complain about it at its end
+    except OSError:  # told already; lest Python complain about it at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file of which something could not be written.
+
+    Raises:
+        Failure: something was not.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{path}: could not be written: {error.strerror or error}") from error
 
 
 def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

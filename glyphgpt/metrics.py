@@ -2,10 +2,12 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, writing
+from glyphgpt.folder import write_whole
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
@@ -26,17 +28,17 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each flushed at once.
+    """metrics.jsonl: one JSON object a line, each written at once.
 
     `kind` is "train" (loss of that step's batch) or "val" (loss of the whole validation split).
     """
 
     def __init__(self, folder: Path, *, keep_steps: int) -> None:
         """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
-        path = folder / METRICS
-        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        write_whole(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._path = folder / METRICS
+        rows = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        write_whole(self._path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
+        self._file = self._path.open("ab")
 
     def write(self, row: Row) -> None:
         """Append a row; JSON has no word for numbers that are not finite, so they become null.
@@ -47,24 +49,14 @@ class MetricsFile:
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        try:
-            self._file.write(json.dumps(plain) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(plain).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise Failure(
-                f"{self._file.name}: could not be written: {error.strerror}; the checkpoints are intact"
-            ) from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file beside its place and rename it, so that it is never there in part."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+        with suppress(OSError):  # of a row that could not be written, which was told
+            self._file.close()
 
 
 def _step_of(line: bytes) -> float:

@@ -88,6 +88,10 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
         dist.init_process_group("gloo")
     try:
         yield runtime
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise Failure("lost another process of this run, which ended or hangs; go on with --resume") from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -183,7 +187,7 @@ class OnDevice:
 
 
 class StopRequest:
-    """Remembers Ctrl-C or SIGTERM, so that a loop can end at a good place; a second one ends it at once."""
+    """Remembers Ctrl-C, SIGTERM or SIGHUP, so that a loop can end at a good place; a second one ends it at once."""
 
     def __init__(self) -> None:
         """Begin with no request."""
@@ -192,7 +196,10 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Take the signals while in this context."""
-        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._take) for number in numbers}
         try:
             yield self
         finally:
@@ -201,9 +208,10 @@ class StopRequest:
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        os.write(2, b"\nstopping and saving after this step; once more stops at once\n")  # print is not reentrant
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping and saving after this step; once more stops at once\n")  # print is not reentrant
 
 
 @contextmanager

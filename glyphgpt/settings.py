@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1, le=10**6)]  # beyond any machine, and small enough that products stay numbers
+Count = Annotated[int, Field(ge=1, le=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class Settings(BaseModel):
@@ -32,24 +34,24 @@ class Settings(BaseModel):
 class Files(Settings):
     """Data and results"""
 
-    dataset: str = "shakespeare_char"
+    dataset: Name = "shakespeare_char"
     """Name of a prepared data set: the folder that prepare.py wrote in data_dir."""
-    data_dir: str = "data"
+    data_dir: Name = "data"
     """Folder of the data sets."""
-    out_dir: str = "out/run"
+    out_dir: Name = "out/run"
     """Folder of this run: checkpoints, metrics and settings."""
 
 
 class Network(Settings):
     """The network"""
 
-    n_layer: Count = 4
+    n_layer: Size = 4
     """Number of blocks."""
-    n_head: Count = 4
+    n_head: Size = 4
     """Attention heads per block; n_embd must be a multiple of it."""
-    n_embd: Count = 128
+    n_embd: Size = 128
     """Channels: the width of the residual stream."""
-    block_size: Count = 64
+    block_size: Annotated[int, Field(ge=1, le=131_072)] = 64
     """Context: how many tokens the model sees at once."""
     dropout: Fraction = 0.0
     """Share of activations dropped while training; 0.1 to 0.3 where a text is seen many times."""
@@ -66,10 +68,10 @@ class Network(Settings):
     """Normalise queries and keys, which allows higher learning rates."""
     tie_embeddings: bool = True
     """Use the token embedding as the output head too."""
-    ngram: Count = 1
+    ngram: Size = 1
     """Above 1: embed the last 2, 3, ... n tokens together too, from hashed tables. Much memory, hardly any
     computation, and far fewer steps to a good loss."""
-    ngram_rows: Count = 16384
+    ngram_rows: Annotated[int, Field(ge=1, le=10**9)] = 16384
     """Rows of each of these tables."""
     token_shift: bool = False
     """Mix into each token's embedding a learned share of the one before."""
@@ -80,9 +82,9 @@ class Network(Settings):
 class Optimization(Settings):
     """Optimization"""
 
-    batch_size: Count = 12
+    batch_size: Size = 12
     """Sequences that go through the network at once; lower it when memory runs out."""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: Size = 1
     """Batches summed into one update: an update sees batch_size x this many sequences, however many
     processes share them."""
     max_steps: CountOrZero = 2000
@@ -130,14 +132,14 @@ class Watching(Settings):
     """Write TensorBoard logs to out_dir (pip install 'glyphgpt[tensorboard]')."""
     wandb: bool = False
     """Log to Weights & Biases (pip install 'glyphgpt[wandb]')."""
-    wandb_project: str = "glyphgpt"
+    wandb_project: Name = "glyphgpt"
     """Project to log to there."""
 
 
 class Machine(Settings):
     """The machine"""
 
-    device: str = "auto"
+    device: Name = "auto"
     """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the products; weights stay float32. auto: bfloat16 on a GPU or CPU that has it, float16 on an
@@ -187,7 +189,7 @@ class SampleSettings(Settings):
     """Text to go on from; when empty, a new line."""
     prompt_file: str = ""
     """Read the prompt from this UTF-8 file; - is standard input."""
-    num_samples: Count = 1
+    num_samples: Size = 1
     """Samples to draw, all in one batch."""
     max_new_tokens: CountOrZero = 500
     """Length of each sample."""

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glyphgpt.corpus import file_sha256
-from glyphgpt.errors import Failure
+from glyphgpt.errors import Failure, writing
 from glyphgpt.tokenizer import Tokenizer, Tokens, from_plain, token_dtype
 
 FORMAT = 1
@@ -84,7 +84,8 @@ class ShardWriter:
         while tokens.size:
             file = self._file or self._begin()
             part = tokens[: self.shard_tokens - self._count]
-            file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
+            with writing(self._path):
+                file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
             self._count += part.size
             tokens = tokens[part.size :]
             if self._count == self.shard_tokens:
@@ -105,8 +106,9 @@ class ShardWriter:
 
     def _begin(self) -> BinaryIO:
         self._count = 0
-        self._file = self._path.open("wb")
-        self._write_header(self._file)
+        with writing(self._path):
+            self._file = self._path.open("wb")
+            self._write_header(self._file)
         return self._file
 
     def _write_header(self, file: BinaryIO) -> None:
@@ -115,9 +117,10 @@ class ShardWriter:
         np.lib.format.write_array_header_1_0(file, {**kind, "shape": (self._count,)})
 
     def _end(self, file: BinaryIO) -> None:
-        file.seek(0)
-        self._write_header(file)
-        file.close()
+        with writing(self._path):
+            file.seek(0)
+            self._write_header(file)
+            file.close()
         self._file = None
         self.shards.append(Shard(file=self._path.name, tokens=self._count, sha256=file_sha256(self._path)))
 
@@ -203,7 +206,7 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
 
 def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:
     shards = tuple(_load_shard(folder / shard.file, shard, vocab_size) for shard in split.shards)
-    if not shards or sum(shard.size for shard in shards) != split.tokens:
+    if sum(shard.size for shard in shards) != split.tokens or split.tokens < 2 or split.characters < 1:
         raise Failure(f"{folder / META}: the counts of tokens disagree; prepare the data set again")
     return Split(shards, split.characters)
 
@@ -225,4 +228,5 @@ def _load_shard(path: Path, shard: Shard, vocab_size: int) -> Tokens:
 def write_dataset(folder: Path, meta: Meta) -> None:
     """Write meta.json into a folder that holds the shards."""
     text = json.dumps(meta.model_dump(), ensure_ascii=False, indent=1)
-    (folder / META).write_text(text + "\n", encoding="utf-8")
+    with writing(folder / META):
+        (folder / META).write_text(text + "\n", encoding="utf-8")

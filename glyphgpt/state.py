@@ -1,13 +1,12 @@
 """Between torch and checkpoints: weights and optimizer state as arrays by name, and back."""
 
-import json
 from typing import Any, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from glyphgpt.checkpoint import Arrays, Checkpoint
+from glyphgpt.decoder import check_form
 from glyphgpt.errors import Failure
 from glyphgpt.optim import Optimizer
 
@@ -23,12 +22,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model.
 
     Raises:
-        RuntimeError: names or shapes differ.
+        Failure: names or shapes differ.
     """
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in checkpoint.model.items()})
+    try:
+        model.load_state_dict({name: torch.from_numpy(array) for name, array in checkpoint.model.items()})
+    except (RuntimeError, TypeError) as error:  # numpy has types of which torch knows nothing
+        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
 
 
-def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type) -> M:
+def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[Any]) -> M:
     """Return a checkpoint's model with its weights, on the CPU.
 
     Raises:
@@ -36,11 +38,11 @@ def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type)
     """
     checkpoint.check_weights()
     try:
-        config: Any = TypeAdapter(config_class).validate_json(json.dumps(checkpoint.info.model), strict=True)
-        model: M = model_class(config)
-        load_weights(model, checkpoint)
-    except (ValidationError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        form = check_form(checkpoint.info.model, checkpoint.model)
+    except ValueError as error:  # pydantic's errors are ValueErrors too
         raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+    model = model_class(config_class(**form.model_dump()))
+    load_weights(model, checkpoint)
     return model
 
 
@@ -72,7 +74,7 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
             state = optimizer.new_state(parameter)
             for key, value in state.items():
                 array = unused.pop(f"{type(optimizer).__name__}.{names[parameter]}.{key}", None)
-                if array is None or array.shape != value.shape:
+                if array is None or array.shape != value.shape or array.dtype != value.cpu().numpy().dtype:
                     raise other
                 state[key] = torch.tensor(array, device=device)  # a copy, which the optimizer may change
             optimizer.state[parameter] = state

@@ -73,6 +73,8 @@ class CharTokenizer:
         """Take the characters of the vocabulary, each once, in the order of their code points."""
         if not characters or list(characters) != sorted(set(characters)):
             raise Failure("a character vocabulary holds each character once, sorted")
+        if any("\ud800" <= character <= "\udfff" for character in characters):
+            raise Failure("a character vocabulary holds no surrogates, which are no characters")
         self.characters = characters
         self.vocab_size = len(characters)
         known = code_points(characters)

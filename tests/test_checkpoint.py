@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import stat
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -50,7 +51,7 @@ INFO = Info(
     },
     data="f" * 64,
     val_loss=1 / 3,
-    progress=Progress(step=2**53 + 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
+    progress=Progress(step=10**12 - 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
     scaler={"scale": 65536.0, "growth_factor": 2.1},
 )
 SMALL = Checkpoint(
@@ -187,6 +188,42 @@ def test_optimizer_state_of_something_else_is_refused() -> None:
     for state in (checkpoint, Checkpoint(INFO, model.state_dict(), {}, Path("x/last"))):
         with pytest.raises(Failure, match=r"x/last: .*optimizer"):
             restore_optimizers(model, adamw(model), state)
+
+
+@pytest.mark.parametrize("change", [lambda array: array.astype(np.float64), lambda array: array[None], np.int32])
+def test_optimizer_state_of_another_type_or_shape_is_refused(change: Callable[[Any], Any]) -> None:
+    model = tiny_model()
+    optimizer = adamw(model)
+    train(model, optimizer, range(1))
+    state = optimizer_arrays(model, optimizer)
+    name = next(name for name in state if name.endswith("exp_avg_sq"))
+    state[name] = change(state[name])
+    with pytest.raises(Failure, match=r"x/last: .*optimizer"):
+        restore_optimizers(model, adamw(model), Checkpoint(INFO, model_arrays(model), state, Path("x/last")))
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_layer": 10**6}, {"ngram": 10**6}, {"block_size": 131_072, "position": "rotary"}], ids=str
+)
+def test_a_config_costs_nothing_that_its_weights_do_not_vouch_for(change: dict[str, Any]) -> None:
+    info = INFO.model_copy(update={"model": {**INFO.model, **change}})
+    checkpoint = Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best"))
+    tracemalloc.start()
+    with pytest.raises(Failure):
+        make_model(checkpoint, GPT, GPTConfig)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": -1}, {"step": 10**13}, {"seconds": -1.0}, {"evaluations_since_best": -1}], ids=str
+)
+def test_a_progress_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    info = INFO.model_copy(update={"progress": INFO.progress.model_copy(update=change)})
+    save(Checkpoint(info, {}), tmp_path / BEST)
+    with pytest.raises(Failure, match="its header tells nothing of a model"):
+        load(tmp_path / BEST)
 
 
 def test_the_model_alone_is_complete(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from conftest import ROOT, script
-from glyphgpt.commandline import NANOGPT_NAMES, help_text, parse
+from glyphgpt.commandline import NANOGPT_NAMES, help_text, parse, resolve
 from glyphgpt.errors import UsageError
 from glyphgpt.settings import Action, PrepareSettings, SampleSettings, Settings, TrainSettings
 
@@ -301,8 +301,8 @@ def test_values_of_different_sources_are_checked_together(folder: Path) -> None:
 @given(
     st.fixed_dictionaries(
         {
-            "dataset": st.text(),
-            "n_layer": st.integers(1, 10**12),
+            "dataset": st.text(st.characters(exclude_categories=["Cc", "Cs"])),
+            "n_layer": st.integers(1, 10**6),
             "learning_rate": st.floats(1e-3, 1e30, allow_nan=False),
             "dropout": st.floats(0, 1, exclude_max=True),
             "bias": st.booleans(),
@@ -420,3 +420,15 @@ def test_any_file_is_taken_or_told_what_is_wrong(folder: Path, text: str) -> Non
         assert isinstance(read(TrainSettings, file), TrainSettings)
     except UsageError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "two\nlines", "\x1b[31m", "\udcff"])
+def test_a_name_that_could_be_no_line_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^x\.toml: 'out_dir' must be printable text, not [^\n]*$"):
+        resolve(TrainSettings, [("x.toml", {"out_dir": name})])
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_embd", "batch_size", "max_steps", "ngram_rows", "eval_every"])
+def test_numbers_beyond_any_machine_are_refused(key: str) -> None:
+    with pytest.raises(UsageError, match=rf"--{key} must be a whole number, at least [01], not so large a one$"):
+        resolve(TrainSettings, [("command line", {key: "9" * 30})])

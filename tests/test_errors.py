@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,16 @@ def test_the_end_is_told_even_when_nobody_reads_the_output(code: str, status: in
 
 def test_any_character_can_be_shown_on_any_console() -> None:
     assert run("print('中🙂\\ud800')\nwarn('中\\ud800')", encoding="ascii") == (0, "warning: 中\\ud800\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize("words", [["--help"], ["shakespeare_char", "--name=x"]], ids=["help", "refusal"])
+def test_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "prepare.py"), *words],
+            stdout=full, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT, check=False,
+        )  # fmt: skip
+    assert done.returncode == (1 if words == ["--help"] else 2)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -264,6 +264,32 @@ def test_a_second_ctrl_c_ends_at_once(handlers: Callable[[], bool], first: signa
     assert handlers()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals close without a signal")
+def test_a_closed_terminal_is_a_request_to_stop_but_not_under_nohup() -> None:
+    stop, before = StopRequest(), signal.getsignal(signal.SIGHUP)
+    with stop.listening():
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal is signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with (unmoved := StopRequest()).listening():
+            signal.raise_signal(signal.SIGHUP)
+        assert unmoved.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_request_to_stop_needs_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "write", gone)
+    with (stop := StopRequest()).listening():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signal is signal.SIGTERM
+
+
 def allocate_too_much() -> None:
     torch.empty(1 << 55, dtype=torch.uint8)
 

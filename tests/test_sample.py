@@ -96,6 +96,14 @@ def test_weights_that_are_no_numbers_are_refused(ask: Ask, run: Path, tmp_path: 
         ask(tmp_path / "nan.safetensors")
 
 
+def test_a_tokenizer_of_another_size_is_refused(ask: Ask, run: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoints.load(run / "best.safetensors")
+    checkpoint.info.tokenizer["characters"] = "abc"
+    checkpoints.save(checkpoint, tmp_path / "other.safetensors")
+    with pytest.raises(Failure, match=r"other\.safetensors: its tokenizer and its network differ"):
+        ask(tmp_path / "other.safetensors")
+
+
 def test_running_out_of_memory_is_one_line(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError

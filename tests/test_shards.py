@@ -209,6 +209,8 @@ def test_a_shard_is_never_unpickled(folder: Path, tmp_path: Path, form: str) -> 
         (["train", "tokens"], 271),
         (["train", "tokens"], -1),
         (["train", "tokens"], "270"),
+        (["train", "characters"], 0),
+        (["val", "characters"], -1),
         (["train", "shards"], []),
         (["train", "shards", 1, "tokens"], 99),
         (["train", "shards", 1, "sha256"], "0" * 64),

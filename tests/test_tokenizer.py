@@ -229,3 +229,9 @@ def test_a_text_without_a_prompt_starts_from_a_new_line() -> None:
     assert first_token(CharTokenizer("\t\nab")) == 1
     assert first_token(CharTokenizer("ab")) == 0
     assert first_token(ByteTokenizer()) == 10
+
+
+@pytest.mark.parametrize("characters", ["", "ba", "aab", "a\ud800", "\udfffz"])
+def test_a_vocabulary_that_cannot_be_is_refused(characters: str) -> None:
+    with pytest.raises(Failure, match="a character vocabulary holds"):
+        from_plain({"kind": "char", "characters": characters}, Path())

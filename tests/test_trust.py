@@ -59,7 +59,7 @@ def test_one_checkpoint_alone_is_a_run_too(name: str, straight: Path, data_dir: 
     (tmp_path / name).write_bytes((straight / name).read_bytes())
     with pytest.raises(UsageError, match="holds a run already"):
         train.main(tiny_settings(data_dir, tmp_path))
-    assert contents(tmp_path) == {name: (straight / name).read_bytes()}
+    assert contents(tmp_path) == {name: (straight / name).read_bytes(), ".lock": b""}
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(straight: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_every_bad_setting_gets_its_line_before_torch_is_loaded(tmp_path: Path) 
     done = without_torch(str(tmp_path / "mine.toml"), "--n_head=0", "--dropout=1.5", "--max_iters=5", "--compile=maybe")
     assert (done.returncode, done.stdout) == (2, "")
     assert sorted(done.stderr.splitlines()) == [
-        f"error: {tmp_path / 'mine.toml'}: 'block_size' must be a whole number, at least 1, not '64'",
+        f"error: {tmp_path / 'mine.toml'}: 'block_size' must be a whole number, at least 1, at most 131072, not '64'",
         f"error: {tmp_path / 'mine.toml'}: unknown key 'n_layers'; did you mean 'n_layer'?",
         "error: command line: --compile must be 'auto' or true or false, not 'maybe'",
         "error: command line: --dropout must be a number, at least 0, below 1, not '1.5'",

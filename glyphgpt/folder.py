@@ -1,0 +1,54 @@
+"""A run's folder: files that are never there in part, and one training at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from glyphgpt.errors import UsageError, writing
+
+LOCK = ".lock"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file beside its place and rename it, so that it is never there in part.
+
+    Raises:
+        Failure: it could not be written; what stood there is untouched.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with writing(path):
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder if need be, and keep other trainings out of it.
+
+    However this process ends, the system lets go of the lock.
+
+    Raises:
+        UsageError: another training has it.
+        Failure: nothing can be written there.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    with writing(folder):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UsageError(
+                f"{folder}: another training is writing here; wait for its end, or use --out_dir=ANOTHER"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
