@@ -243,15 +243,16 @@ def metrics(folder: Path, *, times: bool = False) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if times or key != "seconds"} for row in rows]
 
 
-def loadable(out_dir: Path) -> str:
-    """Say what is wrong with a run's checkpoints; there may be none yet."""
-    for name in (BEST, LAST):
-        if (out_dir / name).exists():
-            try:
-                checkpoints.load(out_dir / name)
-            except Failure as failure:
-                return str(failure)
-    return ""
+def lost(out_dir: Path) -> str:
+    """Say what a mishap has cost a run that saves at each step: a checkpoint that does not load, or steps before."""
+    there = [name for name in (BEST, LAST) if (out_dir / name).exists()]
+    try:
+        steps = {name: checkpoints.load(out_dir / name).info.progress.step for name in there}
+    except Failure as failure:
+        return str(failure)
+    told = metrics(out_dir)[-1:] if (out_dir / "metrics.jsonl").exists() else []
+    safe = told[0]["step"] - 1 if told else 0  # was saved before the step that was told of
+    return f"step {safe} was saved, and is gone" if safe > steps.get(LAST, 0) else ""
 
 
 def trouble(work: Callable[[], object], tally: Tally) -> str:

@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import hostile
-from attack import PATIENCE, ROOT, Arena, Program, Tally, difference, loadable, metrics
+from attack import PATIENCE, ROOT, Arena, Program, Tally, difference, lost, metrics
 from tqdm import tqdm
 
 from glyphgpt import checkpoint as checkpoints
@@ -50,7 +50,7 @@ def kill(arena: Arena, count: int) -> Tally:
             time.sleep(arena.moment())
             program.send(signal.SIGKILL)
             tally.note("killed" if program.wait() == -signal.SIGKILL else "had ended before")
-        tally.add(loadable(out_dir) or arena.finished(out_dir))
+        tally.add(lost(out_dir) or arena.finished(out_dir))
         shutil.rmtree(out_dir)
     return tally
 
@@ -67,7 +67,7 @@ def signals(arena: Arena, count: int) -> Tally:
         if twice:
             time.sleep(arena.random.uniform(0, 0.03))
             program.send(wanted)
-        tally.add(stopped_well(program, wanted, tally) or loadable(out_dir) or arena.finished(out_dir))
+        tally.add(stopped_well(program, wanted, tally) or lost(out_dir) or arena.finished(out_dir))
         shutil.rmtree(out_dir)
     return tally
 
@@ -108,9 +108,9 @@ def early_signals(arena: Arena, count: int) -> Tally:
         if "Traceback" in said or status not in (0, 130, -signal.SIGINT):
             tally.add(f"status {status}: {said[-2000:]}")
         elif compiled:  # whose bits are others
-            tally.add(loadable(out_dir) or arena.train(out_dir).complaint())
+            tally.add(lost(out_dir) or arena.train(out_dir).complaint())
         else:
-            tally.add(loadable(out_dir) or arena.finished(out_dir))
+            tally.add(lost(out_dir) or arena.finished(out_dir))
         shutil.rmtree(out_dir, ignore_errors=True)
     return tally
 
@@ -133,7 +133,7 @@ def lost_process(arena: Arena, count: int) -> Tally:
         killed = time.perf_counter()
         said = process.communicate(timeout=PATIENCE)[1]
         seconds.append(time.perf_counter() - killed)
-        found = loadable(out_dir)
+        found = lost(out_dir)
         if process.returncode == 0 or "error: lost another process of this run" not in said or seconds[-1] > 60:
             found = f"status {process.returncode} after {seconds[-1]:.0f} s: {said[-3000:]}"
         step = checkpoints.load(out_dir / LAST).info.progress.step
@@ -157,8 +157,8 @@ class Saboteur:
     """Makes one call that writes below a folder fail, the `at`-th of the process, as the system would."""
 
     def __init__(self, folder: str, at: int, error: int, witness: str) -> None:
-        """Stand between the program and the system; `witness` is a file that tells of the deed."""
-        self.folder, self.left, self.error, self.witness = folder, at, error, witness
+        """Stand between the program and the system; `witness` is a file that counts the calls."""
+        self.folder, self.at, self.error, self.witness, self.calls = folder, at, error, witness, 0
         for name in ("mkdir", "replace", "rename", "unlink", "chmod", "fsync", "open"):
             setattr(os, name, self.watched(getattr(os, name)))
         self.really_open = io.open
@@ -170,10 +170,10 @@ class Saboteur:
         """Count a call, and fail if it is the one."""
         if not isinstance(path, int) and not str(path).startswith(self.folder):
             return
-        self.left -= 1
-        if self.left == 0:
-            with self.really_open(self.witness, "w") as file:
-                file.write("done")
+        self.calls += 1
+        with self.really_open(self.witness, "w") as file:
+            file.write(str(self.calls))
+        if self.calls == self.at:
             raise OSError(self.error, os.strerror(self.error), None if isinstance(path, int) else str(path))
 
     def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,22 +241,27 @@ def sabotage(**plan: Any) -> None:
 
 def failed_writes(arena: Arena, count: int) -> Tally:
     """Make each call that writes fail in turn, with a disk full, read-only, gone or broken: what was saved stays."""
-    tally, few = Tally(), {"max_steps": 6, "eval_every": 3, "save_every": 1}
+    tally, few, witness = Tally(), {"max_steps": 6, "eval_every": 3}, arena.scratch / "witness"
+
+    def attempt(out_dir: Path, at: int, error: int) -> Program:
+        plan = {"folder": str(out_dir), "at": at, "error": error, "witness": str(witness)}
+        return Program(arena, "train.py", arena.flags(out_dir, **few), before=sabotage, **plan)
+
     straight = arena.new_run()
-    arena.train(straight, **few).wait()
-    errors = [errno.ENOSPC, errno.EROFS, errno.ENOENT, errno.EIO]
-    for at in tqdm(range(1, count + 1), desc="failed writes", leave=False):
-        out_dir, witness, number = arena.new_run(), arena.scratch / "witness", errors[at % len(errors)]
-        witness.unlink(missing_ok=True)
-        before = {"folder": str(out_dir), "at": -(-at // len(errors)), "error": number, "witness": str(witness)}
-        program = Program(arena, "train.py", arena.flags(out_dir, **few), before=sabotage, **before)
-        found = program.complaint() or loadable(out_dir)
-        tally.note(f"{errno.errorcode[number]}" if witness.exists() else "nothing left to fail")
+    attempt(straight, 0, 0).wait()
+    calls = range(1, int(witness.read_text(encoding="utf-8")) + 1)
+    plan = [(at, error) for at in calls for error in (errno.ENOSPC, errno.EROFS, errno.ENOENT, errno.EIO)]
+    for at, error in tqdm(arena.random.sample(plan, min(count, len(plan))), desc="failed writes", leave=False):
+        out_dir = arena.new_run()
+        program = attempt(out_dir, at, error)
+        found = program.complaint() or lost(out_dir)
+        tally.note(errno.errorcode[error])
         if not found:
             again = arena.train(out_dir, **few)
-            found = again.complaint() or difference(straight, out_dir)
-        tally.add(found and f"call {before['at']}, {errno.errorcode[number]}: {found}")
+            found = again.complaint(expect=0) or difference(straight, out_dir)
+        tally.add(found and f"call {at}, {errno.errorcode[error]}: {found}")
         shutil.rmtree(out_dir, ignore_errors=True)
+    tally.note(f"calls that write: {len(calls)}; tries")
     return tally
 
 
@@ -283,7 +288,7 @@ def full_disks(arena: Arena, count: int) -> Tally:
             if out_dir.exists():
                 out_dir.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
-        found = program.complaint() or loadable(out_dir) or arena.finished(out_dir)
+        found = program.complaint() or lost(out_dir) or arena.finished(out_dir)
         tally.add(found and f"{'disk full' if number % 2 else 'folder taken away'}: {found}")
         shutil.rmtree(out_dir, ignore_errors=True)
     return tally
@@ -361,7 +366,7 @@ def random_life(arena: Arena, tally: Tally) -> str:
             arena.prepare(arena.scratch / "small.txt", "small")
         elif (out_dir / LAST).exists():
             found = with_run(arena, event, out_dir, kept)
-        if found := found or loadable(out_dir):
+        if found := found or lost(out_dir):
             return f"{event}: {found}"
     return arena.finished(out_dir)
 
@@ -434,7 +439,7 @@ ATTACKS = {
     "signals": Attack("SIGINT, SIGTERM or SIGHUP at a random moment, some twice", signals, 100),
     "early-signals": Attack("Ctrl-C while the program starts or compiles", early_signals, 40),
     "lost-process": Attack("SIGKILL of one of two processes under torchrun", lost_process, 20),
-    "failed-writes": Attack("each write call in turn fails: disk full, read-only, gone, broken", failed_writes, 480),
+    "failed-writes": Attack("each write call in turn fails: disk full, read-only, gone, broken", failed_writes, 10**4),
     "full-disks": Attack("the system refuses to write, or the folder is taken away", full_disks, 100),
     "rivals": Attack("two trainings started into one folder", rivals, 50),
     "moving-data": Attack("prepare while training reads", moving_data, 50),

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
@@ -250,33 +250,41 @@ def many(attack: Callable[..., None], count: int) -> None:
     unhindered(attack)()
 
 
-def places(value: Json, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every value within a JSON value."""
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
 def mutated(value: dict[str, Json], chosen: random.Random) -> dict[str, Json]:
-    """Return a JSON object with one to three of its parts replaced, left out, doubled or swapped."""
+    """Return a JSON object with one to three of its parts changed a little, replaced, left out, doubled or swapped."""
     value = copy.deepcopy(value)
     for _ in range(chosen.randint(1, 3)):
-        *path, key = chosen.choice([*places(value), ("x",)])
         parent: Json = value
-        for step in path:
-            parent = parent[step]
+        key: Any = chosen.choice(list(value) or ["x"])
+        while isinstance(parent[key], dict | list) and parent[key] and chosen.random() < 0.8:
+            parent = parent[key]
+            key = chosen.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         kind = chosen.random()
-        if kind < 0.6 or not isinstance(parent, dict) or key not in parent:
+        if kind < 0.4:
             parent[key] = copy.deepcopy(chosen.choice(ODD))
-        elif kind < 0.75:
-            del parent[key]
+        elif kind < 0.8 or isinstance(parent, list):
+            parent[key] = near(parent[key], chosen)
         elif kind < 0.9:
+            del parent[key]
+        elif kind < 0.95:
             parent[str(key) + chosen.choice("x./\0é")] = parent[key]
         else:
             other = chosen.choice(list(parent))
             parent[key], parent[other] = parent[other], parent[key]
+    return value
+
+
+def near(value: Json, chosen: random.Random) -> Json:
+    """Return a JSON value much like another."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return chosen.choice([value - 1, value + 1, 2 * value, -value, value // 2])
+    if isinstance(value, str):
+        place = chosen.randint(0, len(value))
+        return chosen.choice([value[:place], value[place:], value[:place] + value[place + 1 :], value + value])
+    if isinstance(value, list):
+        return [near(item, chosen) for item in value]
     return value
 
 
