@@ -134,6 +134,11 @@ class Arena:
         self.seconds = time.perf_counter() - started
         return out_dir
 
+    @property
+    def size(self) -> int:
+        """Bytes of a run's last checkpoint."""
+        return (self.straight / LAST).stat().st_size
+
     def finished(self, out_dir: Path) -> str:
         """Train a run to its end, and say what differs from the undisturbed one."""
         program = self.train(out_dir)
@@ -228,9 +233,8 @@ def difference(one: Path, other: Path) -> str:
             arrays, others = getattr(first, part), getattr(second, part)
             if arrays.keys() != others.keys() or any(arrays[key].tobytes() != others[key].tobytes() for key in arrays):
                 return f"{name}: another {part}"
-        if first.info.progress.model_copy(update={"seconds": 0}) != second.info.progress.model_copy(
-            update={"seconds": 0}
-        ):
+        progress = [checkpoint.info.progress.model_dump(exclude={"seconds"}) for checkpoint in (first, second)]
+        if progress[0] != progress[1]:
             return f"{name}: other progress"
     rows = [metrics(folder) for folder in (one, other)]
     return "" if rows[0] == rows[1] else "other metrics"

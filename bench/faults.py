@@ -29,10 +29,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hostile
-from attack import PATIENCE, ROOT, Arena, Program, Tally, difference, lost, metrics
 from tqdm import tqdm
 
+import hostile
+from attack import PATIENCE, ROOT, Arena, Program, Tally, difference, lost, metrics
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import LAST
 
@@ -274,12 +274,11 @@ def limit_files(size: int) -> None:
 def full_disks(arena: Arena, count: int) -> Tally:
     """Let the system itself refuse to write, at any size, or take the folder away while training runs."""
     tally = Tally()
-    size = (arena.straight / LAST).stat().st_size
     for number in tqdm(range(count), desc="full disks", leave=False):
         out_dir = arena.new_run()
         if number % 2:
             program = Program(
-                arena, "train.py", arena.flags(out_dir), before=limit_files, size=arena.random.randint(0, size)
+                arena, "train.py", arena.flags(out_dir), before=limit_files, size=arena.random.randint(0, arena.size)
             )
         else:
             program = arena.train(out_dir)
@@ -344,39 +343,41 @@ def random_day(arena: Arena, count: int) -> Tally:
 
 
 def random_life(arena: Arena, tally: Tally) -> str:
-    """Lead one run through mishaps to its end; say what was lost or wrong."""
-    out_dir, kept = arena.new_run(), arena.new_run()
-    size = (arena.straight / LAST).stat().st_size
+    """Lead one run through mishaps to its end; say what was lost or wrong, after the events that led to it."""
+    out_dir, events = arena.new_run(), []
     for _ in range(arena.random.randint(1, 12)):
-        event = arena.random.choice(["kill", "stop", "full disk", "sample", "copy", "damage", "prepare"])
-        tally.note(event)
-        found = ""
-        if event in ("kill", "stop"):
-            program = arena.train(out_dir)
-            time.sleep(arena.moment())
-            number = signal.SIGKILL if event == "kill" else arena.random.choice(SIGNALS)
-            program.send(number)
-            found = "" if event == "kill" and program.wait() in (0, -number) else stopped_well(program, number, Tally())
-        elif event == "full disk":
-            words = arena.flags(out_dir, **arena.whatever_is_there(out_dir))
-            found = Program(
-                arena, "train.py", words, before=limit_files, size=arena.random.randint(0, size)
-            ).complaint()
-        elif event == "prepare":
-            arena.prepare(arena.scratch / "small.txt", "small")
-        elif (out_dir / LAST).exists():
-            found = with_run(arena, event, out_dir, kept)
-        if found := found or lost(out_dir):
-            return f"{event}: {found}"
-    return arena.finished(out_dir)
+        events.append(arena.random.choice(["kill", "stop", "full disk", "sample", "copy", "damage", "prepare"]))
+        tally.note(events[-1])
+        if found := mishap(arena, events[-1], out_dir) or lost(out_dir):
+            return f"{', '.join(events)}: {found}"
+    found = arena.finished(out_dir)
+    return found and f"{', '.join(events)}, finish: {found}"
 
 
-def with_run(arena: Arena, event: str, out_dir: Path, kept: Path) -> str:
+def mishap(arena: Arena, event: str, out_dir: Path) -> str:
+    """Let something happen to a run; say what went wrong that should not."""
+    if event in ("kill", "stop"):
+        program, number = arena.train(out_dir), arena.random.choice(SIGNALS)
+        time.sleep(arena.moment())
+        program.send(signal.SIGKILL if event == "kill" else number)
+        killed = event == "kill" and program.wait() in (0, -signal.SIGKILL)
+        return "" if killed else stopped_well(program, number, Tally())
+    if event == "full disk":
+        words, size = arena.flags(out_dir, **arena.whatever_is_there(out_dir)), arena.random.randint(0, arena.size)
+        return Program(arena, "train.py", words, before=limit_files, size=size).complaint()
+    if event == "prepare":
+        arena.prepare(arena.scratch / "small.txt", "small")
+        return ""
+    return with_run(arena, event, out_dir) if (out_dir / LAST).exists() else ""
+
+
+def with_run(arena: Arena, event: str, out_dir: Path) -> str:
     """Do something with a run that is there; say what went wrong."""
     if event == "sample":
         return Program(arena, "sample.py", [str(out_dir), "--max_new_tokens=20", "--device=cpu"]).complaint(expect=0)
     whole = (out_dir / LAST).read_bytes()
     if event == "copy":  # move the run elsewhere and back
+        kept = arena.new_run()
         out_dir.rename(kept)
         shutil.copytree(kept, out_dir)
         shutil.rmtree(kept)

@@ -14,7 +14,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from attack import ROOT, Arena, Tally, peak_memory, trouble
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 import prepare
 import sample
 import train
+from attack import ROOT, Arena, Tally, peak_memory, trouble
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST
 from glyphgpt.commandline import parse

@@ -30,11 +30,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
-from prepare_speed import write_text
 from tqdm import tqdm
 
 from glyphgpt.shards import load_dataset
 from glyphgpt.tokenizer import decode
+from prepare_speed import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "RESULTS.md"

@@ -1,14 +1,8 @@
 """A few tries of each attack of bench/faults.py, where its long runs make hundreds."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "bench"))
-pytest.importorskip("resource")  # the attacks need a POSIX system
 
 from attack import Arena
 from faults import ATTACKS
