@@ -119,7 +119,8 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
     Raises:
         Failure: the text cannot be read or is too short to split.
     """
-    total_bytes = text.total_bytes
+    stamps = text.stamps()
+    total_bytes = sum(size for size, _ in stamps)
     with tqdm(total=2 * total_bytes, unit="B", unit_scale=True, desc="counting", disable=None) as bar:
         survey = Survey(text, settings, bar)
         bar.set_description("encoding")
@@ -128,17 +129,11 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
         encoders = [
             SplitEncoder(folder, *length, survey.tokenizer, settings.shard_tokens) for length in lengths.items()
         ]
-        digest, helper, rest = hashlib.sha256(), Helper(), ""
-
-        def on_chunk(chunk: bytes) -> None:
-            helper.do(digest.update, chunk)
-            bar.update(len(chunk))
-
-        for piece in text.read(on_chunk):
+        rest = ""
+        for piece in text.read(lambda chunk: bar.update(len(chunk))):
             rest = encoders[1].feed(encoders[0].feed(piece))
         train, val = (encoder.close() for encoder in encoders)
-        helper.wait()
-    if rest or train.characters + val.characters != survey.characters:
+    if rest or train.characters + val.characters != survey.characters or text.stamps() != stamps:
         raise Failure(f"{', '.join(text.names)}: the text changed while it was read; try again")
     for name, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
@@ -152,7 +147,7 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
         tokenizer=survey.tokenizer.to_plain(),
         vocab_size=survey.tokenizer.vocab_size,
         val_fraction=settings.val_fraction,
-        source=SourceMeta(names=list(text.names), bytes=total_bytes, sha256=digest.hexdigest()),
+        source=SourceMeta(names=list(text.names), bytes=total_bytes, sha256=survey.sha256),
         train=train,
         val=val,
     )
@@ -161,20 +156,27 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
 
 
 class Survey:
-    """The first reading: how long the text is, and the tokenizer that it asks for."""
+    """The first reading: how long the text is, its checksum, and the tokenizer that it asks for."""
 
     def __init__(self, text: Text, settings: PrepareSettings, bar: "tqdm[Any]") -> None:
         """Read the whole text."""
         self.characters = 0
+        digest, helper = hashlib.sha256(), Helper()
+
+        def on_chunk(chunk: bytes) -> None:
+            helper.do(digest.update, chunk)
+            bar.update(len(chunk))
 
         def pieces() -> Iterator[str]:
-            for piece in text.read(lambda chunk: bar.update(len(chunk))):
+            for piece in text.read(on_chunk):
                 if self.characters == 0 and piece.startswith("\ufeff"):
                     warn("the text begins with a byte order mark; --encoding=utf-8-sig leaves it out")
                 self.characters += len(piece)
                 yield piece
 
         self.tokenizer = make_tokenizer(settings, pieces())
+        helper.wait()
+        self.sha256 = digest.hexdigest()
 
 
 class Helper:

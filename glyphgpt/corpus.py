@@ -173,10 +173,9 @@ class Text:
     encoding: str
     names: tuple[str, ...]  # as the user knows the files
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of all files together."""
-        return sum(path.stat().st_size for path in self.paths)
+    def stamps(self) -> list[tuple[int, int]]:
+        """Return each file's size and the time of its last change: other stamps, another text."""
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths)]
 
     def read(self, on_chunk: Callable[[bytes], object]) -> Iterator[str]:
         """Yield the text in pieces, one file after the other, and call `on_chunk` with each piece's bytes.
