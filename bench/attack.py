@@ -43,6 +43,8 @@ class Tally:
     troubles: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
     """What else was counted."""
+    remarks: list[str] = field(default_factory=list)
+    """What else was measured."""
 
     def add(self, trouble: str) -> None:
         """Count one try; `trouble` says what went wrong, and is empty where nothing did."""
@@ -56,7 +58,7 @@ class Tally:
 
     def __str__(self) -> str:
         """Tell the figures."""
-        notes = ", ".join(f"{what}: {count}" for what, count in sorted(self.notes.items()))
+        notes = ", ".join([*self.remarks, *(f"{what}: {count}" for what, count in sorted(self.notes.items()))])
         return f"{self.tried - len(self.troubles):,} of {self.tried:,}" + (f" ({notes})" if notes else "")
 
 

@@ -143,7 +143,7 @@ def lost_process(arena: Arena, count: int) -> Tally:
             tally.note("compared with an undisturbed run")
         tally.add(found)
         shutil.rmtree(out_dir)
-    tally.note(f"the slowest ended after {max(seconds):.1f} s; times")
+    tally.remarks.append(f"the slowest ended after {max(seconds):.1f} s")
     return tally
 
 
@@ -261,7 +261,7 @@ def failed_writes(arena: Arena, count: int) -> Tally:
             found = again.complaint(expect=0) or difference(straight, out_dir)
         tally.add(found and f"call {at}, {errno.errorcode[error]}: {found}")
         shutil.rmtree(out_dir, ignore_errors=True)
-    tally.note(f"calls that write: {len(calls)}; tries")
+    tally.remarks.append(f"{len(calls)} calls that write")
     return tally
 
 
@@ -419,7 +419,7 @@ def long_run(arena: Arena, count: int) -> Tally:
     tally.add("" if late[0] < 1.05 * early[0] else f"memory grew from {early[0]:,} to {late[0]:,} KiB")
     tally.add("" if late[1] <= early[1] else f"open files grew from {early[1]} to {late[1]}")
     tally.add("" if last >= 0.95 * first else f"{first:.0f} steps a second became {last:.0f}")
-    tally.note(
+    tally.remarks.append(
         f"{early[0] >> 10} to {late[0] >> 10} MiB, {early[1]} to {late[1]} files, {last / first:.2f} of the speed"
     )
     return tally
