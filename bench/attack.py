@@ -27,6 +27,8 @@ from glyphgpt.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["to be", "or not", "the king", "my lord,", "good night.\n", "exit", "Ophelia:", "why?"]
+STEPS = 60
+"""Of a run."""
 PATIENCE = 120
 """Seconds that any process may take."""
 
@@ -103,9 +105,9 @@ class Arena:
         """Return the command line of a run of half a second, restless enough that nothing comes out right by luck."""
         settings = {
             "dataset": "small", "data_dir": self.data_dir, "out_dir": out_dir, "n_layer": 1, "n_head": 2, "n_embd": 16,
-            "block_size": 16, "batch_size": 4, "max_steps": 60, "eval_every": 10, "eval_tokens": 200, "save_every": 1,
-            "sample_tokens": 5, "log_every": 1, "warmup_steps": 5, "learning_rate": 0.03, "dropout": 0.1,
-            "schedule": "constant", "position": "rotary", "ngram": 2, "ngram_rows": 20, "optimizer": "muon",
+            "block_size": 16, "batch_size": 4, "max_steps": STEPS, "eval_every": 10, "eval_tokens": 200,
+            "save_every": 1, "sample_tokens": 5, "log_every": 1, "warmup_steps": 5, "learning_rate": 0.03,
+            "dropout": 0.1, "schedule": "constant", "position": "rotary", "ngram": 2, "ngram_rows": 20, "optimizer": "muon",
             "dtype": "float32", "device": "cpu",
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in {**settings, **changes}.items()]
@@ -148,10 +150,12 @@ class Arena:
             return f"going on ended with {status}: {program.errors()}"
         return difference(self.straight, out_dir)
 
-    def moment(self) -> float:
-        """Return a random moment of a run, in seconds from its start."""
+    def moment(self, out_dir: Path) -> float:
+        """Return a random moment of a run, in seconds from its start, or from going on with what the folder holds."""
         assert self.straight
-        return self.random.uniform(0, self.seconds)
+        done = metrics(out_dir)[-1:] if (out_dir / "metrics.jsonl").exists() else []
+        share = done[0]["step"] / STEPS if done else 0
+        return self.random.uniform(0, self.seconds * (1 - 0.7 * share))  # three tenths are the start
 
 
 class Program:
@@ -222,7 +226,7 @@ def as_script(script: str, words: list[str], log: Path, before: Callable[..., No
         sys.argv = [script, *words]
         torch.set_num_threads(1)
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    except KeyboardInterrupt:  # in the script's imports; Python itself would end so
+    except KeyboardInterrupt:  # before the script's first line of its own; Python itself would end so
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -32,7 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 import hostile
-from attack import PATIENCE, ROOT, Arena, Program, Tally, difference, lost, metrics
+from attack import PATIENCE, ROOT, STEPS, Arena, Program, Tally, difference, lost, metrics
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import LAST
 
@@ -47,7 +47,7 @@ def kill(arena: Arena, count: int) -> Tally:
         out_dir = arena.new_run()
         for _ in range(arena.random.randint(1, 3)):
             program = arena.train(out_dir)
-            time.sleep(arena.moment())
+            time.sleep(arena.moment(out_dir))
             program.send(signal.SIGKILL)
             tally.note("killed" if program.wait() == -signal.SIGKILL else "had ended before")
         tally.add(lost(out_dir) or arena.finished(out_dir))
@@ -61,7 +61,7 @@ def signals(arena: Arena, count: int) -> Tally:
     for number in tqdm(range(count), desc="signals", leave=False):
         out_dir, wanted = arena.new_run(), SIGNALS[number % 3]
         program = arena.train(out_dir)
-        time.sleep(arena.moment())
+        time.sleep(arena.moment(out_dir))
         program.send(wanted)
         twice = number % 9 >= 6
         if twice:
@@ -137,7 +137,7 @@ def lost_process(arena: Arena, count: int) -> Tally:
         if process.returncode == 0 or "error: lost another process of this run" not in said or seconds[-1] > 60:
             found = f"status {process.returncode} after {seconds[-1]:.0f} s: {said[-3000:]}"
         step = checkpoints.load(out_dir / LAST).info.progress.step
-        if not found and step <= 60:
+        if not found and step <= STEPS:
             again = command_line(arena, *torchrun, *arena.flags(out_dir, resume=True))
             found = again.communicate(timeout=PATIENCE)[1] if again.wait(PATIENCE) else difference(straight, out_dir)
             tally.note("compared with an undisturbed run")
@@ -282,7 +282,7 @@ def full_disks(arena: Arena, count: int) -> Tally:
             )
         else:
             program = arena.train(out_dir)
-            time.sleep(arena.moment())
+            time.sleep(arena.moment(out_dir))
             gone = out_dir.with_name("gone")
             if out_dir.exists():
                 out_dir.rename(gone)
@@ -299,7 +299,7 @@ def rivals(arena: Arena, count: int) -> Tally:
     for _ in tqdm(range(count), desc="rivals", leave=False):
         out_dir = arena.new_run()
         pair = [arena.train(out_dir)]
-        time.sleep(arena.random.choice((0, arena.moment())))
+        time.sleep(arena.random.choice((0, arena.moment(out_dir))))
         pair.append(Program(arena, "train.py", arena.flags(out_dir)))
         found = "".join(program.complaint() for program in pair)
         statuses = sorted(program.wait() for program in pair)
@@ -358,7 +358,7 @@ def mishap(arena: Arena, event: str, out_dir: Path) -> str:
     """Let something happen to a run; say what went wrong that should not."""
     if event in ("kill", "stop"):
         program, number = arena.train(out_dir), arena.random.choice(SIGNALS)
-        time.sleep(arena.moment())
+        time.sleep(arena.moment(out_dir))
         program.send(signal.SIGKILL if event == "kill" else number)
         killed = event == "kill" and program.wait() in (0, -signal.SIGKILL)
         return "" if killed else stopped_well(program, number, Tally())

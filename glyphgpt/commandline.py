@@ -18,12 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from glyphgpt.errors import UsageError
-from glyphgpt.settings import Settings
+from glyphgpt.settings import Action, Settings
 
 S = TypeVar("S", bound=Settings)
 Values = dict[str, Any]
 
 COMMAND_LINE = "command line"
+ACTIONS = Action.model_fields.keys()
 BEYOND_WORDS = 10**6
 """Bounds from here on are there for the sake of arithmetic."""
 
@@ -100,6 +101,8 @@ def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S
     merged: Values = {}
     for source, given in sources:
         values = {printable(key): value for key, value in given.items()}
+        if source != COMMAND_LINE:  # a file says what a run is, and not what becomes of the last one
+            problems += [f"{source}: '{key}' is for the command line: --{key}" for key in values if key in ACTIONS]
         try:  # flags are text to be read; TOML has types of its own, which must fit
             checked = settings_class.model_validate(values, strict=source != COMMAND_LINE)
             merged.update({key: getattr(checked, key) for key in values})

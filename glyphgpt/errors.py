@@ -2,11 +2,11 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 
 class Failure(Exception):
@@ -28,11 +28,11 @@ def plain_errors() -> Iterator[None]:
     for stream, errors in modes.items():  # Windows' consoles default to other encodings
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors, line_buffering=True)  # logs grow line by line
-    sys.excepthook = quiet_interrupt
     status: int | str | None
     try:
-        yield
-        sys.stdout.flush()
+        with interruptible():
+            yield
+            sys.stdout.flush()
         return
     except SystemExit as end:
         status = end.code
@@ -52,6 +52,22 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt in here; after it, it ends the process at once and without a word.
+
+    Otherwise there would be a traceback of what Python happened to import, or to clear up at its end.
+    """
+    taken = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # shells have background jobs ignore it
+    if taken:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if taken:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name the file of which something could not be written.
 
@@ -62,12 +78,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Failure(f"{path}: could not be written: {error.strerror or error}") from error
-
-
-def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say nothing of a Ctrl-C outside `plain_errors`, while torch is imported say; show all else as ever."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
 
 
 def report(failure: Failure) -> int:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ def parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return model
     devices = [runtime.device] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # they never change
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.9 does not know
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # they never change
 
 
 class OnDevice:

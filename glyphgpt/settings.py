@@ -149,7 +149,7 @@ class Machine(Settings):
 
 
 class Action(Settings):
-    """What to do"""
+    """What to do (on the command line only)"""
 
     resume: bool = False
     """Go on from out_dir/last.safetensors, exactly."""

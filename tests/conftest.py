@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,14 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and suites may run side by side
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_as_before() -> Iterator[None]:
+    """Give Ctrl-C back to pytest after each test: scripts let go of it at their end."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

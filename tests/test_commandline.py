@@ -177,6 +177,7 @@ def test_every_name_of_nanogpt_leads_to_a_setting() -> None:
         ("dataset = 3", "'dataset' must be text, not 3"),
         ("n_layers = 6", "unknown key 'n_layers'; did you mean 'n_layer'?"),
         ("[model]\nn_layer = 6", "unknown key 'model'; --help lists every setting"),
+        ("overwrite = true", "'overwrite' is for the command line: --overwrite"),
         ("warmup_iters = 6", "unknown key 'warmup_iters'; nanoGPT's 'warmup_iters' is 'warmup_steps' here"),
     ],
     ids=str,
@@ -335,7 +336,13 @@ def test_help_words_an_entry_as_one_would_say_it() -> None:
     assert "--n_layer INT Number of blocks. (at least 1; default 4)" in shown
     assert "--compile auto|true|false torch.compile the model" in shown
     assert "(at least 0; below 1; default 0.0)" in shown
-    for heading in ("Data and results:", "The network:", "Optimization:", "The machine:", "What to do:"):
+    for heading in (
+        "Data and results:",
+        "The network:",
+        "Optimization:",
+        "The machine:",
+        "What to do (on the command line only):",
+    ):
         assert heading in shown
 
 

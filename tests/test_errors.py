@@ -102,6 +102,29 @@ def test_the_end_is_told_even_when_nobody_reads_the_output(code: str, status: in
     assert run(f"print('x', end='')\n{code}", close_output=True) == (status, words)
 
 
+def lines_after(lines: str, start: str = "") -> tuple[int, str]:
+    """Run lines after what plain_errors ended in, in a process of their own; return its status and standard error."""
+    begin = "import atexit, signal\nfrom glyphgpt.errors import *\ndef ctrl_c(): signal.raise_signal(2)"
+    code = f"{begin}\n{start}\nwith plain_errors():\n    pass\n{lines}"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="statuses of signals are POSIX's")
+@pytest.mark.parametrize(
+    ("lines", "start", "status"),
+    [
+        ("ctrl_c()", "", -2),
+        ("atexit.register(ctrl_c)", "", -2),
+        ("with plain_errors():\n    ctrl_c()", "", 130),
+        ("ctrl_c()", "signal.signal(signal.SIGINT, signal.SIG_IGN)", 0),
+    ],
+    ids=["while importing", "while clearing up", "in the next part", "of a background job"],
+)
+def test_ctrl_c_leaves_no_traceback(lines: str, start: str, status: int) -> None:
+    assert lines_after(lines, start) == (status, "")
+
+
 def test_any_character_can_be_shown_on_any_console() -> None:
     assert run("print('中🙂\\ud800')\nwarn('中\\ud800')", encoding="ascii") == (0, "warning: 中\\ud800\n")
 
