@@ -3,32 +3,37 @@
     python prepare.py shakespeare_char                      a recipe: a TOML file in data/
     python prepare.py my.txt more/*.txt --name=mine         your own files
     python prepare.py folder/ --tokenizer=gpt2              every file in a folder
+    python prepare.py 'wiki/*.jsonl.zst' --name=wiki        a pattern; packed files; records
     cat my.txt | python prepare.py - --name=mine            standard input
 
 The text is streamed, so it may be larger than memory. It is read twice: to count and check it, then to encode
-it. The first part trains, the last (val_fraction) validates; decoding both gives back the very text.
+it. The first part trains, the last (val_fraction) validates; decoding both gives back the very text. What is broken
+off goes on where it stopped, once it is started again.
 """
 
 import hashlib
-import itertools
+import os
 import re
 import shlex
 import sys
-import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from glyphgpt.commandline import parse
-from glyphgpt.corpus import Text, fetch, open_text, read_recipe
+from glyphgpt.corpus import fetch, read_recipe
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import PrepareSettings
-from glyphgpt.shards import FORMAT, META, Meta, ShardWriter, SourceMeta, SplitMeta, read_meta, write_dataset
-from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
+from glyphgpt.text import Documents, Text, open_text
+from glyphgpt.tokenizer import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain
+from glyphgpt.unfinished import Progress, earlier, forget, job_name, keep, workshop
 
 USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]"
 
@@ -57,7 +62,7 @@ def recipe_names(data_dir: Path) -> list[str]:
 def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     """Prepare a well-known text as its recipe says; a data set that is there already is left alone."""
     recipe, name = read_recipe(path), path.stem
-    for key in ("name", "tokenizer", "val_fraction", "encoding"):
+    for key in ("name", "tokenizer", "val_fraction", "encoding", "text_field"):
         if key in settings.model_fields_set:
             raise UsageError(f"--{key} goes with your own text; the recipe {path} decides it here")
     folder = Path(settings.data_dir) / name
@@ -68,9 +73,9 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
             return
     file = fetch(recipe.source, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
-    text = Text((file,), "utf-8", (str(file),))
+    text = Text((file,), (str(file),))
     chosen = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
-    with new_folder(folder, overwrite=settings.overwrite) as scratch:
+    with workshop(folder, overwrite=settings.overwrite) as scratch:
         meta = prepare(text, scratch, chosen, recipe=name)
     report(meta, folder)
 
@@ -83,71 +88,56 @@ def prepare_files(words: list[str], settings: PrepareSettings) -> None:
     if name == "downloads":
         raise UsageError("--name=downloads is taken by fetched files; choose another")
     folder = Path(settings.data_dir) / name
-    with new_folder(folder, overwrite=settings.overwrite) as scratch:
-        text = open_text(words, settings.encoding, scratch.parent)
+    with workshop(folder, overwrite=settings.overwrite) as scratch:
+        separate = settings.tokenizer == "gpt2"  # which has a token to stand between documents
+        text = open_text(words, scratch.parent, settings.encoding, field=settings.text_field, separate=separate)
         meta = prepare(text, scratch, settings, recipe="")
     report(meta, folder)
 
 
-@contextmanager
-def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a scratch folder that becomes `folder` at the end, whole; a failure leaves nothing behind."""
-    if folder.exists():
-        if not overwrite:
-            raise Failure(f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER")
-        if not (folder / META).exists():
-            raise Failure(f"{folder} is no data set, so it is not replaced; choose another --name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        scratch = Path(temporary) / "new"
-        scratch.mkdir()
-        yield scratch
-        old = Path(temporary) / "old"
-        if folder.exists():
-            folder.rename(old)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-
-
 def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) -> Meta:
-    """Read a text twice and write its shards and meta.json into a folder.
+    """Read a text twice and write its shards and meta.json into a folder; go on where an earlier run was broken off.
 
     Raises:
         Failure: the text cannot be read or is too short to split.
     """
     stamps = text.stamps()
     total_bytes = sum(size for size, _ in stamps)
-    with tqdm(total=2 * total_bytes, unit="B", unit_scale=True, desc="counting", disable=None) as bar:
-        survey = Survey(text, settings, bar)
-        bar.set_description("encoding")
-        train_characters = int(survey.characters * (1 - settings.val_fraction))
-        lengths = {"train": train_characters, "val": survey.characters - train_characters}
-        encoders = [
-            SplitEncoder(folder, *length, survey.tokenizer, settings.shard_tokens) for length in lengths.items()
-        ]
-        rest = ""
-        for piece in text.read(lambda chunk: bar.update(len(chunk))):
-            rest = encoders[1].feed(encoders[0].feed(piece))
-        train, val = (encoder.close() for encoder in encoders)
-    if rest or train.characters + val.characters != survey.characters or text.stamps() != stamps:
+    form = settings.model_dump(include={"tokenizer", "val_fraction", "encoding", "text_field", "shard_tokens"})
+    job = job_name(names=text.names, stamps=stamps, form=form, recipe=recipe) if text.stays else ""
+    progress = earlier(folder, job)
+    if progress:
+        print(f"going on where this was broken off; {len(progress.shards)} files are finished")
+    else:
+        progress = survey(text, settings, job, total_bytes)
+    tokenizer = from_plain(progress.tokenizer, Path(settings.data_dir))
+    train_characters = int(progress.characters * (1 - settings.val_fraction))
+    lengths = {"train": train_characters, "val": progress.characters - train_characters}
+    workers = ThreadPoolExecutor(settings.workers or (os.cpu_count() if settings.tokenizer == "gpt2" else 1))
+    with bar("encoding", total_bytes) as reading, Helper() as helper, workers:
+        output = Output(folder, lengths, tokenizer.vocab_size, settings.shard_tokens, progress)
+        pieces = cut(text.read(lambda chunk: reading.update(len(chunk))), lengths, tokenizer, progress)
+        for piece, tokens in in_order(workers, lambda piece: encode_documents(tokenizer, piece.documents), pieces):
+            helper.do(output.write, piece, tokens)
+        helper.wait()
+    if output.unfinished or text.stamps() != stamps:
+        forget(folder)
         raise Failure(f"{', '.join(text.names)}: the text changed while it was read; try again")
+    train, val = (output.writers[split].meta(characters) for split, characters in lengths.items())
     for name, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
+            forget(folder)
             raise Failure(
-                f"{', '.join(text.names)}: too short: {survey.characters} characters leave too few tokens for {name} "
+                f"{', '.join(text.names)}: too short: {progress.characters} characters leave too few tokens for {name} "
                 f"({split.tokens}, and predicting takes 2); use more text"
             )
     meta = Meta(
         format=FORMAT,
         recipe=recipe,
-        tokenizer=survey.tokenizer.to_plain(),
-        vocab_size=survey.tokenizer.vocab_size,
+        tokenizer=tokenizer.to_plain(),
+        vocab_size=tokenizer.vocab_size,
         val_fraction=settings.val_fraction,
-        source=SourceMeta(names=list(text.names), bytes=total_bytes, sha256=survey.sha256),
+        source=SourceMeta(names=list(text.names), bytes=total_bytes, sha256=progress.sha256),
         train=train,
         val=val,
     )
@@ -155,28 +145,9 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
     return meta
 
 
-class Survey:
-    """The first reading: how long the text is, its checksum, and the tokenizer that it asks for."""
-
-    def __init__(self, text: Text, settings: PrepareSettings, bar: "tqdm[Any]") -> None:
-        """Read the whole text."""
-        self.characters = 0
-        digest, helper = hashlib.sha256(), Helper()
-
-        def on_chunk(chunk: bytes) -> None:
-            helper.do(digest.update, chunk)
-            bar.update(len(chunk))
-
-        def pieces() -> Iterator[str]:
-            for piece in text.read(on_chunk):
-                if self.characters == 0 and piece.startswith("\ufeff"):
-                    warn("the text begins with a byte order mark; --encoding=utf-8-sig leaves it out")
-                self.characters += len(piece)
-                yield piece
-
-        self.tokenizer = make_tokenizer(settings, pieces())
-        helper.wait()
-        self.sha256 = digest.hexdigest()
+def bar(what: str, total_bytes: int) -> "tqdm[Any]":
+    """Return a progress bar of the bytes read, which shows the time left."""
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 class Helper:
@@ -197,51 +168,150 @@ class Helper:
         if self._work:
             self._work.result()
 
+    def __enter__(self) -> "Helper":
+        return self
 
-def make_tokenizer(settings: PrepareSettings, pieces: Iterator[str]) -> Tokenizer:
-    """Return the tokenizer that the settings name, having read all pieces of the text.
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+
+def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int) -> Progress:
+    """Read a text for the first time: how long it is, its checksum, and the tokenizer that it asks for.
 
     Raises:
         Failure: there is no text at all.
     """
-    first = next(pieces, "")
-    if not first:
-        raise Failure("the text is empty; there is nothing to learn from")
-    if settings.tokenizer == "char":
-        return CharTokenizer.learn(itertools.chain([first], pieces))
-    for _ in pieces:  # counted and checked, though nothing is learned from them
-        pass
-    return ByteTokenizer() if settings.tokenizer == "byte" else GPT2Tokenizer(Path(settings.data_dir))
+    characters, digest = 0, hashlib.sha256()
+    with bar("counting", total_bytes) as reading, Helper() as helper:
+
+        def on_chunk(chunk: bytes) -> None:
+            helper.do(digest.update, chunk)
+            reading.update(len(chunk))
+
+        def pieces() -> Iterator[str]:
+            nonlocal characters
+            for piece in chain.from_iterable(text.read(on_chunk)):
+                if characters == 0 and piece.startswith("\ufeff"):
+                    warn("the text begins with a byte order mark; --encoding=utf-8-sig leaves it out")
+                characters += len(piece)
+                yield piece
+            if not characters:
+                raise Failure("the text is empty; there is nothing to learn from")
+
+        if settings.tokenizer == "char":
+            tokenizer = CharTokenizer.learn(pieces()).to_plain()
+        else:
+            deque(pieces(), maxlen=0)  # counted and checked, though nothing is learned from them
+            tokenizer = {"kind": settings.tokenizer}
+        helper.wait()
+    return Progress(job=job, characters=characters, sha256=digest.hexdigest(), tokenizer=tokenizer)
 
 
-class SplitEncoder:
-    """The second reading, for one split: encodes pieces as they come, and cuts only where it makes no difference."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of a split that encodes by itself: what stands around it makes no difference."""
 
-    def __init__(self, folder: Path, split: str, characters: int, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        """Begin a split of so many characters."""
-        self.characters, self.missing = characters, characters
-        self.tokenizer = tokenizer
-        self.writer = ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens)
-        self.helper = Helper()
-        self.pending = ""
+    split: str
+    start: int
+    """Characters of the split before it."""
+    documents: Documents
+    ends: bool
+    """Whether it is the split's last one."""
 
-    def feed(self, piece: str) -> str:
-        """Take what the split still lacks from the next piece of the text, and return the rest."""
-        own, rest = piece[: self.missing], piece[self.missing :]
-        if own:
-            self.missing -= len(own)
-            self.pending += own
-            cut = self.tokenizer.split_point(self.pending) if self.missing else len(self.pending)
-            self.helper.do(self.writer.write, self.tokenizer.encode(self.pending[:cut]))
-            self.pending = self.pending[cut:]
-            if not self.missing:
-                self.helper.do(self.writer.finish)  # hashes the last file, while the next split is encoded
-        return rest
 
-    def close(self) -> SplitMeta:
-        """Wait for the files, and tell what was written."""
-        self.helper.wait()
-        return self.writer.meta(self.characters - self.missing)
+def cut(
+    stream: Iterator[Documents], lengths: dict[str, int], tokenizer: Tokenizer, progress: Progress
+) -> Iterator[Piece]:
+    """Cut a text into pieces of splits of so many characters, from where an earlier run got to."""
+    splits = list(lengths)
+    split = progress.split or splits[0]
+    start, skip = progress.start, progress.start + sum(lengths[name] for name in splits[: splits.index(split)])
+    waiting = [""]
+    for found in stream:
+        if (size := characters_of(found)) < skip:
+            skip -= size
+            continue
+        documents = take(found, skip)[1] if skip else found
+        skip = 0
+        waiting = [*waiting[:-1], waiting[-1] + documents[0], *documents[1:]]
+        while (room := lengths[split] - start) <= characters_of(waiting):
+            documents, waiting = take(waiting, room)
+            yield Piece(split, start, documents, ends=True)
+            if split == splits[-1]:
+                return
+            split, start = splits[splits.index(split) + 1], 0
+        safe = characters_of(waiting[:-1]) + tokenizer.split_point(waiting[-1])
+        if safe:
+            documents, waiting = take(waiting, safe)
+            yield Piece(split, start, documents, ends=False)
+            start += safe
+
+
+def characters_of(documents: Documents) -> int:
+    """Count characters."""
+    return sum(map(len, documents))
+
+
+def take(documents: Documents, count: int) -> tuple[Documents, Documents]:
+    """Cut documents after so many characters; a border between two of them at that very place goes with the rest.
+
+    >>> take(["ab", "cde", "f"], 3)
+    (['ab', 'c'], ['de', 'f'])
+    >>> take(["ab", "cde", "f"], 2)
+    (['ab'], ['', 'cde', 'f'])
+    """
+    number = 0
+    while count > len(documents[number]):
+        count -= len(documents[number])
+        number += 1
+    return [*documents[:number], documents[number][:count]], [documents[number][count:], *documents[number + 1 :]]
+
+
+def in_order(
+    workers: ThreadPoolExecutor, encode: Callable[[Piece], Tokens], pieces: Iterator[Piece]
+) -> Iterator[tuple[Piece, Tokens]]:
+    """Yield each piece with its tokens, encoded by threads some pieces ahead."""
+    waiting: deque[tuple[Piece, Future[Tokens]]] = deque()
+    for piece in pieces:
+        waiting.append((piece, workers.submit(encode, piece)))
+        if len(waiting) > 2 * (os.cpu_count() or 1):
+            done, future = waiting.popleft()
+            yield done, future.result()
+    for done, future in waiting:
+        yield done, future.result()
+
+
+class Output:
+    """The shards of all splits; each finished file is noted down, so that it need not be made again."""
+
+    def __init__(
+        self, folder: Path, lengths: dict[str, int], vocab_size: int, shard_tokens: int, progress: Progress
+    ) -> None:
+        """Go on from where an earlier run got to, or begin."""
+        self.folder, self.progress = folder, progress
+        self.writers = {
+            split: ShardWriter(folder, split, vocab_size, shard_tokens, progress.shards.get(split, ()))
+            for split in lengths
+        }
+        self.seen = dict.fromkeys(lengths, 0)  # tokens, of this run and those before it
+        splits = list(lengths)
+        self.unfinished = set(splits[splits.index(progress.split) :] if progress.split else splits)
+        if progress.split:
+            self.seen[progress.split] = progress.tokens
+
+    def write(self, piece: Piece, tokens: Tokens) -> None:
+        """Append a piece's tokens, but for those that an earlier run wrote."""
+        writer, before = self.writers[piece.split], self.seen[piece.split]
+        finished = len(writer.shards)
+        writer.write(tokens[writer.tokens - before :])
+        self.seen[piece.split] += tokens.size
+        if piece.ends:
+            writer.finish()
+            self.unfinished.remove(piece.split)
+        if len(writer.shards) > finished and self.progress.job:
+            shards = {split: writer.shards for split, writer in self.writers.items()}
+            there = {"shards": shards, "split": piece.split, "start": piece.start, "tokens": before}
+            keep(self.progress.model_copy(update=there), self.folder)
 
 
 def report(meta: Meta, folder: Path) -> None:

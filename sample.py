@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,12 @@ import numpy as np
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.commandline import parse
-from glyphgpt.corpus import open_text
 from glyphgpt.decoder import Decoder
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
 from glyphgpt.settings import SampleSettings
 from glyphgpt.shards import Split
+from glyphgpt.text import open_text
 from glyphgpt.tokenizer import Tokenizer, Tokens, first_token, from_plain
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def encode(text: str, tokenizer: Tokenizer, settings: SampleSettings) -> Tokens:
 def read_file(name: str) -> str:
     """Read a whole UTF-8 file, or - for standard input."""
     with tempfile.TemporaryDirectory() as scratch:
-        return "".join(open_text([name], "utf-8", Path(scratch)).read(lambda _: None))
+        return "".join(chain.from_iterable(open_text([name], Path(scratch)).read(lambda _: None)))
 
 
 class Sampler:

@@ -168,7 +168,7 @@ class Trainer:
                 "begin anew with --overwrite" if (self.out_dir / BEST).exists() else "leave --resume out to begin one"
             )
             raise Failure(f"{self.out_dir}: no run to resume here; {instead}")
-        with locked(self.out_dir) if self.runtime.is_main else nullcontext():
+        with locked(self.out_dir, "--out_dir=ANOTHER") if self.runtime.is_main else nullcontext():
             resumed = self.open_run()
             self.preflight()
             stopped_by = self.loop(resumed=resumed)

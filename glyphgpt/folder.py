@@ -1,4 +1,4 @@
-"""A run's folder: files that are never there in part, and one training at a time."""
+"""Folders that are written to: files that are never there in part, and one process at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,13 +29,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder if need be, and keep other trainings out of it.
+def locked(folder: Path, instead: str) -> Iterator[None]:
+    """Make a folder if need be, and keep other processes out of it.
 
     However this process ends, the system lets go of the lock.
 
     Raises:
-        UsageError: another training has it.
+        UsageError: another process has it; `instead` is what to use then.
         Failure: nothing can be written there.
     """
     with writing(folder):
@@ -45,9 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UsageError(
-                f"{folder}: another training is writing here; wait for its end, or use --out_dir=ANOTHER"
-            ) from error
+            raise UsageError(f"{folder}: in use by another process; wait for its end, or use {instead}") from error
     try:
         yield
     finally:

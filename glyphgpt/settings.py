@@ -244,6 +244,10 @@ class PrepareSettings(Settings):
     """Share of the text, at its end, that is kept for validation."""
     encoding: str = "utf-8"
     """How the files' bytes spell characters."""
+    text_field: str = "text"
+    """Where the text is in each record of a JSON Lines or Parquet file."""
+    workers: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Threads that encode; 0 takes one for each core for gpt2, else one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
     """Tokens per shard file."""
     data_dir: str = "data"

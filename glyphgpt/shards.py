@@ -6,6 +6,7 @@ holds the format's number, the tokenizer, counts, and a SHA-256 for each shard; 
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -71,11 +72,13 @@ class Meta(_Plain):
 class ShardWriter:
     """Writes a stream of tokens as shards of at most `shard_tokens` each."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
-        """Begin a split; `folder` exists."""
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, shard_tokens: int, shards: Iterable[Shard] = ()
+    ) -> None:
+        """Begin a split, or go on after finished `shards`; `folder` exists."""
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype = token_dtype(vocab_size)
-        self.shards: list[Shard] = []
+        self.shards = list(shards)
         self._file: BinaryIO | None = None
         self._count = 0  # tokens in the file
 
@@ -98,7 +101,12 @@ class ShardWriter:
 
     def meta(self, characters: int) -> SplitMeta:
         """Tell what the finished files hold, which came from so many characters."""
-        return SplitMeta(tokens=sum(s.tokens for s in self.shards), characters=characters, shards=self.shards)
+        return SplitMeta(tokens=self.tokens, characters=characters, shards=self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(shard.tokens for shard in self.shards) + (self._count if self._file else 0)
 
     @property
     def _path(self) -> Path:

@@ -25,6 +25,8 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
+    end_of_text: int | None
+    """The token between documents, if there is one."""
 
     def encode(self, text: str) -> Tokens:
         """Turn text into ids, of the smallest unsigned type that holds the vocabulary."""
@@ -68,6 +70,7 @@ class CharTokenizer:
     """
 
     kind = "char"
+    end_of_text: int | None = None
 
     def __init__(self, characters: str) -> None:
         """Take the characters of the vocabulary, each once, in the order of their code points."""
@@ -137,6 +140,7 @@ class ByteTokenizer:
 
     kind = "byte"
     vocab_size = 256
+    end_of_text: int | None = None
 
     def encode(self, text: str) -> Tokens:
         """Turn text into its bytes; bytes that the command line could not decode come back as they were."""
@@ -164,6 +168,7 @@ class GPT2Tokenizer:
 
     kind = "gpt2"
     vocab_size = 50257
+    end_of_text: int | None = 50256
 
     # GPT-2's pattern cuts between a visible character and white space that follows, whatever stands around.
     _CUT_REVERSED = re.compile(r"[ \n](?=\S)")
@@ -189,7 +194,7 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> Tokens:
         """Turn text into ids; the end-of-text mark in it counts as ordinary text."""
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def token_bytes(self, token: int) -> bytes:
         """Return a word piece's bytes."""
@@ -223,6 +228,19 @@ def from_plain(plain: Any, data_dir: Path) -> Tokenizer:
         case {"kind": "gpt2"}:
             return GPT2Tokenizer(data_dir)
     raise Failure("this is not a tokenizer that this version knows")
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
+    """Turn documents into ids, with the end-of-text token between them.
+
+    Raises:
+        Failure: a character has no token.
+    """
+    first, *others = documents
+    parts = [tokenizer.encode(first)]
+    for document in others:
+        parts += [np.array([tokenizer.end_of_text], dtype=parts[0].dtype), tokenizer.encode(document)]
+    return np.concatenate(parts) if others else parts[0]
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:

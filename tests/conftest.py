@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import prepare
+from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.decoder import Decoder
+from glyphgpt.errors import Failure
 from glyphgpt.settings import PrepareSettings, TrainSettings
 from glyphgpt.state import model_arrays
 from model import GPT, GPTConfig
@@ -168,6 +170,20 @@ def same_tensors(one: Path, other: Path, name: str = "last.safetensors") -> bool
     """Whether the checkpoints of that name in two runs hold the same tensors, bit for bit."""
     first, second = load_file(one / name), load_file(other / name)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="session")
+def gpt2_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a data folder with GPT-2's vocabulary in it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    (folder / "downloads").mkdir()
+    for source in (GPT2_ENCODER, GPT2_MERGES):
+        try:
+            found = fetch(source, ROOT / "data")
+        except Failure as failure:
+            pytest.skip(str(failure))
+        (folder / "downloads" / source.file).write_bytes(found.read_bytes())
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

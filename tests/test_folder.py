@@ -15,38 +15,43 @@ from glyphgpt.folder import LOCK, locked, write_whole
 
 def test_a_folder_is_made_and_locked_for_others(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "run"
-    with locked(folder):
+    with locked(folder, "x"):
         assert folder.is_dir()
-        with pytest.raises(UsageError, match=rf"^{folder}: another training is writing here; .*$"), locked(folder):
+        with pytest.raises(UsageError, match=rf"^{folder}: in use by another process; .*$"), locked(folder, "x"):
             pass
-    with locked(folder):
+    with locked(folder, "x"):
         pass
 
 
 def test_another_training_is_refused_and_touches_nothing(data_dir: Path, tmp_path: Path) -> None:
     settings = tiny_settings(data_dir, tmp_path, max_steps=2)
     train.main(settings)
-    with locked(tmp_path):
+    with locked(tmp_path, "x"):
         before = contents(tmp_path)
         for changes in ({"resume": True}, {"overwrite": True}, {}):
             done = script("train.py", *as_flags(settings.model_copy(update=changes)), *map("--{}".format, changes))
             assert (done.returncode, done.stdout) == (2, "")
-            assert done.stderr.startswith(f"error: {tmp_path}: another training is writing here; ")
+            assert done.stderr.startswith(
+                f"error: {tmp_path}: in use by another process; wait for its end, or use --out_dir=ANOTHER"
+            )
         assert contents(tmp_path) == before
 
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     hold = "import os, sys; from pathlib import Path; from glyphgpt.folder import locked\n"
-    hold += "with locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    hold += "with locked(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", hold, str(tmp_path)], check=False)
     assert (tmp_path / LOCK).exists()
-    with locked(tmp_path):
+    with locked(tmp_path, "x"):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(Failure, match=rf"^{tmp_path / 'file'}.*: could not be written: "), locked(tmp_path / "file"):
+    with (
+        pytest.raises(Failure, match=rf"^{tmp_path / 'file'}.*: could not be written: "),
+        locked(tmp_path / "file", "x"),
+    ):
         pass
 
 

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 import prepare
-from conftest import ROOT, prepare_text, script, some_text
-from glyphgpt import corpus, shards
-from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
+from conftest import prepare_text, script, some_text
+from glyphgpt import shards
+from glyphgpt import text as texts
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.shards import Dataset, load_dataset, read_meta
 from glyphgpt.tokenizer import decode
+from glyphgpt.unfinished import Progress
 
 TEXT = some_text(200)
 NO_TEXT = "is not utf-8 text; convert the file, leave it out, or name its --encoding"
@@ -39,20 +40,6 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         prepare.main()
 
     return run
-
-
-@pytest.fixture(scope="session")
-def gpt2_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a data folder with GPT-2's vocabulary in it."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    (folder / "downloads").mkdir()
-    for source in (GPT2_ENCODER, GPT2_MERGES):
-        try:
-            found = fetch(source, ROOT / "data")
-        except Failure as failure:
-            pytest.skip(str(failure))
-        (folder / "downloads" / source.file).write_bytes(found.read_bytes())
-    return folder
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -91,7 +78,7 @@ def refusal(run: Run, data_dir: Path, *words: str | Path, kind: type[Failure] = 
 @example(text="🙂🙂🙂🙂", chunk=3, shard_tokens=9)
 def test_shards_decode_to_the_very_text(tokenizer: str, text: str, chunk: int, shard_tokens: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK_BYTES", chunk)
+        patch.setattr(texts, "CHUNK_BYTES", chunk)
         data_dir = Path(folder)
         prepare_text(text, data_dir, tokenizer=tokenizer, val_fraction=0.5, shard_tokens=shard_tokens)
         dataset = load(data_dir, "small")
@@ -108,7 +95,7 @@ def test_shards_decode_to_the_very_text(tokenizer: str, text: str, chunk: int, s
 def test_word_pieces_of_a_streamed_text_are_those_of_the_whole(
     gpt2_data_dir: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, shard_tokens: int
 ) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(texts, "CHUNK_BYTES", chunk)
     chosen = random.Random(chunk)
     pieces = [" ", "   ", "\n", "\n\n ", "\t", "it's", " we'll", "'", "2024", "é", "字", "🙂", "!?", "word", " word"]
     text = "".join(chosen.choices(pieces, k=1500))
@@ -121,18 +108,18 @@ def test_word_pieces_of_a_streamed_text_are_those_of_the_whole(
 
 
 def test_streaming_keeps_little_text_in_memory(gpt2_data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(texts, "CHUNK_BYTES", 50)
     kept: list[int] = []
-    feed = prepare.SplitEncoder.feed
+    cut = prepare.cut
 
-    def watched(encoder: prepare.SplitEncoder, piece: str) -> str:
-        rest = feed(encoder, piece)
-        kept.append(len(encoder.pending))
-        return rest
+    def watched(*words: Any) -> Iterator[prepare.Piece]:
+        for piece in cut(*words):
+            kept.append(prepare.characters_of(piece.documents))
+            yield piece
 
-    monkeypatch.setattr(prepare.SplitEncoder, "feed", watched)
+    monkeypatch.setattr(prepare, "cut", watched)
     prepare_text(some_text(6000), gpt2_data_dir, "streamed", tokenizer="gpt2")
-    assert len(kept) > 200
+    assert len(kept) > 100
     assert max(kept) < 200
 
 
@@ -173,7 +160,7 @@ def test_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig", "cp932"])
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
 def test_other_encodings(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, chunk: int) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(texts, "CHUNK_BYTES", chunk)
     text = ("日本語\r\n" if encoding == "cp932" else "café\r\n") * 9
     run(write(tmp_path / "mine.txt", text.encode(encoding)), f"--encoding={encoding}")
     assert "".join(splits(load(tmp_path / "data", "mine"))) == text
@@ -199,7 +186,7 @@ def test_what_is_reported(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.fixture(params=[1, 2, 3, 5, 1 << 22])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Read files in pieces of so many bytes."""
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(texts, "CHUNK_BYTES", request.param)
     return request.param
 
 
@@ -338,7 +325,7 @@ def test_a_full_disk_leaves_nothing_half_done(
 
 
 def test_a_write_that_fails_once_is_not_forgotten(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(texts, "CHUNK_BYTES", 16)
     write_tokens, calls = shards.ShardWriter.write, []
 
     def fail_first(*words: Any) -> None:
@@ -360,13 +347,14 @@ def test_a_text_that_changes_while_it_is_read(
 ) -> None:
     file = write(tmp_path / "mine.txt", TEXT)
     os.utime(file, (0, 0))  # clocks are coarse
-    survey = prepare.Survey.__init__
+    survey = prepare.survey
 
-    def change(*words: Any) -> None:
-        survey(*words)
+    def change(*words: Any) -> Progress:
+        found = survey(*words)
         file.write_text(later)
+        return found
 
-    monkeypatch.setattr(prepare.Survey, "__init__", change)
+    monkeypatch.setattr(prepare, "survey", change)
     (tmp_path / "data").mkdir()
     assert refusal(run, tmp_path / "data", file) == f"{file}: the text changed while it was read; try again"
 

@@ -1,0 +1,109 @@
+"""A data set in the making: its hidden folder, and how far it has come, so that a broken run can be gone on with."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from glyphgpt.corpus import file_sha256
+from glyphgpt.errors import Failure, warn
+from glyphgpt.folder import locked, write_whole
+from glyphgpt.shards import META, Shard
+
+PROGRESS = "progress.json"
+
+
+class Progress(BaseModel):
+    """How far a preparation has come: what is finished, and from where on the text is still to be encoded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    job: str
+    """Name of the very text and settings; empty where it cannot be gone on with."""
+    characters: int
+    """Of the whole text."""
+    sha256: str
+    """Of the text's files."""
+    tokenizer: dict[str, Any]
+    shards: dict[str, list[Shard]] = {}
+    """The finished files of each split."""
+    split: str = ""
+    """The split in which the last finished file ended,"""
+    start: int = 0
+    """and where in it, in characters, the piece begins whose tokens filled that file;"""
+    tokens: int = 0
+    """tokens of the split before that piece."""
+
+
+def job_name(**facts: object) -> str:
+    """Name a job by all that its result follows from, as JSON types."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@contextmanager
+def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to make a data set in, that becomes `folder` at the end, whole.
+
+    After a failure it is kept if there is something to go on with, else nothing is left behind.
+
+    Raises:
+        UsageError: another process prepares this data set.
+        Failure: there is something in the place already.
+    """
+    if folder.exists():
+        if not overwrite:
+            raise Failure(f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER")
+        if not (folder / META).exists():
+            raise Failure(f"{folder} is no data set, so it is not replaced; choose another --name")
+    hidden = folder.with_name(f".{folder.name}.unfinished")
+    new, old = hidden / "new", hidden / "old"
+    with locked(hidden, "--name=ANOTHER"):
+        try:
+            new.mkdir(exist_ok=True)
+            yield new
+            if folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            forget(folder)
+        except BaseException:
+            if (new / PROGRESS).exists():
+                warn(f"what is done so far is kept in {hidden}; the same command goes on from there")
+            else:
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def earlier(folder: Path, job: str) -> Progress | None:
+    """Return how far an earlier run of the same job came; what any other left in the folder is deleted."""
+    try:
+        progress = Progress.model_validate_json((folder / PROGRESS).read_bytes())
+    except (OSError, ValidationError):
+        progress = None
+    if progress and progress.job == job:
+        shards = [shard for finished in progress.shards.values() for shard in finished]
+        if all((folder / s.file).exists() and file_sha256(folder / s.file) == s.sha256 for s in shards):
+            return progress
+    for path in folder.iterdir():
+        path.unlink()
+    return None
+
+
+def keep(progress: Progress, folder: Path) -> None:
+    """Write down how far a job has come."""
+    write_whole(folder / PROGRESS, progress.model_dump_json().encode())
+
+
+def forget(folder: Path) -> None:
+    """Leave nothing to go on with, since the job cannot be finished."""
+    (folder / PROGRESS).unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""A preparation that was broken off goes on where it stopped, and ends as if nothing had been."""
+
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prepare
+from conftest import contents, script, some_text
+from glyphgpt import text as texts
+from glyphgpt.errors import Failure, UsageError
+from glyphgpt.folder import locked
+from glyphgpt.shards import ShardWriter
+from glyphgpt.unfinished import PROGRESS
+from test_text import json_lines
+
+
+class Job:
+    """A text, and a data folder to prepare it in, in this process."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.data_dir, self.file = patch, folder / "data", folder / "mine.txt"
+        self.hidden = self.data_dir / ".mine.unfinished"
+        patch.setattr(texts, "CHUNK_BYTES", 30)
+        self.file.write_text(some_text(700) + "é🙂" * 20 + some_text(300, seed=1), encoding="utf-8")
+
+    def run(self, *words: str, name: str = "mine") -> dict[str, bytes]:
+        """Prepare, and return the data set's files."""
+        flags = [f"--data_dir={self.data_dir}", f"--name={name}"]
+        self.patch.setattr(sys, "argv", ["prepare.py", str(self.file), *words, *flags])
+        prepare.main()
+        return contents(self.data_dir / name)
+
+    def break_off(self, pieces: int, *words: str) -> None:
+        """Prepare until so many pieces are written, and then be interrupted."""
+        write, calls = prepare.Output.write, []
+
+        def interrupted(*arguments: Any) -> None:
+            calls.append(arguments)
+            if len(calls) > pieces:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        with self.patch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prepare.Output, "write", interrupted)
+            self.run(*words)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    return Job(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 64, 450])
+@pytest.mark.parametrize("form", ["char", "byte", "gpt2", "records"])
+def test_a_broken_run_goes_on_and_ends_with_the_same_bytes(
+    job: Job, gpt2_data_dir: Path, form: str, shard_tokens: int
+) -> None:
+    if form == "records":
+        job.file = job.file.with_suffix(".jsonl")
+        job.file.write_text(json_lines(["", *some_text(900).splitlines(), "", ""]), encoding="utf-8")
+    shutil.copytree(gpt2_data_dir / "downloads", job.data_dir / "downloads")
+    words = (f"--tokenizer={'gpt2' if form == 'records' else form}", f"--shard_tokens={shard_tokens}")
+    straight = job.run(*words, name="straight")
+    chosen = random.Random(shard_tokens)
+    for _ in range(3):
+        job.break_off(chosen.randint(1, 8), *words)
+    assert job.run(*words) == straight
+    assert not job.hidden.exists()
+
+
+def test_what_is_finished_is_not_made_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.break_off(10, "--shard_tokens=50")
+    finished = sorted(job.hidden.glob("new/train-*.npy"))[:3]
+    times = [path.stat().st_mtime_ns for path in finished]
+    assert f"kept in {job.hidden}; the same command goes on from there" in capsys.readouterr().err
+    job.run("--shard_tokens=50")
+    assert "going on where this was broken off" in capsys.readouterr().out
+    assert [(job.data_dir / "mine" / path.name).stat().st_mtime_ns for path in finished] == times
+
+
+@pytest.mark.parametrize("other", ["text", "settings", "damage", "missing", "notes"])
+def test_another_job_or_a_damaged_one_begins_anew(job: Job, capsys: pytest.CaptureFixture[str], other: str) -> None:
+    words = ["--shard_tokens=50"]
+    job.break_off(10, *words)
+    new = job.hidden / "new"
+    match other:
+        case "text":
+            job.file.write_text(some_text(500, seed=2))
+        case "settings":
+            words.append("--tokenizer=byte")
+        case "damage":
+            (new / "train-00001.npy").write_bytes((new / "train-00000.npy").read_bytes())
+        case "missing":
+            (new / "train-00001.npy").unlink()
+        case "notes":
+            (new / PROGRESS).write_text("{}")
+    after = job.run(*words)
+    assert "going on" not in capsys.readouterr().out
+    assert after == job.run(*words, name="straight")
+
+
+def test_nothing_is_kept_of_what_has_no_finished_file(job: Job) -> None:
+    job.break_off(3)
+    assert list(job.data_dir.iterdir()) == []
+
+
+def test_the_old_data_set_stays_until_the_new_one_is_whole(job: Job) -> None:
+    before = job.run()
+    job.break_off(10, "--shard_tokens=50", "--overwrite")
+    assert contents(job.data_dir / "mine") == before
+    assert job.run("--shard_tokens=50", "--overwrite") != before
+    assert [path.name for path in job.data_dir.iterdir()] == ["mine"]
+
+
+def test_a_full_disk_keeps_what_is_done(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = ShardWriter._begin
+
+    def full(writer: ShardWriter) -> Any:
+        if len(writer.shards) == 4:
+            raise Failure("no space left")
+        return begin(writer)
+
+    with monkeypatch.context() as patch, pytest.raises(Failure, match="no space left"):
+        patch.setattr(ShardWriter, "_begin", full)
+        job.run("--shard_tokens=50")
+    assert (job.hidden / "new" / PROGRESS).exists()
+    job.run("--shard_tokens=50")
+    assert [path.name for path in job.data_dir.iterdir()] == ["mine"]
+
+
+def test_of_standard_input_nothing_is_kept(tmp_path: Path) -> None:
+    """What could be gone on with has gone."""
+    words = ("-", "--name=mine", "--shard_tokens=50", "--val_fraction=0.001", f"--data_dir={tmp_path}")
+    done = script("prepare.py", *words, text=some_text(500))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "too short" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_are_one_too_many(job: Job) -> None:
+    with (
+        locked(job.hidden, "--name=ANOTHER"),
+        pytest.raises(UsageError, match=r"in use by another process; wait for its end, or use --name=ANOTHER$"),
+    ):
+        job.run()
+    job.run()
