@@ -34,7 +34,7 @@ class GPTConfig:
     bias: bool
     position: Literal["learned", "sinusoidal", "rotary"]
     norm: Literal["layernorm", "rmsnorm"]
-    activation: Literal["gelu", "relu2"]
+    activation: Literal["gelu", "gelu_erf", "relu2"]
     qk_norm: bool
     tie_embeddings: bool
     ngram: int
@@ -233,6 +233,13 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
+def make_activation(config: GPTConfig) -> nn.Module:
+    """Return the MLP's non-linearity."""
+    if config.activation == "relu2":
+        return ReLUSquared()
+    return nn.GELU(approximate="tanh" if config.activation == "gelu" else "none")
+
+
 class CausalSelfAttention(nn.Module):
     """Each token gathers values from itself and the tokens before it, in H heads."""
 
@@ -285,7 +292,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.activation = ReLUSquared() if config.activation == "relu2" else nn.GELU(approximate="tanh")
+        self.activation = make_activation(config)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -128,7 +128,7 @@ class Block:
         self.out = Linear(form, weights, f"{prefix}attention.out.", to_stream=True)
         self.up = Linear(form, weights, f"{prefix}mlp.up.", norm=f"{prefix}mlp_norm.")
         self.down = Linear(form, weights, f"{prefix}mlp.down.", to_stream=True)
-        self.activation = relu2 if form.activation == "relu2" else gelu
+        self.activation = {"relu2": relu2, "gelu": gelu, "gelu_erf": gelu_erf}[form.activation]
 
     def attend(
         self, x: Array, every: int, memory: Array, rotation: tuple[Array, Array] | None, future: Array | None
@@ -222,6 +222,18 @@ def gelu(x: Array) -> Array:
     y *= x
     y *= 0.5
     return y
+
+
+def gelu_erf(x: Array) -> Array:
+    """GELU as it is defined, x (1 + erf(x / sqrt(2))) / 2, with erf to 1.5e-7 (Abramowitz & Stegun 1964, 7.1.26)."""
+    z = np.abs(x) * math.sqrt(0.5)
+    t = 1 / (1 + 0.3275911 * z)
+    factors = (-1.453152027, 1.421413741, -0.284496736, 0.254829592)
+    y = np.full_like(x, 1.061405429)
+    for factor in factors:
+        y = y * t + factor
+    erf = np.copysign(1 - y * t * np.exp(-z * z), x)
+    return x * (1 + erf) * 0.5
 
 
 def softmax(x: Array) -> Array:

@@ -62,8 +62,8 @@ class Network(Settings):
     queries and keys (RoFormer)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the MLP and before the head."""
-    activation: Literal["gelu", "relu2"] = "gelu"
-    """The MLP's non-linearity: GPT-2's GELU, or ReLU squared (Primer)."""
+    activation: Literal["gelu", "gelu_erf", "relu2"] = "gelu"
+    """The MLP's non-linearity: GPT-2's GELU, by way of tanh; nanoGPT's, by way of erf; or ReLU squared (Primer)."""
     qk_norm: bool = False
     """Normalise queries and keys, which allows higher learning rates."""
     tie_embeddings: bool = True
@@ -254,3 +254,18 @@ class PrepareSettings(Settings):
     """Folder of recipes and data sets."""
     overwrite: bool = False
     """Replace the data set of that name."""
+
+
+class ConvertSettings(Settings):
+    """Settings of glyphgpt.convert"""
+
+    out: Name = ""
+    """File or folder to write."""
+    meta: Name = ""
+    """nanoGPT's meta.pkl, for a checkpoint of characters."""
+    name: Name = ""
+    """Name of the data set; the folder's own when left out."""
+    data_dir: Name = "data"
+    """Folder of the data sets."""
+    overwrite: bool = False
+    """Replace what is there."""

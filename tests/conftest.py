@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 SWITCHES: dict[str, list[Any]] = {
     "position": ["learned", "sinusoidal", "rotary"],
     "norm": ["layernorm", "rmsnorm"],
-    "activation": ["gelu", "relu2"],
+    "activation": ["gelu", "gelu_erf", "relu2"],
     "qk_norm": [False, True],
     "tie_embeddings": [True, False],
     "bias": [True, False],

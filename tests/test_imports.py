@@ -99,7 +99,12 @@ def dangers(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", [*FILES.values(), *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_runs_code_from_outside(path: Path) -> None:
-    assert dangers(ast.parse(path.read_text(encoding="utf-8"))) == set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    allowed = {"torch.load"} if path == FILES["glyphgpt.convert.nanogpt"] else set()
+    assert dangers(tree) == allowed
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) == "torch.load":
+            assert ast.unparse(call).endswith("weights_only=True)"), "torch's loader takes plain data only"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import sample
 import train
 from conftest import ROOT, some_text
 from glyphgpt.commandline import parse
-from glyphgpt.settings import SampleSettings, TrainSettings
+from glyphgpt.convert.__main__ import KINDS
+from glyphgpt.settings import ConvertSettings, SampleSettings, TrainSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -75,6 +76,13 @@ def test_torchrun_and_make_commands_are_real() -> None:
     targets = {words[1] for words in COMMANDS if words[:1] == ["make"]}
     assert targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_conversions_are_real() -> None:
+    conversions = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", "glyphgpt.convert"]]
+    assert {kind for kind, *_ in conversions} == KINDS.keys()
+    for _, _, *flags in conversions:
+        parse(ConvertSettings, flags, "", "", files=False)
 
 
 def test_benchmarks_take_the_flags_that_the_readme_gives() -> None:

@@ -1,0 +1,1 @@
+"""From and to what other programs read and write."""

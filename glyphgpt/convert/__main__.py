@@ -1,0 +1,32 @@
+"""Bring models, data and settings from other programs.
+
+    python -m glyphgpt.convert nanogpt ckpt.pt --meta=meta.pkl --out=out/mine/best.safetensors
+    python -m glyphgpt.convert nanogpt-data nanoGPT/data/shakespeare_char --name=mine
+    python -m glyphgpt.convert nanogpt-config train_shakespeare_char.py --out=config/mine.toml
+
+Nothing that comes from a file is executed.
+"""
+
+import sys
+from pathlib import Path
+
+from glyphgpt.commandline import parse
+from glyphgpt.convert import nanogpt
+from glyphgpt.errors import UsageError, plain_errors
+from glyphgpt.settings import ConvertSettings
+
+USAGE = "python -m glyphgpt.convert KIND FILE [--key=value ...]"
+KINDS = {"nanogpt": nanogpt.checkpoint, "nanogpt-data": nanogpt.data_set, "nanogpt-config": nanogpt.config}
+
+
+def main() -> None:
+    """Convert what the command line names."""
+    settings, words = parse(ConvertSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
+    if len(words) != 2 or words[0] not in KINDS:
+        raise UsageError(f"say what to convert: {USAGE}; kinds: {', '.join(KINDS)}")
+    print(KINDS[words[0]](Path(words[1]), settings))
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()
