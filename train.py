@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glyphgpt import checkpoint as checkpoints
+from glyphgpt import plot
 from glyphgpt import runtime as runtimes
 from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
@@ -413,18 +414,21 @@ class Trainer:
 
     def farewell(self, stopped_by: signal.Signals | None) -> None:
         """Say how the run ended and what to do next; a signal becomes the exit status."""
-        progress, out_dir = self.progress, self.out_dir
+        settings, progress, out_dir = self.settings, self.progress, self.out_dir
         resume = f"python train.py {shlex.quote(str(out_dir / 'config.toml'))} --resume"
-        if stopped_by and progress.step < self.settings.max_steps:
+        if stopped_by and progress.step < settings.max_steps:
             self.say(f"stopped by {stopped_by.name} at step {progress.step:,}, saved; go on with: {resume}")
             raise SystemExit(128 + stopped_by)
         if self.out_of_patience():
-            self.say(f"stopped at step {progress.step:,}: no better loss in {self.settings.patience} evaluations")
+            self.say(f"stopped at step {progress.step:,}: no better loss in {settings.patience} evaluations")
             self.say(f"go on all the same: {resume} --patience=0")
         sample = f"python sample.py {shlex.quote(str(out_dir))}"
         self.say(f"best validation loss {progress.best_loss:.4f}; sample it: {sample}")
-        if progress.step >= self.settings.max_steps:
+        if progress.step >= settings.max_steps:
             self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
+        if settings.picture and self.runtime.is_main and plot.installed():
+            plot.draw([out_dir], out_dir / plot.PICTURE)
+            self.say(f"losses and speed as a picture: {out_dir / plot.PICTURE}")
 
     def say(self, text: str) -> None:
         """Print, from one process only, without breaking the progress bar."""

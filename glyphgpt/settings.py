@@ -128,6 +128,8 @@ class Watching(Settings):
     """Steps between lines of training loss in metrics.jsonl."""
     save_every: CountOrZero = 0
     """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
+    picture: bool = True
+    """Draw the run into out_dir/metrics.png at its end, if matplotlib is there (pip install 'glyphgpt[plot]')."""
     tensorboard: bool = False
     """Write TensorBoard logs to out_dir (pip install 'glyphgpt[tensorboard]')."""
     wandb: bool = False
@@ -269,3 +271,10 @@ class ConvertSettings(Settings):
     """Folder of the data sets."""
     overwrite: bool = False
     """Replace what is there."""
+
+
+class PlotSettings(Settings):
+    """Settings of glyphgpt.plot"""
+
+    out: Name = ""
+    """PNG file to draw; metrics.png in the run's folder when left out."""

@@ -148,6 +148,7 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
         "eval_every": 10,
         "eval_tokens": 200,
         "sample_tokens": 10,
+        "picture": False,
         "log_every": 1,
         "warmup_steps": 2,
         "dtype": "float32",

@@ -16,7 +16,7 @@ import train
 from conftest import ROOT, some_text
 from glyphgpt.commandline import parse
 from glyphgpt.convert.__main__ import KINDS
-from glyphgpt.settings import ConvertSettings, SampleSettings, TrainSettings
+from glyphgpt.settings import ConvertSettings, PlotSettings, SampleSettings, TrainSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -25,7 +25,15 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 FEW = ["--max_new_tokens=3", "--device=cpu", "--unknown=skip"]  # the small text lacks some letters
-SMALL = ["--max_steps=1", "--eval_tokens=100", "--sample_tokens=5", "--batch_size=1", "--device=cpu", "--compile=False"]
+SMALL = [
+    "--max_steps=1",
+    "--eval_tokens=100",
+    "--sample_tokens=5",
+    "--batch_size=1",
+    "--device=cpu",
+    "--compile=False",
+    "--picture=False",
+]
 
 
 def own_commands() -> list[list[str]]:
@@ -83,6 +91,11 @@ def test_conversions_are_real() -> None:
     assert {kind for kind, *_ in conversions} == KINDS.keys()
     for _, _, *flags in conversions:
         parse(ConvertSettings, flags, "", "", files=False)
+
+
+def test_pictures_are_real() -> None:
+    [words] = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", "glyphgpt.plot"]]
+    assert len(parse(PlotSettings, words, "", "", files=False)[1]) == 2
 
 
 def test_benchmarks_take_the_flags_that_the_readme_gives() -> None:

@@ -1,0 +1,128 @@
+"""Draw how runs went: losses against steps, tokens and time, learning rate, throughput, gradients.
+
+    python -m glyphgpt.plot out/quick                        into out/quick/metrics.png
+    python -m glyphgpt.plot out/one out/two --out=both.png   several runs together
+
+train.py draws its own run at its end where matplotlib is installed: pip install 'glyphgpt[plot]'
+"""
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from glyphgpt.commandline import parse, printable
+from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.folder import write_whole
+from glyphgpt.metrics import METRICS, Row
+from glyphgpt.settings import PlotSettings
+
+PICTURE = "metrics.png"
+USAGE = "python -m glyphgpt.plot RUN [RUN ...] [--out=FILE.png]"
+PANELS = [
+    ("step", "loss"), ("tokens", "loss"), ("seconds", "loss"),
+    ("step", "learning_rate"), ("step", "grad_norm"), ("seconds", "tokens_a_second"),
+]  # fmt: skip
+"""What each panel shows: a quantity against another."""
+
+
+def main() -> None:
+    """Draw the runs that the command line names."""
+    settings, words = parse(PlotSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
+    if not words:
+        raise UsageError(f"name a run: {USAGE}")
+    if len(words) > 1 and not settings.out:
+        raise UsageError("say where to draw several runs: --out=FILE.png")
+    path = Path(settings.out or Path(words[0]) / PICTURE)
+    draw([Path(word) for word in words], path)
+    print(f"{path}: drawn")
+
+
+def installed() -> bool:
+    """Tell whether drawing is possible here."""
+    try:
+        import matplotlib  # noqa: F401, PLC0415  (optional)
+    except ImportError:
+        return False
+    return True
+
+
+def draw(runs: Sequence[Path], path: Path) -> None:
+    """Draw runs into a PNG file.
+
+    Raises:
+        Failure: matplotlib is not installed, or a run has no metrics.
+    """
+    if not installed():
+        raise Failure("drawing takes matplotlib: pip install 'glyphgpt[plot]'")
+    from matplotlib.figure import Figure  # noqa: PLC0415  (optional, and slow to import)
+
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    panels = list(figure.subplots(2, 3).flat)
+    for number, run in enumerate(runs):
+        rows = read_metrics(run)
+        for axes, (x, y) in zip(panels, PANELS, strict=True):
+            draw_run(axes, rows, x, y, color=f"C{number}", label=printable(str(run)).replace("$", r"\$"))  # no formula
+    for axes, (x, y) in zip(panels, PANELS, strict=True):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y.replace("_", " "))
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    write_whole(path, picture.getvalue())
+
+
+def draw_run(axes: Any, rows: list[Row], x: str, y: str, *, color: str, label: str) -> None:
+    """Draw one quantity of a run against another: thin as it was in training, bold as validated."""
+    for kind, style in (("train", {"alpha": 0.4, "linewidth": 1}), ("val", {"marker": "o", "markersize": 3})):
+        points = [(row[x], row[y]) for row in rows if row["kind"] == kind and row.get(y) is not None]
+        name = f"{'validation' if kind == 'val' else 'training'}, {label}"
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, label=name, **style)
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """Read a run's metrics, with the `tokens_a_second` of training between rows of it.
+
+    Raises:
+        Failure: there are none, or they are not as train.py writes them.
+    """
+    path = run / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()  # the last may be cut
+        rows = [checked(json.loads(line)) for line in lines]
+        for before, row in pairwise(rows):
+            seconds = row["seconds"] - before["seconds"]
+            if before["kind"] == row["kind"] == "train" and seconds > 0:
+                row["tokens_a_second"] = (row["tokens"] - before["tokens"]) / seconds
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Failure(f"{path}: no metrics there; name the folder of a run") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Failure(f"{path}: not as train.py writes it") from error
+    return rows
+
+
+def checked(row: Any) -> Row:
+    """Return a row of metrics.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is none.
+    """
+    numbers = [
+        row["step"],
+        row["tokens"],
+        row["seconds"],
+        *(v for k, v in row.items() if k != "kind" and v is not None),
+    ]
+    if row["kind"] not in ("train", "val") or not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError
+    return dict(row)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()
