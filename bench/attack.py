@@ -104,11 +104,11 @@ class Arena:
     def flags(self, out_dir: Path, **changes: object) -> list[str]:
         """Return the command line of a run of half a second, restless enough that nothing comes out right by luck."""
         settings = {
-            "dataset": "small", "data_dir": self.data_dir, "out_dir": out_dir, "n_layer": 1, "n_head": 2, "n_embd": 16,
-            "block_size": 16, "batch_size": 4, "max_steps": STEPS, "eval_every": 10, "eval_tokens": 200,
-            "save_every": 1, "sample_tokens": 5, "picture": False, "log_every": 1, "warmup_steps": 5,
-            "learning_rate": 0.03, "dropout": 0.1, "schedule": "constant", "position": "rotary", "ngram": 2, "ngram_rows": 20,
-            "optimizer": "muon", "dtype": "float32", "device": "cpu",
+            "dataset": "small", "data_dir": self.data_dir, "out_dir": out_dir, "dtype": "float32", "device": "cpu",
+            "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "position": "rotary", "ngram": 2,
+            "ngram_rows": 20, "batch_size": 4, "max_steps": STEPS, "optimizer": "muon", "learning_rate": 0.03,
+            "warmup_steps": 5, "schedule": "constant", "dropout": 0.1, "eval_every": 10, "eval_tokens": 200,
+            "save_every": 1, "sample_tokens": 5, "log_every": 1, "picture": False,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in {**settings, **changes}.items()]
 
