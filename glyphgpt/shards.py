@@ -6,8 +6,11 @@ holds the format's number, the tokenizer, counts, and a SHA-256 for each shard; 
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -140,10 +143,15 @@ class Split:
     shards: tuple[Tokens, ...]
     characters: int
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each shard ends, in tokens from the split's beginning."""
+        return list(accumulate(shard.size for shard in self.shards))
+
     @property
     def tokens(self) -> int:
         """Tokens in all shards."""
-        return sum(shard.size for shard in self.shards)
+        return self.ends[-1]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -153,10 +161,11 @@ class Split:
     def slice(self, start: int, stop: int) -> Tokens:
         """Return the tokens from `start` up to `stop`, shape (stop - start,), across shards."""
         parts = []
-        for shard in self.shards:
-            if start < shard.size and stop > 0:
-                parts.append(shard[max(start, 0) : stop])
-            start, stop = start - shard.size, stop - shard.size
+        for number in range(bisect_right(self.ends, start), len(self.shards)):
+            begin = self.ends[number] - self.shards[number].size
+            if begin >= stop:
+                break
+            parts.append(self.shards[number][max(start - begin, 0) : stop - begin])
         return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
 
 
