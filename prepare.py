@@ -107,7 +107,8 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
     job = job_name(names=text.names, stamps=stamps, form=form, recipe=recipe) if text.stays else ""
     progress = earlier(folder, job)
     if progress:
-        print(f"going on where this was broken off; {len(progress.shards)} files are finished")
+        finished = sum(map(len, progress.shards.values()))
+        print(f"going on where this was broken off; finished files: {finished}")
     else:
         progress = survey(text, settings, job, total_bytes)
     tokenizer = from_plain(progress.tokenizer, Path(settings.data_dir))

@@ -78,7 +78,7 @@ def test_what_is_finished_is_not_made_again(job: Job, capsys: pytest.CaptureFixt
     times = [path.stat().st_mtime_ns for path in finished]
     assert f"kept in {job.hidden}; the same command goes on from there" in capsys.readouterr().err
     job.run("--shard_tokens=50")
-    assert "going on where this was broken off" in capsys.readouterr().out
+    assert "going on where this was broken off; finished files: 6\n" in capsys.readouterr().out
     assert [(job.data_dir / "mine" / path.name).stat().st_mtime_ns for path in finished] == times
 
 

@@ -98,8 +98,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise Failure(f"{path}: no such file") from error
     except Exception as error:  # a crafted file can make torch raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Failure(f"{path}: cannot be loaded as weights and plain data: {reason[:200]}") from error
+        raise Failure(f"{path}: does not load as weights and plain data; nothing in it was executed") from error
     if not isinstance(saved, dict):
         raise Failure(f"{path}: no checkpoint of nanoGPT's")
     return saved
