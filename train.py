@@ -12,7 +12,7 @@ import sys
 
 from glyphgpt.commandline import parse, printable
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
-from glyphgpt.settings import Action, Optimization, TrainSettings
+from glyphgpt.settings import Action, Network, Optimization, TrainSettings
 
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
 USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
@@ -60,6 +60,7 @@ def main(settings: TrainSettings) -> None:
     with runtimes.start(settings.device, settings.dtype) as runtime:
         data_dir = Path(settings.data_dir)
         dataset = load_dataset(data_dir / settings.dataset, data_dir)
+        settings, first = begin_with(settings, dataset)
         check_text(settings, dataset)
         check_trackers(settings)
         if settings.dry_run:
@@ -72,7 +73,29 @@ def main(settings: TrainSettings) -> None:
                 if runtime.is_main:
                     print(f"{settings.out_dir}/{BEST}: validation {score}")
             else:
-                Trainer(settings, dataset, runtime).train()
+                Trainer(settings, dataset, runtime, first).train()
+
+
+def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings, GPT | None]:
+    """Load the model to begin with, if there is one, and take its network over into the settings.
+
+    Raises:
+        UsageError: the settings name another network.
+    """
+    if not settings.init_from or settings.resume:
+        return settings, None
+    checkpoint = checkpoints.load(checkpoints.find(Path(settings.init_from)), with_optimizer=False)
+    check_vocabulary(checkpoint, dataset)
+    first = make_model(checkpoint, GPT, GPTConfig)
+    form = {name: getattr(first.config, name) for name in Network.model_fields.keys() - {"dropout", "init"}}
+    if "block_size" in settings.model_fields_set and settings.block_size < form["block_size"]:
+        form["block_size"] = settings.block_size
+    for name in settings.model_fields_set & form.keys():
+        if getattr(settings, name) != form[name]:
+            raise UsageError(
+                f"{name} = {getattr(settings, name)} is not that of {checkpoint.path}, {form[name]}; leave it out"
+            )
+    return settings.model_copy(update=form), first
 
 
 def check_text(settings: TrainSettings, dataset: Dataset) -> None:
@@ -140,8 +163,8 @@ class Update:
 class Trainer:
     """One run: a model, its optimizers, its data, and how far it has come."""
 
-    def __init__(self, settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> None:
-        """Build everything anew; `train` resumes if that is asked for."""
+    def __init__(self, settings: TrainSettings, dataset: Dataset, runtime: Runtime, first: GPT | None = None) -> None:
+        """Build everything anew, with the weights of `first` if it is there; `train` resumes if that is asked for."""
         self.settings, self.dataset, self.runtime = settings, dataset, runtime
         self.out_dir = Path(settings.out_dir)
         self.sequences = settings.batch_size * settings.gradient_accumulation_steps
@@ -154,6 +177,10 @@ class Trainer:
         form = settings.model_dump(include={field.name for field in fields(GPTConfig)})
         self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **form)
         self.model = GPT(self.config).to(runtime.device)
+        if first:
+            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+            weights = {name: tensor[: shapes[name][0]] for name, tensor in first.state_dict().items()}  # of positions
+            self.model.load_state_dict(weights)
         self.parameters = list(self.model.parameters())
         products = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         self.optimizers = make_optimizers(self.model, settings, products)

@@ -40,6 +40,8 @@ class Files(Settings):
     """Folder of the data sets."""
     out_dir: Name = "out/run"
     """Folder of this run: checkpoints, metrics and settings."""
+    init_from: Name = ""
+    """A run, or a checkpoint, whose weights and network to begin with; block_size may be less, dropout another."""
 
 
 class Network(Settings):

@@ -301,7 +301,7 @@ DEFAULTS: dict[str, Any] = {
 INSTEAD = {
     "always_save_checkpoint": "best and last are always saved",
     "eval_only": "say --eval_only",
-    "init_from": "say --resume to go on with a run",
+    "init_from": "say --resume to go on with a run, or --init_from=RUN to begin with its weights",
 }
 """Why a setting is not taken over."""
 OPERATIONS = {
