@@ -33,7 +33,7 @@ from glyphgpt.settings import PrepareSettings
 from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
 from glyphgpt.text import Documents, Text, open_text
 from glyphgpt.tokenizer import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain
-from glyphgpt.unfinished import Progress, earlier, forget, job_name, keep, workshop
+from glyphgpt.unfinished import Progress, earlier, forget, job_name, keep, place_of, workshop
 
 USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]"
 
@@ -83,11 +83,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
 def prepare_files(words: list[str], settings: PrepareSettings) -> None:
     """Prepare the user's own text."""
     name = settings.name or (Path(words[0]).stem if len(words) == 1 and words[0] != "-" else "")
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError("give the data set a name of letters, digits, '_', '-' and '.': --name=NAME")
-    if name == "downloads":
-        raise UsageError("--name=downloads is taken by fetched files; choose another")
-    folder = Path(settings.data_dir) / name
+    folder = place_of(name, Path(settings.data_dir))
     with workshop(folder, overwrite=settings.overwrite) as scratch:
         separate = settings.tokenizer == "gpt2"  # which has a token to stand between documents
         text = open_text(words, scratch.parent, settings.encoding, field=settings.text_field, separate=separate)

@@ -454,8 +454,11 @@ class Trainer:
         if progress.step >= settings.max_steps:
             self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
         if settings.picture and self.runtime.is_main and plot.installed():
-            plot.draw([out_dir], out_dir / plot.PICTURE)
-            self.say(f"losses and speed as a picture: {out_dir / plot.PICTURE}")
+            try:
+                plot.draw([out_dir], out_dir / plot.PICTURE)
+                self.say(f"losses and speed as a picture: {out_dir / plot.PICTURE}")
+            except Failure as failure:  # the run itself is safe
+                warn(str(failure))
 
     def say(self, text: str) -> None:
         """Print, from one process only, without breaking the progress bar."""

@@ -103,6 +103,8 @@ def read_metrics(run: Path) -> list[Row]:
         raise Failure(f"{path}: no metrics there; name the folder of a run") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Failure(f"{path}: not as train.py writes it") from error
+    if not rows:
+        raise Failure(f"{path}: empty; train first")
     return rows
 
 

@@ -117,7 +117,8 @@ def byte_chunks(path: Path, name: str, on_chunk: OnChunk) -> Iterator[bytes]:
             unpacked: Any = gzip.GzipFile(fileobj=watched)
         else:
             zstd = zstandard()
-            unpacked, damage = zstd.ZstdFile(watched), (EOFError, zstd.ZstdError)
+            any_window = {zstd.DecompressionParameter.window_log_max: 31}  # as --long=31 packs
+            unpacked, damage = zstd.ZstdFile(watched, options=any_window), (EOFError, zstd.ZstdError)
         try:
             while chunk := unpacked.read(CHUNK_BYTES):
                 yield chunk
@@ -152,6 +153,8 @@ def decoded(chunks: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
                 f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not "
                 f"{encoding} text; convert the file, leave it out, or name its --encoding"
             ) from error
+        except UnicodeError as error:  # of encodings that begin with a mark of their byte order
+            raise Failure(f"{name}: is not {encoding} text: {error}; name its --encoding, utf-16-le say") from error
         if text:
             yield text
         read_bytes += len(chunk)
@@ -301,6 +304,6 @@ def files_named(word: str) -> Iterator[Path]:
     elif path.exists():
         yield path
     elif fitting := sorted(glob.glob(word, recursive=True)):  # noqa: PTH207  (pathlib's takes no absolute patterns)
-        yield from (Path(name) for name in fitting if Path(name).is_file())
+        yield from dict.fromkeys(file for name in fitting for file in files_named(name))  # each once
     else:
         raise UsageError(f"{path}: no such file or folder")

@@ -194,7 +194,11 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> Tokens:
         """Turn text into ids; the end-of-text mark in it counts as ordinary text."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # bytes of a command line that are no text; tiktoken's slower way takes them
+            ids = np.array(self._encoding.encode_ordinary(text))
+        return ids.astype(np.uint16)
 
     def token_bytes(self, token: int) -> bytes:
         """Return a word piece's bytes."""

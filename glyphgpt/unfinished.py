@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from glyphgpt.corpus import file_sha256
-from glyphgpt.errors import Failure, warn
+from glyphgpt.errors import Failure, UsageError, warn
 from glyphgpt.folder import locked, write_whole
 from glyphgpt.shards import META, Shard
 
@@ -45,6 +46,19 @@ def job_name(**facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def place_of(name: str, data_dir: Path) -> Path:
+    """Return the folder of a data set to make.
+
+    Raises:
+        UsageError: it cannot have that name.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError("give the data set a name of letters, digits, '_', '-' and '.': --name=NAME")
+    if name == "downloads":
+        raise UsageError("--name=downloads is taken by fetched files; choose another")
+    return data_dir / name
+
+
 @contextmanager
 def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to make a data set in, that becomes `folder` at the end, whole.
@@ -55,15 +69,15 @@ def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         UsageError: another process prepares this data set.
         Failure: there is something in the place already.
     """
-    if folder.exists():
-        if not overwrite:
-            raise Failure(f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER")
-        if not (folder / META).exists():
-            raise Failure(f"{folder} is no data set, so it is not replaced; choose another --name")
+    check_place(folder, overwrite=overwrite)
     hidden = folder.with_name(f".{folder.name}.unfinished")
     new, old = hidden / "new", hidden / "old"
     with locked(hidden, "--name=ANOTHER"):
+        if old.exists() and not folder.exists():  # an earlier run was killed while it changed one for the other
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
         try:
+            check_place(folder, overwrite=overwrite)  # once more, now that nobody else can make it
             new.mkdir(exist_ok=True)
             yield new
             if folder.exists():
@@ -82,6 +96,19 @@ def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
                 shutil.rmtree(hidden, ignore_errors=True)
             raise
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def check_place(folder: Path, *, overwrite: bool) -> None:
+    """Make sure that a data set may be written to a folder.
+
+    Raises:
+        Failure: there is something already.
+    """
+    if folder.exists():
+        if not overwrite:
+            raise Failure(f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER")
+        if not (folder / META).exists():
+            raise Failure(f"{folder} is no data set, so it is not replaced; choose another --name")
 
 
 def earlier(folder: Path, job: str) -> Progress | None:

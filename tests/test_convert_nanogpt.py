@@ -160,6 +160,7 @@ def test_damaged_vocabularies_are_one_line(tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda saved: saved.update(model=[torch.ones(3)]), "no checkpoint of nanoGPT's GPT"),
         (lambda saved: saved.pop("model_args"), "no checkpoint of nanoGPT's GPT"),
         (lambda saved: saved["model"].pop("lm_head.weight"), "no checkpoint of nanoGPT's GPT"),
         (lambda saved: saved["model"].update({"other.weight": torch.ones(3)}), "no checkpoint of nanoGPT's GPT"),
@@ -227,6 +228,14 @@ def test_data_of_word_pieces_count_their_characters(gpt2_data_dir: Path, tmp_pat
     assert dataset.train.characters == len(text)
 
 
+@pytest.mark.parametrize("name", ["..", "../x", "downloads", "a/b"])
+def test_data_sets_stay_in_the_data_folder(tmp_path: Path, name: str) -> None:
+    write_data(tmp_path / "mine", some_text(1000))
+    with pytest.raises(UsageError, match="--name="):
+        nanogpt.data_set(tmp_path / "mine", settings(data_dir=tmp_path / "data", name=name))
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -269,10 +278,10 @@ n_layer = 4
 '''
 
 
-def convert_config(folder: Path, text: str) -> tuple[TrainSettings, str]:
+def convert_config(folder: Path, text: str, **more: object) -> tuple[TrainSettings, str]:
     (folder / "mine.py").write_text(text)
     out = folder / "out.toml"
-    nanogpt.config(folder / "mine.py", settings(out=out))
+    nanogpt.config(folder / "mine.py", settings(out=out, **more))
     toml = out.read_text(encoding="utf-8")
     return resolve(TrainSettings, [("out.toml", tomllib.loads(toml))]), toml
 
@@ -291,7 +300,9 @@ def test_a_config_becomes_toml(tmp_path: Path) -> None:
 def test_a_learning_rate_that_does_not_fall_is_constant(tmp_path: Path) -> None:
     made, toml = convert_config(tmp_path, "decay_lr = False\nlr_decay_iters = 5\nlearning_rate = 3e-5\n")
     assert (made.schedule, made.min_lr, made.warmup_steps) == ("constant", 3e-5, 0)
-    assert "# not taken over: lr_decay_iters: " in toml
+    assert "lr_decay_iters" not in toml
+    _, toml = convert_config(tmp_path, "max_iters = 10\n", overwrite=True)
+    assert "# not taken over: lr_decay_iters: " in toml, "it is 600,000 there, whatever max_iters is"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +317,9 @@ def test_a_learning_rate_that_does_not_fall_is_constant(tmp_path: Path) -> None:
         ("n_layer = 9999999999999999999 * 9999999999999999999", "is not a number that one can reckon with"),
         ("n_layer = -1", "'n_layer' must be a whole number, at least 1, not -1"),
         ("n_layer = unknown", "line 1: only numbers"),
-        ("batch_size = 'x'", "'batch_size' must be a whole number"),
+        ("batch_size = 'x'", "batch_size: x is not a number"),
+        ("learning_rate = 1" + "0" * 400, "is not a number that one can reckon with"),
+        ("n_layer = 'x'", "'n_layer' must be a whole number"),
     ],
 )
 def test_a_config_that_is_no_list_of_settings(tmp_path: Path, text: str, said: str) -> None:

@@ -169,8 +169,23 @@ def test_patterns_name_the_files_that_fit_sorted(tmp_path: Path) -> None:
     assert found("*.txt") == ["[x].txt", "a.txt", "b.txt"]
     assert found("**/*.txt") == ["[x].txt", "a.txt", "b.txt", "deep/er/d.txt"]
     assert found("[x].txt") == ["[x].txt"], "a file of that very name goes before"
+    assert found("d*") == ["deep/er/d.txt"], "a folder that fits is read whole"
+    assert found("**") == ["[x].txt", "a.txt", "b.txt", "c.md", "deep/er/d.txt"], "each file once"
     with pytest.raises(UsageError, match="no such file or folder"):
         found("*.rst")
+
+
+def test_an_encoding_without_its_mark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("text".encode("utf-16-le"))
+    with pytest.raises(Failure, match=r"a\.txt: is not utf-16 text: .*name its --encoding"):
+        read(tmp_path / "a.txt", encoding="utf-16")
+
+
+def test_a_file_packed_with_a_large_window_is_read(tmp_path: Path) -> None:
+    zstd = zstandard()
+    packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 28})
+    (tmp_path / "a.zst").write_bytes(packer.compress(b"te") + packer.compress(b"xt") + packer.flush())
+    assert read(tmp_path / "a.zst") == ["text"]
 
 
 def test_a_pattern_makes_one_text(tmp_path: Path) -> None:

@@ -98,6 +98,11 @@ def test_word_pieces_have_the_ids_of_gpt2(gpt2: GPT2Tokenizer, text: str, ids: l
     assert gpt2.encode(text).tolist() == ids
 
 
+def test_bytes_that_are_no_text_have_word_pieces_too(gpt2: GPT2Tokenizer) -> None:
+    """As a command line may hold them."""
+    assert decode(gpt2, gpt2.encode("caf\udce9 x")) == "caf\ufffd x"
+
+
 def test_the_end_of_text_mark_has_a_token(gpt2: GPT2Tokenizer) -> None:
     assert gpt2.token_bytes(50256) == b"<|endoftext|>"
     assert gpt2.vocab_size == 50257

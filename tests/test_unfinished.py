@@ -116,6 +116,23 @@ def test_the_old_data_set_stays_until_the_new_one_is_whole(job: Job) -> None:
     assert [path.name for path in job.data_dir.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("killed", ["between the renames", "while the old one was deleted"])
+def test_a_kill_while_one_is_changed_for_the_other_loses_nothing(job: Job, killed: str) -> None:
+    before = job.run()
+    job.hidden.mkdir()
+    shutil.copytree(job.data_dir / "mine", job.hidden / "old")
+    if killed == "between the renames":
+        shutil.rmtree(job.data_dir / "mine")
+    (job.file.parent / "bad.txt").write_bytes(b"\xff")
+    good, job.file = job.file, job.file.parent / "bad.txt"
+    with pytest.raises(Failure):
+        job.run()
+    assert contents(job.data_dir / "mine") == before
+    job.file = good
+    assert job.run("--overwrite", "--tokenizer=byte") != before
+    assert [path.name for path in job.data_dir.iterdir()] == ["mine"]
+
+
 def test_a_full_disk_keeps_what_is_done(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = ShardWriter._begin
 

@@ -6,6 +6,7 @@ loader takes weights only, the vocabulary's pickle is read opcode by opcode, and
 
 import ast
 import hashlib
+import math
 import operator
 import pickletools
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from glyphgpt.folder import write_whole
 from glyphgpt.settings import ConvertSettings, Network, TrainSettings
 from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, SplitMeta, write_dataset
 from glyphgpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.unfinished import workshop
+from glyphgpt.unfinished import earlier, place_of, workshop
 
 OURS = {
     "transformer.wte": "token_embedding",
@@ -61,7 +62,7 @@ def checkpoint(path: Path, settings: ConvertSettings) -> str:
             form, weights = without_padding(form, weights)
         check_form(form, weights)
         progress = Progress(step=int(saved.get("iter_num", 0)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise Failure(f"{path}: no checkpoint of nanoGPT's GPT, or its weights and model_args differ") from error
     info = Info(
         model=form, tokenizer=tokenizer, settings={}, data="", val_loss=None, progress=progress, scaler={}
@@ -112,7 +113,7 @@ def convert_weights(model: dict[str, Any], arguments: dict[str, Any]) -> tuple[d
     for name, tensor in model.items():
         plain = name.removeprefix("_orig_mod.")
         if not plain.endswith(".attn.bias"):  # the mask, which older versions of torch needed
-            weights[our_name(plain)] = tensor.float().numpy()
+            weights[our_name(plain)] = tensor.detach().float().numpy()
     if np.array_equal(weights["head.weight"], weights["token_embedding.weight"]):
         del weights["head.weight"]
     else:
@@ -218,16 +219,17 @@ def data_set(folder: Path, settings: ConvertSettings) -> str:
     Raises:
         Failure: files are missing, or hold ids beyond the vocabulary.
     """
-    name = settings.name or folder.name
+    data_dir = Path(settings.data_dir)
+    target = place_of(settings.name or folder.resolve().name, data_dir)
     paths = [folder / "train.bin", folder / "val.bin"]
     for path in paths:
         if not path.is_file():
             raise Failure(f"{path}: no such file; run nanoGPT's prepare.py there first")
-    data_dir = Path(settings.data_dir)
     pickled = folder / "meta.pkl"
     tokenizer: Tokenizer = characters_of(pickled) if pickled.exists() else GPT2Tokenizer(data_dir)
     digest = hashlib.sha256()
-    with workshop(data_dir / name, overwrite=settings.overwrite) as new:
+    with workshop(target, overwrite=settings.overwrite) as new:
+        earlier(new, "")  # what a preparation of that name may have left
         train, val = (convert_split(path, new, tokenizer, digest) for path in paths)
         source = SourceMeta(
             names=[str(path) for path in paths],
@@ -245,7 +247,7 @@ def data_set(folder: Path, settings: ConvertSettings) -> str:
             val=val,
         )
         write_dataset(new, meta)
-    return f"{data_dir / name}: {train.tokens:,} tokens to train, {val.tokens:,} to validate"
+    return f"{target}: {train.tokens:,} tokens to train, {val.tokens:,} to validate"
 
 
 def convert_split(path: Path, folder: Path, tokenizer: Tokenizer, digest: Any) -> SplitMeta:
@@ -295,7 +297,7 @@ DEFAULTS: dict[str, Any] = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "dataset": "openwebtext",
     "gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
     "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600_000, "weight_decay": 0.1, "beta1": 0.9,
-    "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 2000, "min_lr": 6e-5,
+    "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600_000, "min_lr": 6e-5,
 }  # fmt: skip
 """Of its train.py."""
 INSTEAD = {
@@ -321,17 +323,21 @@ def config(path: Path, settings: ConvertSettings) -> str:
     values, left_out = read_config(path)
     values = DEFAULTS | values
     ours = {RENAMED.get(key, key): value for key, value in values.items() if key in SAME | RENAMED.keys()}
+    evaluated = [number(values[key], f"{path}: {key}") for key in ("eval_iters", "batch_size", "block_size")]
     ours |= {
-        "eval_tokens": values["eval_iters"] * values["batch_size"] * values["block_size"],
+        "eval_tokens": math.prod(evaluated),
         "schedule": "cosine",
         "activation": "gelu_erf",
     }
     if not values["decay_lr"]:  # without a warm-up, too
         ours |= {"schedule": "constant", "min_lr": values["learning_rate"], "warmup_steps": 0}
     numbers = {key for key, field in TrainSettings.model_fields.items() if field.annotation is float}
-    ours = {key: float(value) if key in numbers and isinstance(value, int) else value for key, value in ours.items()}
+    ours = {
+        key: float(number(value, f"{path}: {key}")) if key in numbers and isinstance(value, int) else value
+        for key, value in ours.items()
+    }
     resolve(TrainSettings, [(str(path), ours)])
-    if values.get("lr_decay_iters", values["max_iters"]) != values["max_iters"]:
+    if values["decay_lr"] and values["lr_decay_iters"] != values["max_iters"]:
         left_out["lr_decay_iters"] = "the learning rate falls until max_steps here"
     notes = "".join(f"# not taken over: {key}: {why}\n" for key, why in left_out.items())
     out.parent.mkdir(parents=True, exist_ok=True)
