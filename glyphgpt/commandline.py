@@ -33,7 +33,6 @@ NANOGPT_NAMES = {
     "always_save_checkpoint": "save_every",
     "eval_interval": "eval_every",
     "eval_iters": "eval_tokens",
-    "init_from": "resume",
     "log_interval": "log_every",
     "lr_decay_iters": "max_steps",
     "max_iters": "max_steps",

@@ -180,6 +180,8 @@ class TrainSettings(Action, Machine, Watching, Optimization, Network, Files):  #
             yield "init = 'zero' begins with a head of zeros, which the embedding cannot be; add tie_embeddings = false"
         if self.min_lr > self.learning_rate:
             yield f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}"
+        if self.init_from == "resume":
+            yield "init_from = 'resume' is nanoGPT's way; say --resume here"
         if self.eval_tokens == 1:
             yield "eval_tokens = 1 leaves nothing to predict; take at least 2, or 0 for all"
         if self.resume and self.overwrite:

@@ -115,7 +115,6 @@ def test_plain_words_are_given_back_in_order() -> None:
         (["--=3"], "unknown key --; --help lists every setting"),
         (["--max_iters=3"], "unknown key --max_iters; nanoGPT's 'max_iters' is 'max_steps' here"),
         (["--eval_iters", "3"], "unknown key --eval_iters; nanoGPT's 'eval_iters' is 'eval_tokens' here"),
-        (["--init_from=resume"], "unknown key --init_from; nanoGPT's 'init_from' is 'resume' here"),
         (["--n_layer=six"], "--n_layer must be a whole number, at least 1, not 'six'"),
         (["--n_layer=2.5"], "--n_layer must be a whole number, at least 1, not '2.5'"),
         (["--n_layer=0"], "--n_layer must be a whole number, at least 1, not '0'"),
@@ -263,6 +262,7 @@ def test_a_python_config_is_never_executed(folder: Path) -> None:
             ["position = 'sinusoidal' needs an even n_embd, not 9"],
         ),
         (["--min_lr=0.1", "--learning_rate=0.01"], ["min_lr = 0.1 is above learning_rate = 0.01"]),
+        (["--init_from=resume"], ["init_from = 'resume' is nanoGPT's way; say --resume here"]),
         (["--resume", "--overwrite"], ["resume and overwrite contradict each other; choose one"]),
         (
             ["--n_head=3", "--min_lr=2"],
