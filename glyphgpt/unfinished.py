@@ -80,12 +80,12 @@ def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             check_place(folder, overwrite=overwrite)  # once more, now that nobody else can make it
             new.mkdir(exist_ok=True)
             yield new
-            if folder.exists():
-                folder.rename(old)
             try:
+                if folder.exists():
+                    folder.rename(old)
                 new.rename(folder)
-            except OSError:
-                if old.exists():
+            except BaseException:  # a Ctrl-C between the two as well
+                if old.exists() and not folder.exists():
                     old.rename(folder)
                 raise
             forget(folder)
@@ -132,5 +132,5 @@ def keep(progress: Progress, folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Leave nothing to go on with, since the job cannot be finished."""
+    """Leave nothing to go on with: the job is done, or cannot be."""
     (folder / PROGRESS).unlink(missing_ok=True)

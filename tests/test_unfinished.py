@@ -13,8 +13,8 @@ from conftest import contents, script, some_text
 from glyphgpt import text as texts
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.folder import locked
-from glyphgpt.shards import ShardWriter
-from glyphgpt.unfinished import PROGRESS
+from glyphgpt.shards import META, ShardWriter
+from glyphgpt.unfinished import PROGRESS, workshop
 from test_text import json_lines
 
 
@@ -131,6 +131,25 @@ def test_a_kill_while_one_is_changed_for_the_other_loses_nothing(job: Job, kille
     job.file = good
     assert job.run("--overwrite", "--tokenizer=byte") != before
     assert [path.name for path in job.data_dir.iterdir()] == ["mine"]
+
+
+def test_an_interruption_between_the_renames_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "mine", Path.rename
+    folder.mkdir()
+    (folder / META).write_text("old")
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), workshop(folder, overwrite=True):
+        pass
+    assert contents(folder) == {META: b"old"}
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_full_disk_keeps_what_is_done(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
