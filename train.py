@@ -40,13 +40,14 @@ from glyphgpt import checkpoint as checkpoints
 from glyphgpt import plot
 from glyphgpt import runtime as runtimes
 from glyphgpt.batches import Windows, window_starts, windows_per_epoch
-from glyphgpt.checkpoint import BEST, LAST, Checkpoint, Progress
+from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Progress
 from glyphgpt.decoder import Decoder
 from glyphgpt.evaluate import Score, evaluate
 from glyphgpt.folder import locked, write_whole
 from glyphgpt.generate import LanguageModel, SamplingRule, generate
 from glyphgpt.metrics import Metrics, check_trackers
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
+from glyphgpt.parallel import checkpoint_activations, exchanging, replicate, shard
 from glyphgpt.runtime import OnDevice, Runtime, StopRequest
 from glyphgpt.shards import Dataset, load_dataset
 from glyphgpt.state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
@@ -58,6 +59,7 @@ from model import GPT, GPTConfig
 def main(settings: TrainSettings) -> None:
     """Do what the settings ask for: train, or only evaluate, or only show the network."""
     with runtimes.start(settings.device, settings.dtype) as runtime:
+        settings = after_restart(settings, runtime)
         data_dir = Path(settings.data_dir)
         dataset = load_dataset(data_dir / settings.dataset, data_dir)
         settings, first = begin_with(settings, dataset)
@@ -74,6 +76,13 @@ def main(settings: TrainSettings) -> None:
                     print(f"{settings.out_dir}/{BEST}: validation {score}")
             else:
                 Trainer(settings, dataset, runtime, first).train()
+
+
+def after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
+    """Where torchrun lost a process and started all again, go on from the run's last checkpoint."""
+    if runtime.restarted and (Path(settings.out_dir) / LAST).exists():
+        return settings.model_copy(update={"resume": True, "overwrite": False})
+    return settings
 
 
 def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings, GPT | None]:
@@ -176,11 +185,19 @@ class Trainer:
         torch.manual_seed(settings.seed)
         form = settings.model_dump(include={field.name for field in fields(GPTConfig)})
         self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **form)
-        self.model = GPT(self.config).to(runtime.device)
+        self.model = GPT(self.config)
         if first:
             shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
             weights = {name: tensor[: shapes[name][0]] for name, tensor in first.state_dict().items()}  # of positions
             self.model.load_state_dict(weights)
+        if settings.activation_checkpointing:
+            checkpoint_activations(self.model)
+        self.sharded = settings.parallel == "fsdp" and runtime.world_size > 1
+        if self.sharded and runtime.dtype == torch.float16:
+            raise UsageError("parallel = 'fsdp' does not go with float16; take --dtype=bfloat16 or float32")
+        if self.sharded:
+            shard(self.model, runtime)  # which moves a block at a time
+        self.model.to(runtime.device)
         self.parameters = list(self.model.parameters())
         products = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         self.optimizers = make_optimizers(self.model, settings, products)
@@ -221,7 +238,7 @@ class Trainer:
                 if progress.step % settings.eval_every == 0 or progress.step == settings.max_steps:
                     self.evaluate_and_save(metrics)
                 elif stopping or (settings.save_every and progress.step % settings.save_every == 0):
-                    self.save(LAST)
+                    self.save(LAST, self.weights())
         return stop.signal or signal.SIGTERM if stopping else None
 
     def open_run(self) -> bool:
@@ -300,7 +317,7 @@ class Trainer:
         compiled = runtimes.compile_or_eager(
             self.model, self.settings.compile, self.runtime, (example[:, :-1], example[:, 1:])
         )
-        return runtimes.parallel(compiled, self.runtime)
+        return replicate(compiled, self.runtime) if self.runtime.world_size > 1 and not self.sharded else compiled
 
     def batch(self) -> Tensor:
         """Return this process's share of the step's sequences, each with its target: (share, block_size + 1)."""
@@ -346,8 +363,7 @@ class Trainer:
         total = torch.zeros((), device=self.runtime.device)
         parts = torch.tensor_split(sequences, math.ceil(len(sequences) / self.settings.batch_size))
         for number, part in enumerate(parts, start=1):
-            wait = self.runtime.world_size > 1 and number < len(parts)  # processes exchange gradients once
-            with self.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]
+            with exchanging(self.forward, now=number == len(parts)):
                 with self.runtime.autocast():
                     loss = self.forward(part[:, :-1], part[:, 1:]) * (len(part) / len(sequences))
                 self.scaler.scale(loss).backward()
@@ -390,16 +406,24 @@ class Trainer:
         metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
         better = score.loss < progress.best_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+        weights = self.weights()
         if better:  # before last.safetensors, which would otherwise promise a best that is not there
             progress.best_loss = score.loss
-            self.save(BEST, score)
-        self.save(LAST, score)
+            self.save(BEST, weights, score)
+        self.save(LAST, weights, score)
         self.say(f"step {progress.step:,}: validation {score}{', the best so far' if better else ''}")
-        if settings.sample_tokens and self.runtime.is_main:
-            self.say("".join(f"  | {line}\n" for line in self.sample().splitlines()))
+        if settings.sample_tokens and (self.runtime.is_main or self.runtime.device.type != "cpu"):
+            self.say("".join(f"  | {line}\n" for line in self.sample(weights).splitlines()))
 
-    def save(self, name: str, score: Score | None = None) -> None:
+    def weights(self) -> Arrays:
+        """Return the model's weights, or nothing in processes that do not write; every one must ask."""
+        return model_arrays(self.model, keep=self.runtime.is_main)
+
+    def save(self, name: str, weights: Arrays, score: Score | None = None) -> None:
         """Write a checkpoint: best.safetensors holds the model alone, last.safetensors all that resuming needs."""
+        optimizer: Arrays = {}
+        if name == LAST:
+            optimizer = optimizer_arrays(self.model, self.optimizers, keep=self.runtime.is_main)
         if not self.runtime.is_main:
             return
         self.progress.seconds = self.seconds()
@@ -412,14 +436,13 @@ class Trainer:
             progress=self.progress,
             scaler=self.scaler.state_dict(),
         )
-        optimizer = optimizer_arrays(self.model, self.optimizers) if name == LAST else {}
-        checkpoints.save(Checkpoint(info, model_arrays(self.model), optimizer), self.out_dir / name)
+        checkpoints.save(Checkpoint(info, weights, optimizer), self.out_dir / name)
 
-    def sample(self) -> str:
-        """Generate a little text, the same way each time."""
+    def sample(self, weights: Arrays) -> str:
+        """Generate a little text, the same way each time; on GPUs in every process, which may hold but a share."""
         self.model.eval()
         if self.runtime.device.type == "cpu":
-            model: LanguageModel = Decoder(asdict(self.config), model_arrays(self.model))
+            model: LanguageModel = Decoder(asdict(self.config), weights)
         else:
             model = OnDevice(self.model, self.runtime)
         tokens = generate(

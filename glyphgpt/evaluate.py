@@ -35,23 +35,25 @@ def evaluate(
     """Score a split tile by tile, block_size tokens each; every token but the very first is predicted once.
 
     `batch_size` is that of training: four times as much fits without gradients, and is faster. `max_tokens` above 0
-    takes so many tokens from the split's start only. Processes share the tiles.
+    takes so many tokens from the split's start only. Processes share the tiles; each calls the model equally often,
+    as a shared-out model needs.
     """
     tokens = min(windows.split.tokens, max_tokens or windows.split.tokens)
     tiles, rest = divmod(tokens - 1, block_size)
     starts = np.arange(tiles, dtype=np.int64) * block_size
-    mine = starts[runtime.rank :: runtime.world_size]
-    batches = [(mine[i : i + 4 * batch_size], block_size) for i in range(0, len(mine), 4 * batch_size)]
-    if rest and runtime.rank == 0:
-        batches.append((np.array([tiles * block_size]), rest))
+    calls = math.ceil(tiles / (4 * batch_size * runtime.world_size))
+    parts = np.array_split(starts[runtime.rank :: runtime.world_size], calls) if calls else []
+    batches = [(part if part.size else starts[:1], block_size, part.size) for part in parts]
+    if rest:
+        batches.append((np.array([tiles * block_size]), rest, int(runtime.is_main)))
     was_training = model.training
     model.eval()
     total = 0.0
-    for batch_starts, length in batches:
+    for batch_starts, length, counted in batches:
         sequences = windows.at(batch_starts, length + 1)
         with runtime.autocast():
             loss = model(sequences[:, :-1], sequences[:, 1:])
-        total += loss.item() * len(batch_starts) * length
+        total += loss.item() * counted * length
     model.train(was_training)
     (total,) = runtime.sum(total)
     loss = total / (tokens - 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from glyphgpt.parallel import gather, local, part_of, whole
 from glyphgpt.settings import Optimization
 
 TABLE_FACTOR = 4.0
@@ -78,10 +79,11 @@ class AdamW(Optimizer):
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         """Update parameters that have a gradient, and their state."""
         states = [self.state[parameter] for parameter in parameters]
-        means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        means, squares, steps = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
-            parameters, gradients, means, squares, [], steps, fused=True, amsgrad=False, beta1=self.beta1,
-            beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
+            list(map(local, parameters)), list(map(local, gradients)), means, squares, [], steps, fused=True,
+            amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=1e-8, maximize=False,
         )  # fmt: skip
 
 
@@ -106,17 +108,19 @@ class Muon(Optimizer):
 
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         """Update matrices that have a gradient, and their momentum."""
-        means = [self.state[parameter]["momentum"] for parameter in parameters]
+        means = [local(self.state[parameter]["momentum"]) for parameter in parameters]
+        gradients = list(map(local, gradients))
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
         ahead = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov's look ahead
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(list(map(local, parameters)), 1 - group["lr"] * group["weight_decay"])
         by_shape = defaultdict(list)
         for parameter, direction in zip(parameters, ahead, strict=True):
-            by_shape[parameter.shape].append((parameter, direction))
+            by_shape[parameter.shape].append((parameter, gather(direction, parameter)))
         for shape, pairs in by_shape.items():
             together = orthogonal(torch.stack([direction for _, direction in pairs]), self.dtype)
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            torch._foreach_add_([parameter for parameter, _ in pairs], list(together.unbind()), alpha=-rate)
+            changes = [part_of(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
+            torch._foreach_add_([local(parameter) for parameter, _ in pairs], changes, alpha=-rate)
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -167,7 +171,7 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     """Scale gradients down to at most this norm (0: leave them), and return the norm they had."""
-    norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    norm = whole(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
     if limit and norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()

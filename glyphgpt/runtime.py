@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from glyphgpt.errors import Failure, UsageError, warn
 
@@ -60,6 +58,11 @@ class Runtime:
         """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier()
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun started the processes again after it lost one (--max-restarts)."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @contextmanager
@@ -158,16 +161,6 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
         compiled = model
     model.zero_grad(set_to_none=True)
     return compiled
-
-
-def parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Wrap a model so that its gradients are averaged over all processes."""
-    if runtime.world_size == 1:
-        return model
-    devices = [runtime.device] if runtime.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.9 does not know
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # they never change
 
 
 class OnDevice:

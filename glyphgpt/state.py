@@ -1,7 +1,12 @@
-"""Between torch and checkpoints: weights and optimizer state as arrays by name, and back."""
+"""Between torch and checkpoints: weights and optimizer state as arrays by name, and back.
 
+A model may be shared out over processes (`glyphgpt/parallel.py`); its checkpoints are as those of any other.
+"""
+
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -9,13 +14,22 @@ from glyphgpt.checkpoint import Arrays, Checkpoint
 from glyphgpt.decoder import check_form
 from glyphgpt.errors import Failure
 from glyphgpt.optim import Optimizer
+from glyphgpt.parallel import local, part_of, whole
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def model_arrays(model: nn.Module) -> Arrays:
-    """Return the weights by name. On a CPU they are not copied."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+def model_arrays(model: nn.Module, *, keep: bool = True) -> Arrays:
+    """Return the weights by name, or nothing if they are not to be kept. On a CPU they are not copied.
+
+    Every process must ask for those of a shared-out model, even if it does not keep them.
+    """
+    return _arrays(model.state_dict().items(), keep=keep)
+
+
+def _arrays(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> Arrays:
+    complete = ((name, whole(tensor)) for name, tensor in tensors)
+    return {name: tensor.cpu().numpy() for name, tensor in complete if keep}
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -24,10 +38,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         Failure: names or shapes differ.
     """
+    other = Failure(f"{checkpoint.path}: its config and its weights do not belong together")
+    weights = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != {name: array.shape for name, array in checkpoint.model.items()}:
+        raise other
     try:
-        model.load_state_dict({name: torch.from_numpy(array) for name, array in checkpoint.model.items()})
-    except (RuntimeError, TypeError) as error:  # numpy has types of which torch knows nothing
-        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+        for name, tensor in weights.items():
+            local(tensor).copy_(part_of(torch.from_numpy(checkpoint.model[name]), tensor))
+    except TypeError as error:  # numpy has types of which torch knows nothing
+        raise other from error
 
 
 def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[Any]) -> M:
@@ -46,15 +66,24 @@ def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[
     return model
 
 
-def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer]) -> Arrays:
-    """Return the optimizers' state as KIND.PARAMETER.KEY; nothing before the first step. On a CPU it is not copied."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{type(optimizer).__name__}.{names[parameter]}.{key}": value.cpu().numpy()
+def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer], *, keep: bool = True) -> Arrays:
+    """Return the optimizers' state as KIND.PARAMETER.KEY; nothing before the first step. On a CPU it is not copied.
+
+    Every process must ask for that of a shared-out model, even if it does not keep it.
+    """
+    names = _names(model)
+    tensors = (
+        (f"{type(optimizer).__name__}.{names[parameter]}.{key}", value)
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-    }
+    )
+    return _arrays(tensors, keep=keep)
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    """Return each parameter's name. A shared-out model's `named_parameters` may be whole ones, for a while."""
+    return {parameter: name for name, parameter in model.state_dict(keep_vars=True).items()}
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint: Checkpoint) -> None:
@@ -66,17 +95,16 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
     if checkpoint.info.progress.step == 0:
         return
     other = Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
-    device = next(model.parameters()).device
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names = _names(model)
     unused = dict(checkpoint.optimizer)
     for optimizer in optimizers:
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             state = optimizer.new_state(parameter)
             for key, value in state.items():
                 array = unused.pop(f"{type(optimizer).__name__}.{names[parameter]}.{key}", None)
-                if array is None or array.shape != value.shape or array.dtype != value.cpu().numpy().dtype:
+                if array is None or array.shape != value.shape or array.dtype != np.float32:
                     raise other
-                state[key] = torch.tensor(array, device=device)  # a copy, which the optimizer may change
+                local(value).copy_(part_of(torch.from_numpy(array), value))
             optimizer.state[parameter] = state
     if unused:
         raise other
