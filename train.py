@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -321,12 +322,16 @@ class Trainer:
 
     def batch(self) -> Tensor:
         """Return this process's share of the step's sequences, each with its target: (share, block_size + 1)."""
-        share = self.sequences // self.runtime.world_size
-        first = self.progress.step * self.sequences + self.runtime.rank * share
-        block_size, train = self.settings.block_size, self.dataset.train
-        return self.train_windows.at(
-            window_starts(train.tokens, block_size, self.settings.seed, first, share), block_size + 1
-        )
+        length = self.settings.block_size + 1
+        sequences = self.train_windows.at(self.starts(self.progress.step), length)
+        self.train_windows.expect(self.starts(self.progress.step + 1), length)
+        return sequences
+
+    def starts(self, step: int) -> NDArray[np.int64]:
+        """Return where this process's share of a step's sequences start in the text."""
+        settings, share = self.settings, self.sequences // self.runtime.world_size
+        first = step * self.sequences + self.runtime.rank * share
+        return window_starts(self.dataset.train.tokens, settings.block_size, settings.seed, first, share)
 
     def update(self, stop: StopRequest) -> tuple[Update, bool]:
         """Do one update; return how it went, and whether any process was asked to stop.

@@ -8,7 +8,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from glyphgpt import batches
-from glyphgpt.batches import Windows, epoch_starts, window_starts, windows_per_epoch
+from glyphgpt.batches import Windows, epoch_order, window_starts, windows_per_epoch
 from glyphgpt.shards import Split
 
 SEEDS = st.integers(0, 2**63)
@@ -50,7 +50,7 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for(text: tuple[int, int],
     twelve = window_starts(*text, seed, first, 12).tolist()
     halves = [window_starts(*text, seed, first + offset, 6) for offset in (0, 6)]
     singles = [window_starts(*text, seed, first + offset, 1) for offset in reversed(range(12))]
-    epoch_starts.cache_clear()
+    epoch_order.cache_clear()
     assert np.concatenate(halves).tolist() == np.concatenate(singles[::-1]).tolist() == twelve
     assert window_starts(*text, seed, first, 12).tolist() == twelve
 
@@ -86,9 +86,14 @@ def test_windows_hold_the_tokens_from_each_start_on(
     rows = windows.at(starts, 10)
     assert rows.dtype == torch.int64
     assert rows.tolist() == [tokens[start : start + 10].tolist() for start in starts]
+    windows.expect(starts[:2], 10)
+    assert windows.at(starts, 10).equal(rows), "whatever was expected"
+    windows.expect(starts, 10)
+    assert windows.at(starts, 10).equal(rows)
     monkeypatch.setattr(Split, "slice", None)
+    assert windows.at(starts, 10).equal(rows), "read already"
     if resident:
-        assert windows.at(starts, 10).equal(rows)
+        assert windows.at(starts[:2], 10).equal(rows[:2])
     else:
         with pytest.raises(TypeError):
-            windows.at(starts, 10)
+            windows.at(starts[:2], 10)
