@@ -42,6 +42,7 @@ from glyphgpt import plot
 from glyphgpt import runtime as runtimes
 from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Progress
+from glyphgpt.convert import from_huggingface
 from glyphgpt.decoder import Decoder
 from glyphgpt.evaluate import Score, evaluate
 from glyphgpt.folder import locked, write_whole
@@ -94,7 +95,11 @@ def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings
     """
     if not settings.init_from or settings.resume:
         return settings, None
-    checkpoint = checkpoints.load(checkpoints.find(Path(settings.init_from)), with_optimizer=False)
+    place = Path(settings.init_from)
+    if from_huggingface.is_there(place):
+        checkpoint = from_huggingface.read(place, Path(settings.data_dir))
+    else:
+        checkpoint = checkpoints.load(checkpoints.find(place), with_optimizer=False)
     check_vocabulary(checkpoint, dataset)
     first = make_model(checkpoint, GPT, GPTConfig)
     form = {name: getattr(first.config, name) for name in Network.model_fields.keys() - {"dropout", "init"}}
@@ -147,7 +152,8 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """
     if checkpoint.info.tokenizer != dataset.meta.tokenizer:
         raise Failure(
-            f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the data set of that run"
+            f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the data set of that run, or "
+            "prepare one with its tokenizer"
         )
 
 

@@ -41,7 +41,8 @@ class Files(Settings):
     out_dir: Name = "out/run"
     """Folder of this run: checkpoints, metrics and settings."""
     init_from: Name = ""
-    """A run, or a checkpoint, whose weights and network to begin with; block_size may be less, dropout another."""
+    """A run, a checkpoint, or a Hugging Face GPT-2's folder, whose weights and network to begin with; block_size may
+    be less, dropout another."""
 
 
 class Network(Settings):

@@ -1,8 +1,10 @@
-"""Bring models, data and settings from other programs.
+"""Bring models, data and settings from other programs, and take models to them.
 
     python -m glyphgpt.convert nanogpt ckpt.pt --meta=meta.pkl --out=out/mine/best.safetensors
     python -m glyphgpt.convert nanogpt-data nanoGPT/data/shakespeare_char --name=mine
     python -m glyphgpt.convert nanogpt-config train_shakespeare_char.py --out=config/mine.toml
+    python -m glyphgpt.convert huggingface FOLDER --out=out/gpt2/best.safetensors
+    python -m glyphgpt.convert to-huggingface out/run --out=FOLDER
 
 Nothing that comes from a file is executed.
 """
@@ -11,12 +13,18 @@ import sys
 from pathlib import Path
 
 from glyphgpt.commandline import parse
-from glyphgpt.convert import nanogpt
+from glyphgpt.convert import from_huggingface, nanogpt, to_huggingface
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.settings import ConvertSettings
 
-USAGE = "python -m glyphgpt.convert KIND FILE [--key=value ...]"
-KINDS = {"nanogpt": nanogpt.checkpoint, "nanogpt-data": nanogpt.data_set, "nanogpt-config": nanogpt.config}
+USAGE = "python -m glyphgpt.convert KIND PLACE [--key=value ...]"
+KINDS = {
+    "nanogpt": nanogpt.checkpoint,
+    "nanogpt-data": nanogpt.data_set,
+    "nanogpt-config": nanogpt.config,
+    "huggingface": from_huggingface.checkpoint,
+    "to-huggingface": to_huggingface.folder,
+}
 
 
 def main() -> None:

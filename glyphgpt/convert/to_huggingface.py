@@ -1,0 +1,340 @@
+"""To Hugging Face's transformers (https://github.com/huggingface/transformers): a folder that its Auto classes load.
+
+GPT-2's own form goes into its GPT-2. Forms with rotary positions go into the architecture there that is the same
+network under other names: GPT-NeoX with LayerNorm, Arcee with RMSNorm, Apertus with normalised queries and keys too.
+What no architecture there can compute is refused.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.checkpoint import Arrays
+from glyphgpt.convert.nanogpt import OURS
+from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
+from glyphgpt.decoder import EPSILON, Form, check_form, expected_shapes
+from glyphgpt.errors import Failure, UsageError, writing
+from glyphgpt.settings import ConvertSettings
+from glyphgpt.tokenizer import CharTokenizer, Tokenizer, from_plain
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unknown>"
+"""Stands for no token, on purpose: transformers then refuses a character that the vocabulary lacks."""
+
+ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu2": "relu2"}
+TURNED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
+"""What its GPT-2 holds the other way round."""
+
+GPT2 = {ours: theirs for theirs, ours in OURS.items()} | {"blocks": "transformer.h"}  # nanoGPT's names come from there
+NEOX = {
+    "token_embedding": "gpt_neox.embed_in",
+    "blocks": "gpt_neox.layers",
+    "attention_norm": "input_layernorm",
+    "attention.qkv": "attention.query_key_value",
+    "attention.out": "attention.dense",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+    "norm": "gpt_neox.final_layer_norm",
+    "head": "embed_out",
+}
+ARCEE = {
+    "token_embedding": "model.embed_tokens",
+    "blocks": "model.layers",
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+APERTUS = ARCEE | {
+    "attention_norm": "attention_layernorm",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp_norm": "feedforward_layernorm",
+}
+"""Each architecture's names of our modules."""
+
+
+def folder(place: Path, settings: ConvertSettings) -> str:
+    """Turn a run, or a checkpoint, into a folder for transformers; return what to say.
+
+    Raises:
+        UsageError: no place to write is named, or something is there already.
+        Failure: the checkpoint cannot be used, or no architecture there can compute its network.
+    """
+    if not settings.out:
+        raise UsageError("say where to write: --out=out/huggingface")
+    checkpoint = checkpoints.load(checkpoints.find(place), with_optimizer=False)
+    checkpoint.check_weights()
+    tokenizer = from_plain(checkpoint.info.tokenizer, Path(settings.data_dir))
+    try:
+        form = check_form(checkpoint.info.model, checkpoint.model)
+    except ValueError as error:
+        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+    if tokenizer.vocab_size != form.vocab_size:
+        raise Failure(f"{checkpoint.path}: its model and its tokenizer differ in their vocabularies")
+    for there, what, instead in inexpressible(form):
+        if there:
+            raise Failure(
+                f"{checkpoint.path}: transformers has no architecture with {what}; train with {instead} to write it"
+            )
+    config, weights = convert(form, checkpoint.model)
+    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
+    with new_folder(Path(settings.out), overwrite=settings.overwrite) as new:
+        write_json(new / CONFIG, config | ends)
+        write_json(new / "generation_config.json", ends)
+        write_json(new / TOKENIZER, tokenizer_json(tokenizer, Path(settings.data_dir)))
+        write_json(new / "tokenizer_config.json", tokenizer_config(tokenizer, form))
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in weights.items()}, new / WEIGHTS, {"format": "pt"}
+        )
+        (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors makes it private
+    return (
+        f"{settings.out}: {config['architectures'][0]}, {form.vocab_size:,} tokens; "
+        f"load it: AutoModelForCausalLM.from_pretrained({settings.out!r})"
+    )
+
+
+def inexpressible(form: Form) -> Iterator[tuple[bool, str, str]]:
+    """Yield whether a form has something that no architecture there has, what it is, and what to train with instead."""
+    rotary, rms = form.position == "rotary", form.norm == "rmsnorm"
+    yield form.ngram > 1, f"n-gram tables (ngram = {form.ngram})", "ngram = 1"
+    yield form.token_shift, "token_shift", "token_shift = false"
+    yield rms and not rotary, f"norm = 'rmsnorm' and position = '{form.position}'", "position = 'rotary'"
+    yield form.qk_norm and not rms, "qk_norm and norm = 'layernorm'", "qk_norm = false"
+    yield form.qk_norm and form.bias, "qk_norm and biases", "bias = false"
+
+
+def convert(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Return config and weights of the architecture that is a form's network."""
+    if form.position != "rotary":
+        return gpt2(form, weights)
+    return neox(form, weights) if form.norm == "layernorm" else arcee(form, weights)
+
+
+def gpt2(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Its GPT-2: learned positions and LayerNorm; fixed waves are a learned table there."""
+    bias = form.bias
+    if form.position == "sinusoidal":
+        form, weights = with_learned_waves(form, weights)
+    filled = fill(form, weights, bias=True)
+    names = {name: array.T if name.endswith(TURNED) else array for name, array in filled.items()}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": form.vocab_size,
+        "n_positions": form.block_size,
+        "n_embd": form.n_embd,
+        "n_layer": form.n_layer,
+        "n_head": form.n_head,
+        "activation_function": ACTIVATIONS[form.activation],
+        "layer_norm_epsilon": EPSILON["layernorm"],
+        "embd_pdrop": form.dropout,
+        "attn_pdrop": form.dropout,
+        "resid_pdrop": form.dropout,
+        "tie_word_embeddings": form.tie_embeddings,
+        "bias": bias,  # transformers has always biases, and ignores this; it tells us on the way back
+        "dtype": "float32",
+    }
+    return config, renamed(names, GPT2)
+
+
+def with_learned_waves(form: Form, weights: Arrays) -> tuple[Form, Arrays]:
+    """Write sinusoidal positions as a learned table, with the embeddings scaled, and a head that is not."""
+    pair = 10000.0 ** (-2 * np.arange(form.n_embd // 2) / form.n_embd)
+    angle = np.outer(np.arange(form.block_size), pair).astype(np.float32)  # (T, C / 2)
+    waves = np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(form.block_size, -1)  # (T, C)
+    embedding = weights["token_embedding.weight"]
+    learned = {
+        "token_embedding.weight": embedding * np.float32(math.sqrt(form.n_embd)),
+        "position.embedding.weight": waves,
+        "head.weight": weights.get("head.weight", embedding),
+    }
+    return form.model_copy(update={"position": "learned", "tie_embeddings": False}), weights | learned
+
+
+def neox(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Its GPT-NeoX: rotary positions and LayerNorm; each head's query, key and value stand together."""
+    filled = fill(form, weights, bias=True)
+    for name in [name for name in filled if ".attention.qkv." in name]:
+        heads = filled[name].reshape(3, form.n_head, form.n_embd // form.n_head, -1)
+        filled[name] = heads.swapaxes(0, 1).reshape(filled[name].shape)
+    config = {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "layer_norm_eps": EPSILON["layernorm"],
+        "use_parallel_residual": False,
+        "rotary_pct": 1.0,  # before 5 too
+        "attention_bias": True,
+        "hidden_dropout": form.dropout,
+    }
+    return shared(form) | config, renamed(filled, NEOX)
+
+
+def arcee(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Its Arcee, or with normalised queries and keys its Apertus: rotary positions and RMSNorm, whose gains are 1."""
+    parts: Arrays = {}
+    for name, array in fill(form, weights, norm="layernorm", bias=False).items():
+        if ".attention.qkv." in name:
+            parts |= {name.replace("qkv", part): third for part, third in zip("qkv", np.split(array, 3), strict=True)}
+        else:
+            parts[name] = array
+    config: dict[str, Any] = {"rms_norm_eps": EPSILON["rmsnorm"], "num_key_value_heads": form.n_head}
+    if not form.qk_norm:
+        config |= {"model_type": "arcee", "architectures": ["ArceeForCausalLM"], "mlp_bias": form.bias}
+        return shared(form) | config, renamed(parts, ARCEE)
+    gain = np.ones(form.n_embd // form.n_head, np.float32)
+    parts |= {f"blocks.{layer}.attention.{x}_norm.weight": gain for layer in range(form.n_layer) for x in "qk"}
+    config |= {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
+    return shared(form) | config, renamed(parts, APERTUS)
+
+
+def shared(form: Form) -> dict[str, Any]:
+    """Return what the configs of its newer architectures have in common."""
+    return {
+        "vocab_size": form.vocab_size,
+        "hidden_size": form.n_embd,
+        "intermediate_size": 4 * form.n_embd,
+        "num_hidden_layers": form.n_layer,
+        "num_attention_heads": form.n_head,
+        "max_position_embeddings": form.block_size,
+        "hidden_act": ACTIVATIONS[form.activation],
+        "attention_bias": form.bias,
+        "attention_dropout": form.dropout,
+        "tie_word_embeddings": form.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        "rope_theta": 10000.0,  # this and the next as transformers before 5 reads them
+        "rope_scaling": None,
+        "dtype": "float32",
+    }
+
+
+def fill(form: Form, weights: Arrays, **changes: object) -> Arrays:
+    """Add the gains of 1 and the biases of 0 that the weights of a changed form would have and these have not."""
+    shapes = expected_shapes(form.model_copy(update=changes))
+    missing = {name: shape for name, shape in shapes.items() if name not in weights}
+    return weights | {name: np.full(shape, name.endswith(".weight"), np.float32) for name, shape in missing.items()}
+
+
+def renamed(weights: Arrays, names: dict[str, str]) -> Arrays:
+    """Return the weights under an architecture's names.
+
+    >>> list(renamed({"blocks.3.mlp.up.weight": np.zeros(1)}, GPT2))
+    ['transformer.h.3.mlp.c_fc.weight']
+    """
+    result: Arrays = {}
+    for name, array in weights.items():
+        module, _, kind = name.rpartition(".")
+        block = ""
+        if module.startswith("blocks."):
+            _, layer, module = module.split(".", 2)
+            block = f"{names['blocks']}.{layer}."
+        result[f"{block}{names[module]}.{kind}"] = array
+    return result
+
+
+def tokenizer_json(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
+    """Return a tokenizer in the format of Hugging Face's tokenizers library, with the very same ids.
+
+    A text that spells GPT-2's end-of-text mark is ordinary text, as it is here: tokenizer_config.json says so.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True, "normalized": False,
+           "single_word": False, "lstrip": False, "rstrip": False}  # fmt: skip
+    characters = isinstance(tokenizer, CharTokenizer)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end] if tokenizer.end_of_text else [],
+        "normalizer": None,
+        "pre_tokenizer": each if characters else byte_level,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"} if characters else byte_level,
+        "model": vocabulary(tokenizer, data_dir),
+    }
+
+
+def vocabulary(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
+    """Return the part of tokenizer.json that tells what each id means: whole characters, or bytes with their merges."""
+    if isinstance(tokenizer, CharTokenizer):
+        return {"type": "WordLevel", "vocab": ids_of(tokenizer.characters), "unk_token": UNKNOWN}
+    ids, merges = ids_of(byte_letters()), []
+    if tokenizer.kind == "gpt2":
+        ids = json.loads(fetch(GPT2_ENCODER, data_dir).read_bytes())
+        merges = fetch(GPT2_MERGES, data_dir).read_text(encoding="utf-8").splitlines()[1:]  # after the version
+    return {"type": "BPE", "vocab": ids, "merges": merges}
+
+
+def ids_of(letters: str) -> dict[str, int]:
+    """Number the letters of a text from 0."""
+    return {letter: token for token, letter in enumerate(letters)}
+
+
+def byte_letters() -> str:
+    """Return the letter that stands for each of the 256 bytes: itself where it is printable Latin-1, else a later one.
+
+    That is how GPT-2 wrote its vocabulary (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+def tokenizer_config(tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
+    """Return what transformers asks of a tokenizer beyond tokenizer.json."""
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "split_special_tokens": True}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": form.block_size,
+        "clean_up_tokenization_spaces": False,
+    } | (ends if tokenizer.end_of_text else {})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON as transformers does."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def new_folder(place: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a hidden folder to write to, that becomes `place` at the end, whole.
+
+    Raises:
+        UsageError: something is there already, which `overwrite` does not allow to replace.
+        Failure: it could not be written.
+    """
+    if place.exists() and not overwrite:
+        raise UsageError(f"{place} is there already; add --overwrite to replace it, or choose another --out")
+    if place.exists() and not ((place / CONFIG).is_file() and (place / WEIGHTS).is_file()):
+        raise UsageError(f"{place} is no model of Hugging Face's, so it is not replaced; choose another --out")
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as hidden:
+            new, old = Path(hidden) / "new", Path(hidden) / "old"
+            new.mkdir()
+            yield new
+            try:
+                if place.exists():
+                    place.rename(old)
+                new.rename(place)
+            except BaseException:  # a Ctrl-C between the two as well
+                if old.exists() and not place.exists():
+                    old.rename(place)
+                raise
