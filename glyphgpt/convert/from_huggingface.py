@@ -69,6 +69,8 @@ def read(place: Path, data_dir: Path) -> Checkpoint:
     Raises:
         Failure: it is none, or one that our network cannot compute.
     """
+    if not place.exists():
+        raise Failure(f"{place}: no such file or folder")
     folder = place if place.is_dir() else place.parent
     path = place if place.is_file() else folder / WEIGHTS
     form = form_of(folder / CONFIG)
@@ -163,7 +165,8 @@ def read_weights(paths: list[Path]) -> Arrays:
                     tensor = file.get_tensor(theirs)
                     if name in weights or not tensor.is_floating_point():
                         raise KeyError(theirs)
-                    weights[name] = (tensor.T if name.endswith(TURNED) else tensor).float().numpy()
+                    array = tensor.float().numpy()
+                    weights[name] = array.T if name.endswith(TURNED) else array
         except OSError as error:
             raise Failure(f"{path}: cannot be read: {error.strerror or error}") from error
         except (KeyError, ValueError) as error:

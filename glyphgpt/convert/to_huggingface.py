@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from glyphgpt import checkpoint as checkpoints
@@ -100,10 +101,7 @@ def folder(place: Path, settings: ConvertSettings) -> str:
         write_json(new / "generation_config.json", ends)
         write_json(new / TOKENIZER, tokenizer_json(tokenizer, Path(settings.data_dir)))
         write_json(new / "tokenizer_config.json", tokenizer_config(tokenizer, form))
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in weights.items()}, new / WEIGHTS, {"format": "pt"}
-        )
-        (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors makes it private
+        write_weights(new / WEIGHTS, weights)
     return (
         f"{settings.out}: {config['architectures'][0]}, {form.vocab_size:,} tokens; "
         f"load it: AutoModelForCausalLM.from_pretrained({settings.out!r})"
@@ -310,6 +308,15 @@ def tokenizer_config(tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_weights(path: Path, weights: Arrays) -> None:
+    """Write safetensors as transformers does, as open to others as the folder is."""
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(str(error)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 @contextmanager
