@@ -78,7 +78,8 @@ def load(folder: Path) -> tuple[Any, Any]:
     """Load model and tokenizer as its users do."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def assert_same_logits(one: Any, other: Any, vocab_size: int, T: int = 16) -> None:
@@ -310,7 +311,7 @@ def test_another_vocabulary_of_as_many_word_pieces_is_refused(tmp_path: Path, gp
 def training(data_dir: Path, out_dir: Path, **changes: Any) -> TrainSettings:
     """Settings of a run of seconds that say nothing of the network."""
     chosen = {
-        "dataset": "pieces", "data_dir": data_dir, "out_dir": out_dir, "batch_size": 4, "max_steps": 30,
+        "dataset": "told", "data_dir": data_dir, "out_dir": out_dir, "batch_size": 4, "max_steps": 30,
         "eval_every": 15, "sample_tokens": 3, "warmup_steps": 2, "learning_rate": 0.01, "picture": False,
         "dtype": "float32", "device": "cpu", "compile": False,
     } | changes  # fmt: skip
@@ -319,10 +320,10 @@ def training(data_dir: Path, out_dir: Path, **changes: Any) -> TrainSettings:
 
 def test_fine_tuning(tmp_path: Path, gpt2_data_dir: Path) -> None:
     folder = gpt2_folder(tmp_path / "theirs", gpt2_data_dir, "tokenizer.json")
-    prepare_text(some_text(3000), gpt2_data_dir, "pieces", tokenizer="gpt2", overwrite=True)
+    prepare_text(some_text(3000), gpt2_data_dir, "told", tokenizer="gpt2")
     train.main(training(gpt2_data_dir, tmp_path / "run", init_from=folder, block_size=8))
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if row["kind"] == "val"]
-    val = load_dataset(gpt2_data_dir / "pieces", gpt2_data_dir).val
+    val = load_dataset(gpt2_data_dir / "told", gpt2_data_dir).val
     tokens = torch.from_numpy(val.slice(0, val.tokens).astype(np.int64))
     there, _ = load(folder)
     total = 0.0

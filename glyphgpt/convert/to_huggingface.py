@@ -37,37 +37,21 @@ TURNED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.
 
 GPT2 = {ours: theirs for theirs, ours in OURS.items()} | {"blocks": "transformer.h"}  # nanoGPT's names come from there
 NEOX = {
-    "token_embedding": "gpt_neox.embed_in",
-    "blocks": "gpt_neox.layers",
-    "attention_norm": "input_layernorm",
-    "attention.qkv": "attention.query_key_value",
-    "attention.out": "attention.dense",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.up": "mlp.dense_h_to_4h",
-    "mlp.down": "mlp.dense_4h_to_h",
-    "norm": "gpt_neox.final_layer_norm",
-    "head": "embed_out",
-}
+    "token_embedding": "gpt_neox.embed_in", "blocks": "gpt_neox.layers", "attention_norm": "input_layernorm",
+    "attention.qkv": "attention.query_key_value", "attention.out": "attention.dense",
+    "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
+    "norm": "gpt_neox.final_layer_norm", "head": "embed_out",
+}  # fmt: skip
 ARCEE = {
-    "token_embedding": "model.embed_tokens",
-    "blocks": "model.layers",
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
+    "token_embedding": "model.embed_tokens", "blocks": "model.layers", "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj", "norm": "model.norm", "head": "lm_head",
+}  # fmt: skip
 APERTUS = ARCEE | {
-    "attention_norm": "attention_layernorm",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "mlp_norm": "feedforward_layernorm",
-}
+    "attention_norm": "attention_layernorm", "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm", "mlp_norm": "feedforward_layernorm",
+}  # fmt: skip
 """Each architecture's names of our modules."""
 
 
@@ -300,6 +284,7 @@ def tokenizer_config(tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "split_special_tokens": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": form.block_size,
         "clean_up_tokenization_spaces": False,
     } | (ends if tokenizer.end_of_text else {})
