@@ -88,8 +88,11 @@ def assert_same_logits(one: Any, other: Any, vocab_size: int, T: int = 16) -> No
         torch.testing.assert_close(one(tokens), other(tokens).logits, rtol=0, atol=1e-5)
 
 
+ACTIVATIONS = [("gelu_new", "gelu"), ("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_erf"), ("relu2", "relu2")]
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("activation", "ours"), [("gelu_new", "gelu"), ("gelu", "gelu_erf"), ("relu2", "relu2")])
+@pytest.mark.parametrize(("activation", "ours"), ACTIVATIONS)
 def test_their_model_gives_the_same_logits_here(tmp_path: Path, activation: str, ours: str, tied: bool) -> None:
     model = byte_folder(tmp_path / "theirs", activation_function=activation, tie_word_embeddings=tied)
     out = tmp_path / "out" / "best.safetensors"
@@ -171,6 +174,7 @@ def test_our_model_gives_the_same_logits_there(tmp_path: Path, architecture: str
     assert f"{architecture}ForCausalLM" in said or f"{architecture}LMHeadModel" in said
     there, tokenizer = load(tmp_path / "out")
     assert type(there).__name__.startswith(architecture)
+    assert there.config.eos_token_id is there.generation_config.eos_token_id is None, "no id beyond the vocabulary"
     assert_same_logits(model, there, len(CHARACTERS))
     prompt = tokenizer("abc", return_tensors="pt")
     text = there.generate(**prompt, do_sample=False, max_new_tokens=13)[0].tolist()
@@ -503,6 +507,15 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
         to_huggingface.folder(tmp_path, settings(out=tmp_path / "out", overwrite=True))
     assert contents(tmp_path / "out") == before
     assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", "out"}
+
+
+def test_a_run_of_ours_is_ours_whatever_stands_beside_it(tmp_path: Path) -> None:
+    byte_folder(tmp_path)
+    assert from_huggingface.is_there(tmp_path)
+    ours(tmp_path / "best.safetensors", ByteTokenizer())
+    assert not from_huggingface.is_there(tmp_path)
+    with pytest.raises(Failure, match=rf"^{tmp_path / 'missing'}: no such file or folder$"):
+        from_huggingface.read(tmp_path / "missing", tmp_path)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -72,7 +72,6 @@ def read(place: Path, data_dir: Path) -> Checkpoint:
     if not place.exists():
         raise Failure(f"{place}: no such file or folder")
     folder = place if place.is_dir() else place.parent
-    path = place if place.is_file() else folder / WEIGHTS
     form = form_of(folder / CONFIG)
     tokenizer = tokenizer_of(folder, form["vocab_size"], data_dir)
     weights = read_weights(files_of(folder) if place.is_dir() else [place])
@@ -85,11 +84,11 @@ def read(place: Path, data_dir: Path) -> Checkpoint:
     try:
         check_form(form, weights)
     except ValueError as error:
-        raise Failure(f"{path}: its weights are not those that {folder / CONFIG} tells of") from error
+        raise Failure(f"{place}: its weights are not those that {folder / CONFIG} tells of") from error
     info = Info(
         model=form, tokenizer=tokenizer.to_plain(), settings={}, data="", val_loss=None, progress=Progress(), scaler={}
     )  # fmt: skip
-    found = Checkpoint(info, weights, path=path)
+    found = Checkpoint(info, weights, path=place)
     found.check_weights()
     return found
 
