@@ -2,7 +2,8 @@
 
 GPT-2's own form goes into its GPT-2. Forms with rotary positions go into the architecture there that is the same
 network under other names: GPT-NeoX with LayerNorm, Arcee with RMSNorm, Apertus with normalised queries and keys too.
-What no architecture there can compute is refused.
+What no architecture there can compute is refused. Logits are the same but for rounding; with rotary positions this
+grows with the context, for transformers works angles out in float32, and model.py in float64.
 """
 
 import json
