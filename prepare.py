@@ -29,6 +29,7 @@ from tqdm import tqdm
 from glyphgpt.commandline import parse
 from glyphgpt.corpus import fetch, read_recipe
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
+from glyphgpt.memory import keep_freed_memory
 from glyphgpt.settings import PrepareSettings
 from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
 from glyphgpt.text import Documents, Text, open_text
@@ -41,6 +42,7 @@ USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]
 def main() -> None:
     """Prepare a recipe, or the user's own text."""
     settings, words = parse(PrepareSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
+    keep_freed_memory()
     data_dir = Path(settings.data_dir)
     if not words:
         raise UsageError(f"name a recipe or a text: {USAGE}; recipes here: {', '.join(recipe_names(data_dir))}")

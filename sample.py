@@ -3,7 +3,7 @@
     python sample.py out/quick                                    the run's best model
     python sample.py out/quick --prompt="ROMEO:" --num_samples=3
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
-    python sample.py out/quick --score=my.txt
+    python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared data set
 
 A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is all that this needs. The context grows
 to the model's block_size tokens; then its older half is let go of, and it grows again.
@@ -28,7 +28,7 @@ from glyphgpt.decoder import Decoder
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
 from glyphgpt.settings import SampleSettings
-from glyphgpt.shards import Split
+from glyphgpt.shards import META, Split, load_dataset
 from glyphgpt.text import open_text
 from glyphgpt.tokenizer import Tokenizer, Tokens, first_token, from_plain
 
@@ -112,20 +112,37 @@ def gpu_driver() -> bool:
 
 
 def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-    """Print the loss of a text under the model."""
+    """Print the loss of a text, or of a data set's validation split, under the model."""
     from glyphgpt.batches import Windows  # noqa: PLC0415
     from glyphgpt.evaluate import evaluate  # noqa: PLC0415
 
+    split, what = text_to_score(tokenizer, settings)
+    with torch_model(checkpoint, settings) as (model, runtime):
+        windows = Windows(split, runtime.device)
+        score = evaluate(model, windows, runtime, block_size=model.config.block_size, batch_size=16)
+    print(f"{what}, {score}")
+
+
+def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, str]:
+    """Return the tokens that the settings name, and what to say of them.
+
+    Raises:
+        Failure: they are too few, or the model does not know them.
+    """
+    data_dir = Path(settings.data_dir)
+    for folder in (Path(settings.score), data_dir / settings.score):
+        if (folder / META).is_file() and not Path(settings.score).is_file():
+            dataset = load_dataset(folder, data_dir)
+            if dataset.meta.tokenizer != tokenizer.to_plain():
+                raise Failure(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
+            return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
     text = read_file(settings.score)
     tokens = encode(text, tokenizer, settings)
     if len(tokens) < 2:
         raise Failure(f"{settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown(text))
-    with torch_model(checkpoint, settings) as (model, runtime):
-        windows = Windows(Split((tokens,), known), runtime.device)
-        score = evaluate(model, windows, runtime, block_size=model.config.block_size, batch_size=16)
     left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
-    print(f"{settings.score}: {len(tokens):,} tokens{left_out}, {score}")
+    return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{left_out}"
 
 
 def encode(text: str, tokenizer: Tokenizer, settings: SampleSettings) -> Tokens:

@@ -1,9 +1,7 @@
 """The machine a script runs on: device, precision, compilation, processes, and requests to stop."""
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glyphgpt.errors import Failure, UsageError, warn
+from glyphgpt.memory import keep_freed_memory
 
 CPU_OPTIONS: dict[str, Any] = {
     "cpp.vec_isa_ok": True,  # spares ten seconds of trial programs, one for each set of vector instructions
     "cpp.use_decompose_tanh": True,  # by way of exp, in half the time
     "fallback_random": True,  # compiled random numbers are slow on CPUs
 }
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -98,18 +96,6 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
         raise
     finally:
         dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Have freed memory kept for the next step, where glibc would give it back to the system.
-
-    Otherwise each step on a CPU asks for the same thousands of pages anew, up to a third of its time. See mallopt(3).
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        with suppress(AttributeError):  # other C libraries have no mallopt
-            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)  # bytes
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
 def choose_device(name: str) -> torch.device:

@@ -222,9 +222,10 @@ class SampleSettings(Settings):
     interactive: bool = False
     """Ask for prompts in a loop; the text so far is kept as context."""
     score: str = ""
-    """Instead of sampling, tell the loss of this text file under the model; - is standard input."""
+    """Instead of sampling, tell the loss of this text file, or of this data set's validation split, under the model;
+    - is standard input."""
     data_dir: str = "data"
-    """Folder where GPT-2's vocabulary is kept, for models that use it."""
+    """Folder of data sets, and of GPT-2's vocabulary for models that use it."""
     cache: bool = True
     """Keep keys and values between tokens: the same text, sooner."""
     device: str = "auto"

@@ -208,6 +208,18 @@ def test_score_is_the_loss_that_evaluation_tells(
     assert ask(score=str(file), unknown="skip", dtype="float32") == f"{file}: 600 tokens {left_out}, {evaluated}"
 
 
+def test_score_takes_a_data_set_too(data_dir: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small").write_text(some_text(6000)[5400:], encoding="utf-8")
+    loss = ask(score=str(tmp_path / "small")).partition(" 600 tokens, ")[2]
+    said = f"{data_dir / 'small'}: validation split: 600 tokens, {loss}"
+    assert ask(score="small", data_dir=str(data_dir)) == ask(score=str(data_dir / "small")) == said
+    prepare_text(some_text(1000) + "z", data_dir, "other")
+    with pytest.raises(Failure, match=r"other: its vocabulary is not the model's; score its text instead: --score="):
+        ask(score="other", data_dir=str(data_dir))
+    monkeypatch.chdir(tmp_path)
+    assert ask(score="small", data_dir=str(data_dir)).startswith("small: 600 tokens, "), "a file comes first"
+
+
 def test_score_reads_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     standard_input(b"the king", monkeypatch)
     shown = ask(score="-")
