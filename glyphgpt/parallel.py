@@ -24,15 +24,17 @@ def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
     devices = [runtime.device] if runtime.device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.9 does not know
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # they never change
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )  # buffers never change
 
 
 def shard(model: Any, runtime: Runtime) -> None:
     """Share a model's weights out, in place; each block's come together just before they are used.
 
     FSDP2 (Zhao et al. 2023, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html): weights, gradients
-    and optimizer state take 1/N of the memory. Blocks travel in the precision in which they compute, half the bytes in
-    bfloat16; gradients are averaged in float32.
+    and optimizer state take 1/N of the memory. Between GPUs, blocks travel in the precision in which they compute, half
+    the bytes in bfloat16; gradients are averaged in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import (  # noqa: PLC0415
@@ -43,7 +45,7 @@ def shard(model: Any, runtime: Runtime) -> None:
 
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     policy = MixedPrecisionPolicy(
-        param_dtype=None if runtime.dtype == torch.float32 else runtime.dtype,
+        param_dtype=runtime.dtype if runtime.device.type == "cuda" else None,  # a CPU's LayerNorm wants float32
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast decides, as it does without processes
     )

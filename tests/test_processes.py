@@ -149,11 +149,16 @@ def test_one_process_goes_on_with_shares_of_four(runs: Runs, form: str) -> None:
     assert_close_runs(runs.folder / f"{form}-one", runs.folder / f"{form}-fsdp4")
 
 
-def test_one_process_speaks_for_all(data_dir: Path, tmp_path: Path) -> None:
-    status, said, errors = run_train(2, tiny_settings(data_dir, tmp_path / "run", parallel="fsdp"))
+def test_one_process_speaks_for_all_in_bfloat16_too(data_dir: Path, tmp_path: Path) -> None:
+    def settings(name: str) -> TrainSettings:
+        return tiny_settings(data_dir, tmp_path / name, dtype="bfloat16", parallel="fsdp")
+
+    train.main(settings("one"))
+    status, said, errors = run_train(2, settings("two"))
     assert status == 0, errors
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=3e-3)
     assert said.count("step 0: validation") == 1
-    assert "float32, 2 processes; 64 tokens a step" in said
+    assert "bfloat16, 2 processes; 64 tokens a step" in said
     assert not [line for line in errors.splitlines() if line.startswith("warning")]
 
 
