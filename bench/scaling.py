@@ -1,0 +1,273 @@
+"""Estimate memory and time of a step for GPT-2's sizes on 1 to 64 GPUs, on paper, and check the parts of it here.
+
+    python bench/scaling.py            the tables of docs/scaling.md
+    python bench/scaling.py --check    what can be counted on a CPU beside what the formulas say
+
+The formulas and what they leave out are explained in docs/scaling.md. Sizes are in bytes, times in seconds.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from glyphgpt.optim import make_optimizers
+from glyphgpt.parallel import checkpoint_activations, exchanging, local, replicate, shard
+from glyphgpt.runtime import start
+from glyphgpt.settings import Network, TrainSettings
+from model import GPT, GPTConfig
+
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+SEQUENCES = 512  # of an update, whatever the number of GPUs
+AT_ONCE = 8  # sequences that go through a GPU together
+
+GPU_MEMORY = 80e9
+GPU_FLOPS = 0.4 * 989e12  # an H100's bfloat16 products, of which 40% are assumed to be reached
+INSIDE, OUTSIDE = 300e9, 40e9  # bytes a second and GPU, each way: NVLink's 450 and a network's 50, not quite reached
+GPUS_PER_MACHINE = 8
+
+BLOCK_BYTES = 36  # of activations kept for each token, layer and channel; 4 of them are the block's input
+LOGITS_BYTES = 10  # for each token and entry of the vocabulary, at the worst moment
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network of GPT-2's form, without biases."""
+
+    name: str
+    layers: int
+    channels: int
+    heads: int
+    vocabulary: int = 50257
+    context: int = 1024
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block."""
+        return 12 * self.channels**2 + 2 * self.channels
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside the blocks."""
+        return (self.vocabulary + self.context + 1) * self.channels
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in all."""
+        return self.layers * self.block + self.outside
+
+    @property
+    def weight_flops(self) -> int:
+        """Operations for a token, forward and backward: 6 for each weight but those of positions."""
+        return 6 * (self.parameters - self.context * self.channels)
+
+    @property
+    def flops(self) -> int:
+        """Operations for a token, forward and backward, with those of attention, which sees half of the window."""
+        return self.weight_flops + 6 * self.layers * self.channels * self.context
+
+
+SHAPES = (
+    Shape("124M", 12, 768, 12),
+    Shape("354M", 24, 1024, 16),
+    Shape("774M", 36, 1280, 20),
+    Shape("1.56B", 48, 1600, 25),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the GPUs work together."""
+
+    title: str
+    sharded: bool = False
+    recompute: bool = False
+
+    def memory(self, shape: Shape, gpus: int) -> float:
+        """Bytes on each GPU at the worst moment."""
+        weights = shape.parameters
+        total = 12.0 * weights / (gpus if self.sharded else 1)  # weights, and AdamW's two means
+        if self.sharded and gpus > 1:
+            total += 4 * weights / gpus + 2 * 2 * shape.block + 4 * shape.outside  # two blocks gathered, and the rest
+            if SEQUENCES // gpus > AT_ONCE:
+                total += 4 * weights  # gradients that wait for the last batch
+        else:
+            total += 4 * weights + 2 * weights  # gradients, and bfloat16 copies
+        tokens = AT_ONCE * shape.context
+        kept = 4 * shape.layers + BLOCK_BYTES if self.recompute else BLOCK_BYTES * shape.layers
+        return total + tokens * (kept * shape.channels + LOGITS_BYTES * shape.vocabulary)
+
+    def compute_seconds(self, shape: Shape, gpus: int) -> float:
+        """Seconds of products for an update."""
+        again = (4 / 3) if self.recompute else 1
+        return SEQUENCES * shape.context / gpus * shape.flops * again / GPU_FLOPS
+
+    def exchanged(self, shape: Shape, gpus: int) -> float:
+        """Bytes that each GPU sends for an update, by rings."""
+        others = (gpus - 1) / gpus
+        if not self.sharded:
+            return 2 * 4 * shape.parameters * others
+        batches = max(1, SEQUENCES // gpus // AT_ONCE)
+        gathered = 2 * (2 * shape.layers * shape.block) + 4 * shape.outside
+        return (batches * gathered + 4 * shape.parameters) * others
+
+    def exchange_seconds(self, shape: Shape, gpus: int) -> float:
+        """Seconds of exchange for an update, were nothing else done meanwhile."""
+        return self.exchanged(shape, gpus) / (INSIDE if gpus <= GPUS_PER_MACHINE else OUTSIDE)
+
+
+WAYS = (
+    Way("`--parallel=ddp`"),
+    Way("`--parallel=fsdp`", sharded=True),
+    Way("`--parallel=fsdp --activation_checkpointing`", sharded=True, recompute=True),
+)
+
+
+def tables() -> str:
+    """Return the tables of docs/scaling.md."""
+    return "\n".join(line for way in WAYS for line in [*rows(way), ""]).rstrip() + "\n"
+
+
+def rows(way: Way) -> Iterator[str]:
+    """Yield the lines of one way's table."""
+    yield f"{way.title}: GB on each GPU, and seconds for an update (computing; exchanging, if nothing overlapped)"
+    yield ""
+    yield f"| model | {' | '.join(f'{gpus} GPU' + 's' * (gpus > 1) for gpus in GPUS)} |"
+    yield "|---" * (len(GPUS) + 1) + "|"
+    for shape in SHAPES:
+        cells = []
+        for gpus in GPUS:
+            memory = way.memory(shape, gpus)
+            size = f"{memory / 1e9:.0f} GB" + (" (too much)" if memory > GPU_MEMORY else "")
+            cells.append(f"{size}, {way.compute_seconds(shape, gpus):.2f}; {way.exchange_seconds(shape, gpus):.2f}")
+        yield f"| {shape.name} | {' | '.join(cells)} |"
+
+
+def network(shape: Shape) -> GPT:
+    """Return the network of a shape."""
+    form = Network(
+        n_layer=shape.layers, n_head=shape.heads, n_embd=shape.channels, block_size=shape.context
+    ).model_dump()
+    return GPT(GPTConfig(vocab_size=shape.vocabulary, **form))
+
+
+def check() -> None:
+    """Count parameters, operations, activations, memory and exchanged bytes, and print them beside the formulas'."""
+    print("| what | on paper | counted |\n|---|---|---|")
+    for shape in SHAPES:
+        with torch.device("meta"):
+            counted = sum(parameter.numel() for parameter in network(shape).parameters())
+        print(f"| parameters, {shape.name} | {shape.parameters:,} | {counted:,} |")
+    small = SHAPES[0]
+    print(f"| operations a token, {small.name}, but for attention | {small.weight_flops:,} | ", end="")
+    print(f"{counted_flops(small):,.0f} |")
+    for recompute, per in ((False, BLOCK_BYTES), (True, 4)):
+        kept = [kept_bytes(replace(small, layers=layers), recompute=recompute) for layers in (2, 3)]
+        title = "with" if recompute else "without"
+        seen = (kept[1] - kept[0]) / small.context / small.channels
+        print(f"| bytes kept a token, layer and channel, {title} checkpointing | {per} | {seen:.1f} |")
+    for kind in ("ddp", "fsdp"):
+        for processes in (2, 4):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            done = subprocess.run([*command, __file__, f"--worker={kind}"], capture_output=True, text=True, check=True)
+            print(done.stdout, end="")
+
+
+def counted_flops(shape: Shape) -> float:
+    """Count the operations of a token, forward and backward; torch's counter leaves a CPU's attention out."""
+    tokens = torch.zeros(1, shape.context, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        network(shape)(tokens, tokens).backward()
+    return counter.get_total_flops() / shape.context
+
+
+def kept_bytes(shape: Shape, *, recompute: bool) -> int:
+    """Count the bytes that one sequence's forward pass keeps for the backward pass, weights and their copies apart."""
+    model, kept = network(shape), {}
+    if recompute:
+        checkpoint_activations(model)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        of_a_sequence = shape.context in tensor.shape and not isinstance(tensor, torch.nn.Parameter)
+        if of_a_sequence:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = torch.zeros(1, shape.context, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, tokens)
+    del loss
+    return sum(kept.values())
+
+
+def worker(kind: str) -> None:
+    """Train a small network among several processes; print its memory and what it exchanges, beside the formulas'."""
+    shape, way = Shape("small", 4, 64, 2, 1000, 64), Way(kind, sharded=kind == "fsdp")
+    with start("cpu", "float32") as runtime:
+        model = network(shape)
+        if way.sharded:
+            shard(model, runtime)
+        forward = model if way.sharded else replicate(model, runtime)
+        [adamw] = make_optimizers(model, TrainSettings())
+        tokens = torch.zeros(2, shape.context, dtype=torch.long)
+
+        def step() -> None:
+            for number in range(2):
+                with exchanging(forward, now=number == 1):
+                    forward(tokens, tokens).backward()
+            adamw.step()
+            model.zero_grad()
+
+        step()
+        with torch.profiler.profile(record_shapes=True) as profile:
+            step()
+        held = [*model.parameters(), *(value for state in adamw.state.values() for value in state.values())]
+        bytes_held = sum(local(tensor).nbytes for tensor in held if tensor.dim())
+        expected = 12 * shape.parameters / (runtime.world_size if way.sharded else 1)
+        if runtime.is_main:
+            title = f"{kind}, {runtime.world_size} processes"
+            print(f"| bytes of weights and AdamW's means, {title} | {expected:,.0f} | {bytes_held:,} |")
+            elements = exchanged_elements(profile, runtime.world_size)
+            # float32 on a CPU, and each block gathered anew for each of the two batches' backward passes
+            paper = 2 * shape.parameters
+            if way.sharded:
+                paper = 2 * (2 * shape.layers * shape.block + shape.outside) + shape.parameters
+            print(f"| numbers gathered and reduced for two batches, {title} | {paper:,} | {elements:,} |")
+
+
+def exchanged_elements(profile: Any, processes: int) -> int:
+    """Count the numbers of a model that collective operations brought to a process; an all-reduce brings each twice.
+
+    gloo has no reduce-scatter, and reduces all to give each its part: that counts as one.
+    """
+    elements = {"gloo:all_gather": 0, "gloo:all_reduce": 0}
+    for event in profile.events():
+        if event.name in elements:
+            elements[event.name] += event.input_shapes[0][0]
+    gathered = elements["gloo:all_gather"] * processes
+    return gathered + elements["gloo:all_reduce"] * (1 if gathered else 2)
+
+
+def main() -> None:
+    """Print the tables, or check the formulas."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="count what can be counted on a CPU")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker)
+    elif options.check:
+        check()
+    else:
+        print(tables(), end="")
+
+
+if __name__ == "__main__":
+    main()
