@@ -11,8 +11,9 @@ from glyphgpt.errors import UsageError, writing
 LOCK = ".lock"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file beside its place and rename it, so that it is never there in part.
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a place beside `path` for a new file that is renamed in the end, so that it is never there in part.
 
     Raises:
         Failure: it could not be written; what stood there is untouched.
@@ -20,12 +21,22 @@ def write_whole(path: Path, content: bytes) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with writing(path):
-            unfinished.write_bytes(content)
+            yield unfinished
             unfinished.replace(path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink()
         raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file in this way.
+
+    Raises:
+        Failure: it could not be written; what stood there is untouched.
+    """
+    with whole(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @contextmanager

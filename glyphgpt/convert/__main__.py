@@ -5,6 +5,7 @@
     python -m glyphgpt.convert nanogpt-config train_shakespeare_char.py --out=config/mine.toml
     python -m glyphgpt.convert huggingface FOLDER --out=out/gpt2/best.safetensors
     python -m glyphgpt.convert to-huggingface out/run --out=FOLDER
+    python -m glyphgpt.convert to-gguf out/run --out=model.gguf        for llama.cpp
 
 Nothing that comes from a file is executed.
 """
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from glyphgpt.commandline import parse
-from glyphgpt.convert import from_huggingface, nanogpt, to_huggingface
+from glyphgpt.convert import from_huggingface, gguf, nanogpt, to_huggingface
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.settings import ConvertSettings
 
@@ -24,6 +25,7 @@ KINDS = {
     "nanogpt-config": nanogpt.config,
     "huggingface": from_huggingface.checkpoint,
     "to-huggingface": to_huggingface.folder,
+    "to-gguf": gguf.model,
 }
 
 

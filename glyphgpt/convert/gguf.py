@@ -1,0 +1,217 @@
+"""To llama.cpp (https://github.com/ggml-org/llama.cpp): a model as a GGUF file, which it and many others run.
+
+llama.cpp knows kinds of networks by name, each with one norm, one activation and so on; the nearest kind computes the
+very same, or there is none. `tests/test_convert_gguf.py` holds llama.cpp's probabilities to ours.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.checkpoint import Arrays
+from glyphgpt.convert.nanogpt import new_file
+from glyphgpt.corpus import GPT2_MERGES, fetch
+from glyphgpt.decoder import EPSILON, Form, check_form, expected_shapes
+from glyphgpt.errors import Failure, warn
+from glyphgpt.folder import whole
+from glyphgpt.settings import ConvertSettings
+from glyphgpt.tokenizer import Tokenizer, from_plain
+
+THEIRS = {
+    "token_embedding": "token_embd",
+    "position.embedding": "position_embd",
+    "norm": "output_norm",
+    "head": "output",
+    "attention_norm": "attn_norm",
+    "attention.qkv": "attn_qkv",
+    "attention.out": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
+"""llama.cpp's names of our modules."""
+
+END = "<|end|>"
+"""Stands at the end of a vocabulary that has no token for the end of a text, as llama.cpp takes another for it then."""
+NO_MERGE = "À À"
+"""Of bytes that UTF-8 does not have, for vocabularies without merges: llama.cpp asks for one at least."""
+
+
+def model(path: Path, settings: ConvertSettings) -> str:
+    """Turn a checkpoint, or a run's best, into a GGUF file of float32 weights; return what to say.
+
+    Raises:
+        Failure: it is no checkpoint, llama.cpp has no such network, or the file cannot be written.
+    """
+    try:
+        from gguf import GGUFWriter  # noqa: PLC0415  (optional)
+    except ImportError as error:
+        raise Failure("writing GGUF takes a package: pip install 'glyphgpt[gguf]'") from error
+    out = new_file(settings.out, "--out=model.gguf", settings)
+    checkpoint = checkpoints.load(checkpoints.find(path), with_optimizer=False)
+    checkpoint.check_weights()
+    data_dir = Path(settings.data_dir)
+    tokenizer = from_plain(checkpoint.info.tokenizer, data_dir)
+    try:
+        form = check_form(checkpoint.info.model, checkpoint.model)
+    except ValueError as error:  # pydantic's errors are ValueErrors too
+        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+    if tokenizer.vocab_size != form.vocab_size:
+        raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
+    kind = kind_of(form, checkpoint.path)
+    if form.activation == "gelu_erf":
+        warn("llama.cpp has GELU by way of tanh only; probabilities will differ in the third digit")
+    tensors = convert_weights(form, checkpoint.model, end=tokenizer.end_of_text is None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(out) as unfinished:
+        writer = GGUFWriter(unfinished, kind)
+        writer.add_name(checkpoint.path.resolve().parent.name)
+        describe_network(writer, form, kind)
+        describe_tokenizer(writer, tokenizer, data_dir)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return f"{out}: a network of llama.cpp's kind {kind}; run it: llama-completion -no-cnv -m {out} -p PROMPT"
+
+
+def kind_of(form: Form, path: Path) -> str:
+    """Return llama.cpp's name of the kind of network that computes the same.
+
+    Raises:
+        Failure: it has none; the line tells what would have to be set otherwise.
+    """
+    wanted: dict[str, tuple[Any, ...]] = {"ngram": (1,), "token_shift": (False,)}
+    if form.norm == "layernorm":
+        kind = "gptneox" if form.position == "rotary" else "gpt2"
+        wanted |= {"activation": ("gelu", "gelu_erf"), "qk_norm": (False,)}
+    else:
+        kind = "apertus" if form.qk_norm else "arcee"
+        wanted |= {"position": ("rotary",), "activation": ("relu2",), "bias": (False,)}
+    others = [f"{key} = {plain(values[0])}" for key, values in wanted.items() if getattr(form, key) not in values]
+    if others:
+        raise Failure(f"{path}: llama.cpp has no such network; with norm = {form.norm!r} it takes {', '.join(others)}")
+    return kind
+
+
+def plain(value: Any) -> str:
+    """Write a setting's value as TOML does."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def convert_weights(form: Form, weights: Arrays, *, end: bool) -> Arrays:
+    """Return the weights in llama.cpp's names; with one more token if `end`."""
+    weights = dict(weights)
+    if form.position == "sinusoidal":
+        weights.setdefault("head.weight", weights["token_embedding.weight"])
+        weights["token_embedding.weight"] = weights["token_embedding.weight"] * math.sqrt(form.n_embd)
+        weights["position.embedding.weight"] = waves(form.block_size, form.n_embd)
+    if end:  # its logit is the mean of all, which is never the highest
+        for name in ("token_embedding.weight", "head.weight"):
+            if name in weights:
+                weights[name] = np.vstack((weights[name], weights[name].mean(0)))
+    # What llama.cpp expects and the form lacks: biases where there are LayerNorms, else gains.
+    full = form.model_copy(update={"bias": form.norm == "layernorm", "norm": "layernorm"})
+    for name, shape in expected_shapes(full).items():
+        weights.setdefault(name, np.full(shape, 0 if full.bias else 1))
+    theirs = {their_name(name): weight for name, weight in weights.items()}
+    if form.norm == "rmsnorm":
+        for layer in range(form.n_layer):
+            block = f"blk.{layer}.attn"
+            q, k, theirs[f"{block}_v.weight"] = np.split(theirs.pop(f"{block}_qkv.weight"), 3)
+            theirs |= {f"{block}_q.weight": q, f"{block}_k.weight": k}
+            if form.qk_norm:
+                theirs |= {f"{block}_{name}_norm.weight": np.ones(form.n_embd // form.n_head) for name in "qk"}
+    return {name: np.ascontiguousarray(weight, np.float32) for name, weight in theirs.items()}
+
+
+def their_name(name: str) -> str:
+    """Return llama.cpp's name of one of our weights.
+
+    >>> their_name("blocks.3.attention.out.weight")
+    'blk.3.attn_output.weight'
+    """
+    module, _, end = name.rpartition(".")
+    block = ""
+    if module.startswith("blocks."):
+        _, layer, module = module.split(".", 2)
+        block = f"blk.{layer}."
+    return f"{block}{THEIRS[module]}.{end}"
+
+
+def waves(length: int, channels: int) -> Any:
+    """Return sinusoidal positions as a table, (length, channels)."""
+    angle = np.outer(np.arange(length), 10000.0 ** (-2 * np.arange(channels // 2) / channels))  # (T, C / 2)
+    return np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(length, channels)
+
+
+def describe_network(writer: Any, form: Form, kind: str) -> None:
+    """Write what llama.cpp has to know of the network."""
+    writer.add_file_type(0)  # float32 throughout
+    writer.add_context_length(form.block_size)
+    writer.add_embedding_length(form.n_embd)
+    writer.add_block_count(form.n_layer)
+    writer.add_feed_forward_length(4 * form.n_embd)
+    writer.add_head_count(form.n_head)
+    if form.norm == "layernorm":
+        writer.add_layer_norm_eps(EPSILON[form.norm])
+    else:
+        writer.add_layer_norm_rms_eps(EPSILON[form.norm])
+    if form.position == "rotary":
+        writer.add_rope_dimension_count(form.n_embd // form.n_head)
+        writer.add_rope_freq_base(10000.0)
+    if kind == "gptneox":
+        writer.add_parallel_residual(False)
+    if kind == "apertus":  # xIELU: softplus(p) x² + beta x above 0, and below what softplus(n) and beta are factors of
+        writer.add_xielu_alpha_p([math.log(math.e - 1)] * form.n_layer)  # whose softplus is 1
+        writer.add_xielu_alpha_n([-1000.0] * form.n_layer)
+        writer.add_xielu_beta([0.0] * form.n_layer)
+        writer.add_xielu_eps([-1e-6] * form.n_layer)
+
+
+def describe_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:
+    """Write the vocabulary as byte-pair encoding of GPT-2's kind, with the same ids.
+
+    A character of several bytes is merged from its bytes from left to right; no merge crosses characters, as none
+    begins with a byte from within one. Text encodes as with us, but that characters without a token are left out, as
+    --unknown=skip does it. No token is put before or after a text.
+    """
+    letters = byte_letters()
+    tokens = ["".join(map(letters.__getitem__, tokenizer.token_bytes(token))) for token in range(tokenizer.vocab_size)]
+    if tokenizer.kind == "gpt2":
+        merges = fetch(GPT2_MERGES, data_dir).read_text(encoding="utf-8").splitlines()[1:]
+    else:
+        pairs = (f"{token[:place]} {token[place]}" for token in tokens for place in range(1, len(token)))
+        merges = list(dict.fromkeys(pairs)) or [NO_MERGE]
+    end = tokenizer.end_of_text
+    if end is None:
+        end = len(tokens)
+        tokens.append(END)
+        writer.add_array("tokenizer.ggml.suppress_tokens", [end])
+    types = [1] * len(tokens)  # ordinary
+    types[end] = 3 if tokenizer.end_of_text else 5  # found in a prompt, or not
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+
+
+def byte_letters() -> list[str]:
+    """Return the visible character that GPT-2's vocabulary writes for each byte.
+
+    >>> "".join(byte_letters()[byte] for byte in b"a b")
+    'aĠb'
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
