@@ -34,7 +34,7 @@ THEIRS = {
 }
 """llama.cpp's names of our modules."""
 
-END = "<|end|>"
+END = "[end]"
 """Stands at the end of a vocabulary that has no token for the end of a text, as llama.cpp takes another for it then."""
 NO_MERGE = "À À"
 """Of bytes that UTF-8 does not have, for vocabularies without merges: llama.cpp asks for one at least."""
@@ -107,8 +107,9 @@ def plain(value: Any) -> str:
 def convert_weights(form: Form, weights: Arrays, *, end: bool) -> Arrays:
     """Return the weights in llama.cpp's names; with one more token if `end`."""
     weights = dict(weights)
-    if form.position == "sinusoidal":
+    if form.position != "learned":  # sinusoidal scales the embedding, and not all rotary kinds can be without a head
         weights.setdefault("head.weight", weights["token_embedding.weight"])
+    if form.position == "sinusoidal":
         weights["token_embedding.weight"] = weights["token_embedding.weight"] * math.sqrt(form.n_embd)
         weights["position.embedding.weight"] = waves(form.block_size, form.n_embd)
     if end:  # its logit is the mean of all, which is never the highest
@@ -122,12 +123,20 @@ def convert_weights(form: Form, weights: Arrays, *, end: bool) -> Arrays:
     theirs = {their_name(name): weight for name, weight in weights.items()}
     if form.norm == "rmsnorm":
         for layer in range(form.n_layer):
-            block = f"blk.{layer}.attn"
-            q, k, theirs[f"{block}_v.weight"] = np.split(theirs.pop(f"{block}_qkv.weight"), 3)
-            theirs |= {f"{block}_q.weight": q, f"{block}_k.weight": k}
-            if form.qk_norm:
-                theirs |= {f"{block}_{name}_norm.weight": np.ones(form.n_embd // form.n_head) for name in "qk"}
+            theirs |= split_attention(form, f"blk.{layer}.attn_", theirs.pop(f"blk.{layer}.attn_qkv.weight"))
     return {name: np.ascontiguousarray(weight, np.float32) for name, weight in theirs.items()}
+
+
+def split_attention(form: Form, prefix: str, qkv: Any) -> Arrays:
+    """Return what arcee and apertus want in place of the one matrix of queries, keys and values, (3C, C)."""
+    q, k, v = np.split(qkv, 3)
+    if form.qk_norm:
+        ones = np.ones(form.n_embd // form.n_head)
+        gains = {f"{prefix}q_norm.weight": ones, f"{prefix}k_norm.weight": ones}
+    else:  # arcee rotates neighbours, 2i and 2i + 1, where the others pair i and i + D/2 as we do
+        q, k = (each.reshape(form.n_head, 2, -1, form.n_embd).swapaxes(1, 2).reshape(each.shape) for each in (q, k))
+        gains = {}
+    return {f"{prefix}q.weight": q, f"{prefix}k.weight": k, f"{prefix}v.weight": v, **gains}
 
 
 def their_name(name: str) -> str:
