@@ -77,7 +77,10 @@ def model(path: Path, settings: ConvertSettings) -> str:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return f"{out}: a network of llama.cpp's kind {kind}; run it: llama-completion -no-cnv -m {out} -p PROMPT"
+    return (
+        f"{out}: for llama.cpp, as {kind}; prompt and text fit {form.block_size:,} tokens; run it: "
+        f"llama-completion -no-cnv -m {out} -p PROMPT -n TOKENS"
+    )
 
 
 def kind_of(form: Form, path: Path) -> str:
