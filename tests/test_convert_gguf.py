@@ -25,14 +25,13 @@ from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Checkpoint, Info, Progress
 from glyphgpt.convert import __main__ as convert
 from glyphgpt.convert import gguf
+from glyphgpt.decoder import check_form
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.generate import SamplingRule, generate
 from glyphgpt.settings import ConvertSettings
 from glyphgpt.state import make_model, model_arrays
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from model import GPT, GPTConfig
-
-pytest.importorskip("gguf", reason="writing GGUF takes the package gguf")
 
 TEXT = "Ça ira 🙂, mon roi!\n"
 CHARACTERS = "".join(sorted(set(TEXT) | {"\t", "\u0301", "\u00a0", "字", "'", "s"}))
@@ -58,8 +57,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], float]] = {
 class Llama:
     """llama.cpp with a model, in this process."""
 
-    def __init__(self, path: Path, **changes: Any) -> None:
-        xllamacpp = pytest.importorskip("xllamacpp", reason="no llama.cpp here: pip install xllamacpp has no wheel")
+    def __init__(self, path: Path) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp, as xllamacpp packs it, is not installed")
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_parallel = parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
@@ -140,28 +139,32 @@ def test_every_form_has_the_same_probabilities(
             np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
-TRAINED = {name: FORMS[name][1] for name in ("learned", "sinusoidal", "rotary", "relu2", "qk_norm")}
+TRAINED = {name: FORMS[name][1] for name in ("learned", "rotary", "relu2", "qk_norm")}
+VERSE = """A small machine sat down to read,
+and read one page again, again;
+it learned the shape of every word,
+thé crème brûlée, the 🙂, the rain.
+
+"""
 
 
 @pytest.mark.parametrize("form", TRAINED.values(), ids=TRAINED)
 def test_a_trained_model_writes_the_same_200_characters(tmp_path: Path, form: dict[str, Any]) -> None:
-    prepare_text(some_text(20_000).replace("king", "roi 🙂").replace("e", "é"), tmp_path)
-    run = tmp_path / "run"
-    sizes = {"n_embd": 32, "block_size": 256, "max_steps": 120, "eval_every": 120, "learning_rate": 1e-2}
-    train.main(tiny_settings(tmp_path, run, **{"bias": False, **sizes, **form}))
-    gguf.model(run, settings(out=tmp_path / "model.gguf"))
-    checkpoint = checkpoints.load(run / "best.safetensors")
-    tokenizer = CharTokenizer(checkpoint.info.tokenizer["characters"])
-    decoder = decoder_of(make_model(checkpoint, GPT, GPTConfig).eval())
-    prompt = "thé roi "
-    ours = generate(
-        decoder, tokenizer.encode(prompt).astype(np.int64), block_size=256, num_samples=1, max_new_tokens=200,
-        rule=SamplingRule(temperature=0), seed=0,
-    )  # fmt: skip
+    prepare_text(VERSE * 80, tmp_path)  # to be learned by heart, lest two characters be about as likely
+    sizes = {"n_embd": 64, "block_size": 208, "max_steps": 150, "eval_every": 150}
+    learning = {"optimizer": "muon", "learning_rate": 0.02, "min_lr": 0.0}
+    train.main(tiny_settings(tmp_path, tmp_path / "run", **{"bias": False, **sizes, **learning, **form}))
+    gguf.model(tmp_path / "run", settings(out=tmp_path / "model.gguf"))
+    checkpoint = checkpoints.load(tmp_path / "run" / "best.safetensors")
+    decoder = decoder_of(make_model(checkpoint, GPT, GPTConfig))
+    tokenizer = CharTokenizer("".join(sorted(set(VERSE))))
+    prompt = tokenizer.encode("A small ").astype(np.int64)
+    rule = SamplingRule(temperature=0)
+    ours = generate(decoder, prompt, block_size=208, num_samples=1, max_new_tokens=200, rule=rule, seed=0)
     text = decode(tokenizer, [int(token[0]) for token in ours])
+    assert "it learned" in text
     with llama(tmp_path / "model.gguf") as theirs:
-        assert theirs.go_on(prompt, 200, temperature=0)["content"] == text
-    assert len(set(text)) > 10
+        assert theirs.go_on("A small ", 200, temperature=0)["content"] == text
 
 
 def known(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -178,13 +181,8 @@ def test_texts_have_the_same_ids_but_for_unknown_characters(tmp_path: Path, toke
     path, _ = write_checkpoint(tmp_path, tokenizer)
     gguf.model(path, settings(out=tmp_path / "model.gguf"))
     with llama(tmp_path / "model.gguf") as theirs:
-        every = [decode(tokenizer, [token]) for token in range(tokenizer.vocab_size)]
-        assert [theirs.encode(text) for text in every if "\ufffd" not in text] == [
-            [token] for token, text in enumerate(every) if "\ufffd" not in text
-        ]
-        ids = list(range(tokenizer.vocab_size))
-        if tokenizer.kind == "char":
-            assert theirs.ask("detokenize", tokens=ids)["content"] == decode(tokenizer, ids)
+        ids = tokenizer.encode(CHARACTERS) if tokenizer.kind == "byte" else range(tokenizer.vocab_size)
+        assert theirs.ask("detokenize", tokens=[*map(int, ids)])["content"] == decode(tokenizer, [*map(int, ids)])
 
         @tries(deadline=None, max_examples=100)
         @given(st.text(st.sampled_from(CHARACTERS + UNKNOWN) | st.characters(exclude_categories=["Cs"])))
@@ -220,7 +218,7 @@ def test_no_text_ends_before_it_is_as_long_as_asked(tmp_path: Path, tokenizer: T
 def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), tie_embeddings=False)
     checkpoint = checkpoints.load(path)
-    form = gguf.check_form(checkpoint.info.model, checkpoint.model)
+    form = check_form(checkpoint.info.model, checkpoint.model)
     head = gguf.convert_weights(form, checkpoint.model, end=True)["output.weight"]
     logits = head @ np.random.default_rng(0).standard_normal((32, 1000), np.float32)
     assert (logits[-1] < logits[:-1].max(0)).all()
@@ -258,7 +256,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gguf import GGUFWriter  # noqa: PLC0415
 
-    def fail(writer: object) -> None:
+    def fail(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS))
