@@ -63,7 +63,7 @@ def model(path: Path, settings: ConvertSettings) -> str:
         raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
     kind = kind_of(form, checkpoint.path)
     if form.activation == "gelu_erf":
-        warn("llama.cpp has GELU by way of tanh only; probabilities will differ in the third digit")
+        warn("llama.cpp has GELU by way of tanh only; probabilities will differ by about one in a thousand")
     tensors = convert_weights(form, checkpoint.model, end=tokenizer.end_of_text is None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as unfinished:
