@@ -191,7 +191,8 @@ def describe_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> Non
 
     A character of several bytes is merged from its bytes from left to right; no merge crosses characters, as none
     begins with a byte from within one. Text encodes as with us, but that characters without a token are left out, as
-    --unknown=skip does it. No token is put before or after a text.
+    --unknown=skip does it, and that <|endoftext|> in a prompt is GPT-2's token of that name. Nothing is put before or
+    after a text. END is never drawn: llama.cpp is told so, and older ones, which do not listen, take --ignore-eos.
     """
     letters = byte_letters()
     tokens = ["".join(map(letters.__getitem__, tokenizer.token_bytes(token))) for token in range(tokenizer.vocab_size)]
