@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from glyphgpt.commandline import parse
-from glyphgpt.convert import from_huggingface, gguf, nanogpt, to_huggingface
+from glyphgpt.convert import from_huggingface, nanogpt, to_gguf, to_huggingface
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.settings import ConvertSettings
 
@@ -25,7 +25,7 @@ KINDS = {
     "nanogpt-config": nanogpt.config,
     "huggingface": from_huggingface.checkpoint,
     "to-huggingface": to_huggingface.folder,
-    "to-gguf": gguf.model,
+    "to-gguf": to_gguf.model,
 }
 
 

@@ -7,7 +7,6 @@ grows with the context, for transformers works angles out in float32, and model.
 """
 
 import json
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Arrays
+from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
 from glyphgpt.convert.nanogpt import OURS
 from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
-from glyphgpt.decoder import EPSILON, Form, check_form, expected_shapes
+from glyphgpt.decoder import EPSILON, Form
 from glyphgpt.errors import Failure, UsageError, writing
 from glyphgpt.settings import ConvertSettings
-from glyphgpt.tokenizer import CharTokenizer, Tokenizer, from_plain
+from glyphgpt.tokenizer import CharTokenizer, Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -65,15 +64,7 @@ def folder(place: Path, settings: ConvertSettings) -> str:
     """
     if not settings.out:
         raise UsageError("say where to write: --out=out/huggingface")
-    checkpoint = checkpoints.load(checkpoints.find(place), with_optimizer=False)
-    checkpoint.check_weights()
-    tokenizer = from_plain(checkpoint.info.tokenizer, Path(settings.data_dir))
-    try:
-        form = check_form(checkpoint.info.model, checkpoint.model)
-    except ValueError as error:
-        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
-    if tokenizer.vocab_size != form.vocab_size:
-        raise Failure(f"{checkpoint.path}: its model and its tokenizer differ in their vocabularies")
+    checkpoint, form, tokenizer = load(place, Path(settings.data_dir))
     for there, what, instead in inexpressible(form):
         if there:
             raise Failure(
@@ -137,20 +128,6 @@ def gpt2(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     return config, renamed(names, GPT2)
 
 
-def with_learned_waves(form: Form, weights: Arrays) -> tuple[Form, Arrays]:
-    """Write sinusoidal positions as a learned table, with the embeddings scaled, and a head that is not."""
-    pair = 10000.0 ** (-2 * np.arange(form.n_embd // 2) / form.n_embd)
-    angle = np.outer(np.arange(form.block_size), pair).astype(np.float32)  # (T, C / 2)
-    waves = np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(form.block_size, -1)  # (T, C)
-    embedding = weights["token_embedding.weight"]
-    learned = {
-        "token_embedding.weight": embedding * np.float32(math.sqrt(form.n_embd)),
-        "position.embedding.weight": waves,
-        "head.weight": weights.get("head.weight", embedding),
-    }
-    return form.model_copy(update={"position": "learned", "tie_embeddings": False}), weights | learned
-
-
 def neox(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its GPT-NeoX: rotary positions and LayerNorm; each head's query, key and value stand together."""
     filled = fill(form, weights, bias=True)
@@ -207,30 +184,6 @@ def shared(form: Form) -> dict[str, Any]:
     }
 
 
-def fill(form: Form, weights: Arrays, **changes: object) -> Arrays:
-    """Add the gains of 1 and the biases of 0 that the weights of a changed form would have and these have not."""
-    shapes = expected_shapes(form.model_copy(update=changes))
-    missing = {name: shape for name, shape in shapes.items() if name not in weights}
-    return weights | {name: np.full(shape, name.endswith(".weight"), np.float32) for name, shape in missing.items()}
-
-
-def renamed(weights: Arrays, names: dict[str, str]) -> Arrays:
-    """Return the weights under an architecture's names.
-
-    >>> list(renamed({"blocks.3.mlp.up.weight": np.zeros(1)}, GPT2))
-    ['transformer.h.3.mlp.c_fc.weight']
-    """
-    result: Arrays = {}
-    for name, array in weights.items():
-        module, _, kind = name.rpartition(".")
-        block = ""
-        if module.startswith("blocks."):
-            _, layer, module = module.split(".", 2)
-            block = f"{names['blocks']}.{layer}."
-        result[f"{block}{names[module]}.{kind}"] = array
-    return result
-
-
 def tokenizer_json(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
     """Return a tokenizer in the format of Hugging Face's tokenizers library, with the very same ids.
 
@@ -268,16 +221,6 @@ def vocabulary(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
 def ids_of(letters: str) -> dict[str, int]:
     """Number the letters of a text from 0."""
     return {letter: token for token, letter in enumerate(letters)}
-
-
-def byte_letters() -> str:
-    """Return the letter that stands for each of the 256 bytes: itself where it is printable Latin-1, else a later one.
-
-    That is how GPT-2 wrote its vocabulary (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
-    others = iter(range(0x100, 0x200))
-    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def tokenizer_config(tokenizer: Tokenizer, form: Form) -> dict[str, Any]:

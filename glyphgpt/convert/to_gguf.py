@@ -1,7 +1,7 @@
 """To llama.cpp (https://github.com/ggml-org/llama.cpp): a model as a GGUF file, which it and many others run.
 
 llama.cpp knows kinds of networks by name, each with one norm, one activation and so on; the nearest kind computes the
-very same, or there is none. `tests/test_convert_gguf.py` holds llama.cpp's probabilities to ours.
+very same, or there is none. `tests/test_convert_to_gguf.py` holds llama.cpp's probabilities to ours.
 """
 
 import math
@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Arrays
+from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
 from glyphgpt.convert.nanogpt import new_file
 from glyphgpt.corpus import GPT2_MERGES, fetch
-from glyphgpt.decoder import EPSILON, Form, check_form, expected_shapes
+from glyphgpt.decoder import EPSILON, Form
 from glyphgpt.errors import Failure, warn
 from glyphgpt.folder import whole
 from glyphgpt.settings import ConvertSettings
-from glyphgpt.tokenizer import Tokenizer, from_plain
+from glyphgpt.tokenizer import Tokenizer
 
 THEIRS = {
+    "blocks": "blk",
     "token_embedding": "token_embd",
     "position.embedding": "position_embd",
     "norm": "output_norm",
@@ -51,16 +52,8 @@ def model(path: Path, settings: ConvertSettings) -> str:
     except ImportError as error:
         raise Failure("writing GGUF takes a package: pip install 'glyphgpt[gguf]'") from error
     out = new_file(settings.out, "--out=model.gguf", settings)
-    checkpoint = checkpoints.load(checkpoints.find(path), with_optimizer=False)
-    checkpoint.check_weights()
     data_dir = Path(settings.data_dir)
-    tokenizer = from_plain(checkpoint.info.tokenizer, data_dir)
-    try:
-        form = check_form(checkpoint.info.model, checkpoint.model)
-    except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
-    if tokenizer.vocab_size != form.vocab_size:
-        raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
+    checkpoint, form, tokenizer = load(path, data_dir)
     kind = kind_of(form, checkpoint.path)
     if form.activation == "gelu_erf":
         warn("llama.cpp has GELU by way of tanh only; probabilities will differ by about one in a thousand")
@@ -109,21 +102,17 @@ def plain(value: Any) -> str:
 
 def convert_weights(form: Form, weights: Arrays, *, end: bool) -> Arrays:
     """Return the weights in llama.cpp's names; with one more token if `end`."""
-    weights = dict(weights)
-    if form.position != "learned":  # sinusoidal scales the embedding, and not all rotary kinds can be without a head
-        weights.setdefault("head.weight", weights["token_embedding.weight"])
+    if form.position == "rotary":  # not all of these kinds can be without a head
+        weights = {"head.weight": weights["token_embedding.weight"], **weights}
     if form.position == "sinusoidal":
-        weights["token_embedding.weight"] = weights["token_embedding.weight"] * math.sqrt(form.n_embd)
-        weights["position.embedding.weight"] = waves(form.block_size, form.n_embd)
+        form, weights = with_learned_waves(form, weights)
+    # What llama.cpp expects and the form lacks: biases where there are LayerNorms, else gains.
+    weights = fill(form, weights, bias=form.norm == "layernorm", norm="layernorm")
     if end:  # its logit is the mean of all, which is never the highest
         for name in ("token_embedding.weight", "head.weight"):
             if name in weights:
                 weights[name] = np.vstack((weights[name], weights[name].mean(0)))
-    # What llama.cpp expects and the form lacks: biases where there are LayerNorms, else gains.
-    full = form.model_copy(update={"bias": form.norm == "layernorm", "norm": "layernorm"})
-    for name, shape in expected_shapes(full).items():
-        weights.setdefault(name, np.full(shape, 0 if full.bias else 1))
-    theirs = {their_name(name): weight for name, weight in weights.items()}
+    theirs = renamed(weights, THEIRS)
     if form.norm == "rmsnorm":
         for layer in range(form.n_layer):
             theirs |= split_attention(form, f"blk.{layer}.attn_", theirs.pop(f"blk.{layer}.attn_qkv.weight"))
@@ -140,26 +129,6 @@ def split_attention(form: Form, prefix: str, qkv: Any) -> Arrays:
         q, k = (each.reshape(form.n_head, 2, -1, form.n_embd).swapaxes(1, 2).reshape(each.shape) for each in (q, k))
         gains = {}
     return {f"{prefix}q.weight": q, f"{prefix}k.weight": k, f"{prefix}v.weight": v, **gains}
-
-
-def their_name(name: str) -> str:
-    """Return llama.cpp's name of one of our weights.
-
-    >>> their_name("blocks.3.attention.out.weight")
-    'blk.3.attn_output.weight'
-    """
-    module, _, end = name.rpartition(".")
-    block = ""
-    if module.startswith("blocks."):
-        _, layer, module = module.split(".", 2)
-        block = f"blk.{layer}."
-    return f"{block}{THEIRS[module]}.{end}"
-
-
-def waves(length: int, channels: int) -> Any:
-    """Return sinusoidal positions as a table, (length, channels)."""
-    angle = np.outer(np.arange(length), 10000.0 ** (-2 * np.arange(channels // 2) / channels))  # (T, C / 2)
-    return np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(length, channels)
 
 
 def describe_network(writer: Any, form: Form, kind: str) -> None:
@@ -217,14 +186,3 @@ def describe_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> Non
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-
-
-def byte_letters() -> list[str]:
-    """Return the visible character that GPT-2's vocabulary writes for each byte.
-
-    >>> "".join(byte_letters()[byte] for byte in b"a b")
-    'aĠb'
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]

@@ -24,7 +24,7 @@ from conftest import decoder_of, prepare_text, some_text, tiny_model, tiny_setti
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Checkpoint, Info, Progress
 from glyphgpt.convert import __main__ as convert
-from glyphgpt.convert import gguf
+from glyphgpt.convert import to_gguf
 from glyphgpt.decoder import check_form
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.generate import SamplingRule, generate
@@ -127,7 +127,7 @@ def test_every_form_has_the_same_probabilities(
     tmp_path: Path, kind: str, form: dict[str, Any], tolerance: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, model = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), **form)
-    said = gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    said = to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
     assert f"model.gguf: for llama.cpp, as {kind}; " in said
     assert bool(capsys.readouterr().err) == (form.get("activation") == "gelu_erf")
     random = np.random.default_rng(0)
@@ -154,7 +154,7 @@ def test_a_trained_model_writes_the_same_200_characters(tmp_path: Path, form: di
     sizes = {"n_embd": 64, "block_size": 208, "max_steps": 150, "eval_every": 150}
     learning = {"optimizer": "muon", "learning_rate": 0.02, "min_lr": 0.0}
     train.main(tiny_settings(tmp_path, tmp_path / "run", **{"bias": False, **sizes, **learning, **form}))
-    gguf.model(tmp_path / "run", settings(out=tmp_path / "model.gguf"))
+    to_gguf.model(tmp_path / "run", settings(out=tmp_path / "model.gguf"))
     checkpoint = checkpoints.load(tmp_path / "run" / "best.safetensors")
     decoder = decoder_of(make_model(checkpoint, GPT, GPTConfig))
     tokenizer = CharTokenizer("".join(sorted(set(VERSE))))
@@ -179,7 +179,7 @@ VOCABULARIES = {"characters": CharTokenizer(CHARACTERS), "ascii": CharTokenizer(
 @pytest.mark.parametrize("tokenizer", VOCABULARIES.values(), ids=VOCABULARIES)
 def test_texts_have_the_same_ids_but_for_unknown_characters(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, _ = write_checkpoint(tmp_path, tokenizer)
-    gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
     with llama(tmp_path / "model.gguf") as theirs:
         ids = tokenizer.encode(CHARACTERS) if tokenizer.kind == "byte" else range(tokenizer.vocab_size)
         assert theirs.ask("detokenize", tokens=[*map(int, ids)])["content"] == decode(tokenizer, [*map(int, ids)])
@@ -190,14 +190,14 @@ def test_texts_have_the_same_ids_but_for_unknown_characters(tmp_path: Path, toke
             assert theirs.encode(text) == known(tokenizer, text)
 
         check()
-        for text in (CHARACTERS, UNKNOWN, gguf.END, "<|endoftext|>", "a  \n\n b\r\n", "'s 's", ""):
+        for text in (CHARACTERS, UNKNOWN, to_gguf.END, "<|endoftext|>", "a  \n\n b\r\n", "'s 's", ""):
             assert theirs.encode(text) == known(tokenizer, text)
 
 
 def test_word_pieces_have_the_same_ids(tmp_path: Path, gpt2_data_dir: Path) -> None:
     tokenizer = GPT2Tokenizer(gpt2_data_dir)
     path, _ = write_checkpoint(tmp_path, tokenizer)
-    gguf.model(path, settings(out=tmp_path / "model.gguf", data_dir=gpt2_data_dir))
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf", data_dir=gpt2_data_dir))
     with llama(tmp_path / "model.gguf") as theirs:
         for text in (TEXT, some_text(500), "a  b\n\n\n c\t 12345 don't WE'RE", "日本語 e\u0301 🙂👩‍👩‍👧", " "):
             assert theirs.encode(text) == tokenizer.encode(text).tolist()
@@ -206,7 +206,7 @@ def test_word_pieces_have_the_same_ids(tmp_path: Path, gpt2_data_dir: Path) -> N
 @pytest.mark.parametrize("tokenizer", VOCABULARIES.values(), ids=VOCABULARIES)
 def test_no_text_ends_before_it_is_as_long_as_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, _ = write_checkpoint(tmp_path, tokenizer, scale=0, n_embd=4)  # every token is about as likely
-    gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
     with llama(tmp_path / "model.gguf") as theirs:
         how = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
         answers = [theirs.go_on("a", 60, seed=seed, **how) for seed in range(20)]
@@ -220,7 +220,7 @@ def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
     checkpoint = checkpoints.load(path)
     form = check_form(checkpoint.info.model, checkpoint.model)
     checkpoint.model["head.weight"] += 1
-    head = gguf.convert_weights(form, checkpoint.model, end=True)["output.weight"]
+    head = to_gguf.convert_weights(form, checkpoint.model, end=True)["output.weight"]
     states = np.random.default_rng(0).standard_normal((32, 1000), np.float32)
     for logits in (head @ states, head @ -np.abs(states)):
         assert (logits[-1] < logits[:-1].max(0)).all()
@@ -239,7 +239,7 @@ def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
 def test_a_form_that_llama_cpp_does_not_know(tmp_path: Path, form: dict[str, Any], advice: str) -> None:
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), **form)
     with pytest.raises(Failure) as caught:
-        gguf.model(path, settings(out=tmp_path / "model.gguf"))
+        to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
     assert str(caught.value).startswith(f"{path}: llama.cpp has no such network; ")
     assert str(caught.value).endswith(advice)
     assert not (tmp_path / "model.gguf").exists()
@@ -255,14 +255,14 @@ def test_a_checkpoint_that_does_not_fit_itself(tmp_path: Path) -> None:
         info = checkpoint.info.model_copy(update={part: getattr(checkpoint.info, part) | changes})
         checkpoints.save(replace(checkpoint, info=info), path)
         with pytest.raises(Failure, match=f"^{path}: {said}$"):
-            gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+            to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
     checkpoint.model["norm.weight"][0] = np.nan
     checkpoints.save(checkpoint, path)
     with pytest.raises(Failure, match="some weights are not finite"):
-        gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+        to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
     path.write_bytes(b"GGUF")
     with pytest.raises(Failure, match=f"^{path}: "):
-        gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+        to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -271,9 +271,9 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
     out.write_bytes(b"mine")
     with pytest.raises(UsageError, match="is there already; add --overwrite"):
-        gguf.model(path, settings(out=out))
+        to_gguf.model(path, settings(out=out))
     assert out.read_bytes() == b"mine"
-    gguf.model(path, settings(out=out, overwrite=True))
+    to_gguf.model(path, settings(out=out, overwrite=True))
     assert out.read_bytes().startswith(b"GGUF")
 
 
@@ -288,21 +288,21 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     out.write_bytes(b"mine")
     monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
     with pytest.raises(Failure, match=r"model.gguf: could not be written: No space left on device$"):
-        gguf.model(path, settings(out=out, overwrite=True))
+        to_gguf.model(path, settings(out=out, overwrite=True))
     assert {file.name: file.read_bytes() for file in tmp_path.glob("model*")} == {"model.gguf": b"mine"}
 
 
 def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(Failure, match=r"^writing GGUF takes a package: pip install 'glyphgpt\[gguf\]'$"):
-        gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+        to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
 
 
 def test_the_file_tells_what_llama_cpp_asks_for(tmp_path: Path) -> None:
     from gguf import GGUFReader  # noqa: PLC0415
 
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), position="rotary")
-    gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
     reader = GGUFReader(tmp_path / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "gptneox"

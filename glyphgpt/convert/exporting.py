@@ -1,0 +1,82 @@
+"""What every way out has in common: a checkpoint taken apart, and its parts in the form that others want."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.checkpoint import Arrays, Checkpoint
+from glyphgpt.decoder import Form, check_form, expected_shapes
+from glyphgpt.errors import Failure
+from glyphgpt.tokenizer import Tokenizer, from_plain
+
+
+def load(place: Path, data_dir: Path) -> tuple[Checkpoint, Form, Tokenizer]:
+    """Load a checkpoint, or a run's best, with its form and its tokenizer.
+
+    Raises:
+        Failure: it is none, or its parts do not belong together.
+    """
+    checkpoint = checkpoints.load(checkpoints.find(place), with_optimizer=False)
+    checkpoint.check_weights()
+    tokenizer = from_plain(checkpoint.info.tokenizer, data_dir)
+    try:
+        form = check_form(checkpoint.info.model, checkpoint.model)
+    except ValueError as error:  # pydantic's errors are ValueErrors too
+        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+    if tokenizer.vocab_size != form.vocab_size:
+        raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
+    return checkpoint, form, tokenizer
+
+
+def with_learned_waves(form: Form, weights: Arrays) -> tuple[Form, Arrays]:
+    """Write sinusoidal positions as a learned table, with the embeddings scaled, and a head that is not."""
+    pair = 10000.0 ** (-2 * np.arange(form.n_embd // 2) / form.n_embd)
+    angle = np.outer(np.arange(form.block_size), pair).astype(np.float32)  # (T, C / 2)
+    waves = np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(form.block_size, -1)  # (T, C)
+    embedding = weights["token_embedding.weight"]
+    learned = {
+        "token_embedding.weight": embedding * np.float32(math.sqrt(form.n_embd)),
+        "position.embedding.weight": waves,
+        "head.weight": weights.get("head.weight", embedding),
+    }
+    return form.model_copy(update={"position": "learned", "tie_embeddings": False}), weights | learned
+
+
+def fill(form: Form, weights: Arrays, **changes: Any) -> Arrays:
+    """Add the gains of 1 and the biases of 0 that the weights of a changed form would have and these have not."""
+    shapes = expected_shapes(form.model_copy(update=changes))
+    missing = {name: shape for name, shape in shapes.items() if name not in weights}
+    return weights | {name: np.full(shape, name.endswith(".weight"), np.float32) for name, shape in missing.items()}
+
+
+def renamed(weights: Arrays, names: dict[str, str]) -> Arrays:
+    """Return the weights under the names that others have for our modules.
+
+    >>> list(renamed({"blocks.3.mlp.up.weight": np.zeros(1)}, {"blocks": "h", "mlp.up": "mlp.c_fc"}))
+    ['h.3.mlp.c_fc.weight']
+    """
+    result: Arrays = {}
+    for name, array in weights.items():
+        module, _, kind = name.rpartition(".")
+        block = ""
+        if module.startswith("blocks."):
+            _, layer, module = module.split(".", 2)
+            block = f"{names['blocks']}.{layer}."
+        result[f"{block}{names[module]}.{kind}"] = array
+    return result
+
+
+def byte_letters() -> str:
+    """Return the letter that stands for each of the 256 bytes: itself where it is printable Latin-1, else a later one.
+
+    That is how GPT-2 wrote its vocabulary (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+
+    >>> "".join(byte_letters()[byte] for byte in b"a b")
+    'aĠb'
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
