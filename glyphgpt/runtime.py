@@ -60,7 +60,7 @@ class Runtime:
     @property
     def restarted(self) -> bool:
         """Whether torchrun started the processes again after it lost one (--max-restarts)."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return restarts() > 0
 
 
 @contextmanager
@@ -85,9 +85,9 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
         yield runtime
         return
     if chosen.type == "cuda":
-        dist.init_process_group("nccl", device_id=chosen)
+        dist.init_process_group("nccl", store=meeting_place(), rank=rank, world_size=world_size, device_id=chosen)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=meeting_place(), rank=rank, world_size=world_size)
     try:
         yield runtime
     except RuntimeError as error:
@@ -96,6 +96,23 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """Return how often torchrun has started the processes of this machine again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def meeting_place() -> Any:
+    """Return where processes find each other: torchrun's store, which lasts over restarts.
+
+    What processes of an earlier start left there is kept apart where all are on one machine. Between machines, which
+    count their restarts differently, torchrun has to be told to make a new store each time:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(f"start {restarts() if one_machine else 0}", store)  # type: ignore[attr-defined]
 
 
 def choose_device(name: str) -> torch.device:
