@@ -29,6 +29,7 @@ from tqdm import tqdm
 from glyphgpt.commandline import parse
 from glyphgpt.corpus import fetch, read_recipe
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
+from glyphgpt.helper import Helper
 from glyphgpt.memory import keep_freed_memory
 from glyphgpt.settings import PrepareSettings
 from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
@@ -147,31 +148,6 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
 def bar(what: str, total_bytes: int) -> "tqdm[Any]":
     """Return a progress bar of the bytes read, which shows the time left."""
     return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=None)
-
-
-class Helper:
-    """A thread that hashes or writes while the next piece is being read: in order, one piece behind at most."""
-
-    def __init__(self) -> None:
-        """Begin with nothing to do."""
-        self._thread = ThreadPoolExecutor(1)
-        self._work: Future[object] | None = None
-
-    def do(self, work: Callable[..., object], *arguments: object) -> None:
-        """Do something once what went before is done, and raise what that raised."""
-        self.wait()
-        self._work = self._thread.submit(work, *arguments)
-
-    def wait(self) -> None:
-        """Wait for the work, and raise what it raised."""
-        if self._work:
-            self._work.result()
-
-    def __enter__(self) -> "Helper":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
 
 
 def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int) -> Progress:

@@ -29,10 +29,11 @@ $PYTHON prepare.py shakespeare_char
 $PYTHON prepare.py shakespeare
 char="train.py config/shakespeare_char.toml"
 timed tests 80 $PYTHON -m pytest -m gpu tests/test_runtime.py tests/test_gpu.py
-timed versus 380 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md"
+timed versus 360 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md"
 timed char 40 $PYTHON $char --out_dir="$RUNS/char"
-timed torchrun 50 $PYTHON -m torch.distributed.run --standalone --nproc_per_node=gpu $char \
-  --out_dir="$RUNS/torchrun" --compile=False --max_steps=100 --eval_every=100
+several="-m torch.distributed.run --standalone --nproc_per_node=gpu $char --compile=False --max_steps=100 --eval_every=100"
+timed ddp 35 $PYTHON $several --out_dir="$RUNS/ddp"
+timed fsdp 35 $PYTHON $several --out_dir="$RUNS/fsdp" --parallel=fsdp --activation_checkpointing  # shares need two GPUs
 timed sample 30 $PYTHON sample.py "$RUNS/char" --num_samples=10 --max_new_tokens=500
 
 $PYTHON - "$RUNS" >> "$OUT/summary.txt" <<'PY'

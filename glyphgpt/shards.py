@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glyphgpt.corpus import file_sha256
 from glyphgpt.errors import Failure, writing
+from glyphgpt.helper import Helper
 from glyphgpt.tokenizer import Tokenizer, Tokens, from_plain, token_dtype
 
 FORMAT = 1
@@ -84,14 +86,18 @@ class ShardWriter:
         self.shards = list(shards)
         self._file: BinaryIO | None = None
         self._count = 0  # tokens in the file
+        self._digest = hashlib.sha256()  # of the file, should it become full
+        self._hasher = Helper()
 
     def write(self, tokens: Tokens) -> None:
         """Append tokens, shape (n,)."""
         while tokens.size:
             file = self._file or self._begin()
             part = tokens[: self.shard_tokens - self._count]
+            data = np.ascontiguousarray(part, dtype=self.dtype).data
+            self._hasher.do(self._digest.update, data)
             with writing(self._path):
-                file.write(np.ascontiguousarray(part, dtype=self.dtype).data)
+                file.write(data)
             self._count += part.size
             tokens = tokens[part.size :]
             if self._count == self.shard_tokens:
@@ -117,23 +123,31 @@ class ShardWriter:
 
     def _begin(self) -> BinaryIO:
         self._count = 0
+        header = self._header(self.shard_tokens)
+        self._digest = hashlib.sha256(header)
         with writing(self._path):
             self._file = self._path.open("wb")
-            self._write_header(self._file)
+            self._file.write(header)
         return self._file
 
-    def _write_header(self, file: BinaryIO) -> None:
-        """Write the .npy header; it keeps its length as the count grows, so it can be written over."""
+    def _header(self, tokens: int) -> bytes:
+        """Return the .npy header of so many tokens; it is as long for fewer, so it can be written over."""
+        header = BytesIO()
         kind = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(file, {**kind, "shape": (self._count,)})
+        np.lib.format.write_array_header_1_0(header, {**kind, "shape": (tokens,)})
+        return header.getvalue()
 
     def _end(self, file: BinaryIO) -> None:
+        full = self._count == self.shard_tokens
         with writing(self._path):
-            file.seek(0)
-            self._write_header(file)
+            if not full:
+                file.seek(0)
+                file.write(self._header(self._count))
             file.close()
         self._file = None
-        self.shards.append(Shard(file=self._path.name, tokens=self._count, sha256=file_sha256(self._path)))
+        self._hasher.wait()
+        digest = self._digest.hexdigest() if full else file_sha256(self._path)
+        self.shards.append(Shard(file=self._path.name, tokens=self._count, sha256=digest))
 
 
 @dataclass(frozen=True)
@@ -239,7 +253,7 @@ def _load_shard(path: Path, shard: Shard, vocab_size: int) -> Tokens:
     fits = tokens.ndim == 1 and tokens.dtype == token_dtype(vocab_size) and tokens.size == shard.tokens
     if not fits or (tokens.size and int(tokens.max()) >= vocab_size):
         raise Failure(f"{path}: does not hold what {META} tells; prepare the data set again")
-    return tokens
+    return tokens.view(np.ndarray)  # whose slices, unlike a memmap's, cost next to nothing
 
 
 def write_dataset(folder: Path, meta: Meta) -> None:

@@ -204,3 +204,16 @@ def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) ->
         timeout=240,
         check=False,
     )
+
+
+def torchrun(processes: int, *words: str, flags: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    """Start several processes of a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
+    return subprocess.Popen(
+        [*command, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )

@@ -7,10 +7,10 @@ import torch
 
 import sample
 import train
-from conftest import read_metrics, tiny_settings
+from conftest import ROOT, as_flags, read_metrics, tiny_settings, torchrun
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.runtime import start
-from glyphgpt.settings import SampleSettings
+from glyphgpt.settings import SampleSettings, TrainSettings
 
 pytestmark = pytest.mark.gpu
 
@@ -39,3 +39,32 @@ def test_a_compiled_run_follows_an_eager_one(data_dir: Path, tmp_path: Path) -> 
         train.main(tiny_settings(data_dir, tmp_path / name, **settings))
     eager, compiled = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, abs=1e-2)
+
+
+def test_activations_computed_anew_change_nothing_but_the_memory(data_dir: Path, tmp_path: Path) -> None:
+    peaks = []
+    for recompute in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        more = {"n_layer": 12, "batch_size": 64, "dropout": 0.1, "activation_checkpointing": recompute}
+        settings = {"device": "cuda", "dtype": "float32", "compile": False, **more}
+        train.main(tiny_settings(data_dir, tmp_path / str(recompute), **settings))
+        peaks.append(torch.cuda.max_memory_allocated())
+    kept, recomputed = ([row["loss"] for row in read_metrics(tmp_path / str(name))] for name in (False, True))
+    assert recomputed == pytest.approx(kept, abs=1e-5)
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_gpus_follow_one(parallel: str, data_dir: Path, tmp_path: Path) -> None:
+    def settings(name: str) -> TrainSettings:
+        return tiny_settings(
+            data_dir, tmp_path / name, device="cuda", dtype="bfloat16", compile=False, parallel=parallel
+        )
+
+    train.main(settings("one"))
+    process = torchrun(2, str(ROOT / "train.py"), *as_flags(settings("two")))
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    one, two = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-2)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import MODERN, ROOT, as_flags, read_metrics, same_tensors, tiny_settings
+from conftest import MODERN, ROOT, as_flags, read_metrics, same_tensors, tiny_settings, torchrun
 from faults import children
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import LAST
@@ -42,19 +40,6 @@ for number, settings in enumerate(json.loads(sys.argv[1])):  # torchrun's own st
     dist.rendezvous = lambda _: iter([(store, rank, world_size)])
     train.main(TrainSettings.model_validate(settings))
 """
-
-
-def torchrun(processes: int, *words: str, flags: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-    """Start several processes of a script."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
-    return subprocess.Popen(
-        [*command, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
 
 
 def run_train(processes: int, settings: TrainSettings) -> tuple[int, str, str]:
