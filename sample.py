@@ -131,7 +131,7 @@ def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split
     """
     data_dir = Path(settings.data_dir)
     for folder in (Path(settings.score), data_dir / settings.score):
-        if (folder / META).is_file() and not Path(settings.score).is_file():
+        if (folder / META).is_file() and (folder == Path(settings.score) or not Path(settings.score).exists()):
             dataset = load_dataset(folder, data_dir)
             if dataset.meta.tokenizer != tokenizer.to_plain():
                 raise Failure(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")

@@ -14,6 +14,7 @@ from glyphgpt.commandline import parse, printable
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import Action, Network, Optimization, TrainSettings
 
+JOB = ".job"  # in a run's folder: which torchrun it belongs to
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
 USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
 
@@ -81,10 +82,12 @@ def main(settings: TrainSettings) -> None:
 
 
 def after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
-    """Where torchrun lost a process and started all again, go on from the run's last checkpoint."""
-    if runtime.restarted and (Path(settings.out_dir) / LAST).exists():
-        return settings.model_copy(update={"resume": True, "overwrite": False})
-    return settings
+    """Where the same torchrun began this run and started all again, go on from its last checkpoint, if there is one."""
+    out_dir, job = Path(settings.out_dir), runtimes.job()
+    mark = out_dir / JOB
+    ours = runtime.is_main and job and mark.is_file() and mark.read_bytes() == job.encode()
+    begun, saved = runtime.sum(bool(ours), bool(ours and (out_dir / LAST).exists()))  # the first one decides for all
+    return settings.model_copy(update={"resume": saved > 0, "overwrite": not saved}) if begun else settings
 
 
 def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings, GPT | None]:
@@ -93,9 +96,10 @@ def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings
     Raises:
         UsageError: the settings name another network.
     """
-    if not settings.init_from or settings.resume:
+    last = Path(settings.out_dir) / LAST
+    if not settings.init_from or (settings.resume and not last.exists()):
         return settings, None
-    place = Path(settings.init_from)
+    place = last if settings.resume else Path(settings.init_from)
     if from_huggingface.is_there(place):
         checkpoint = from_huggingface.read(place, Path(settings.data_dir))
     else:
@@ -110,7 +114,7 @@ def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings
             raise UsageError(
                 f"{name} = {getattr(settings, name)} is not that of {checkpoint.path}, {form[name]}; leave it out"
             )
-    return settings.model_copy(update=form), first
+    return settings.model_copy(update=form), None if settings.resume else first
 
 
 def check_text(settings: TrainSettings, dataset: Dataset) -> None:
@@ -274,6 +278,8 @@ class Trainer:
         if self.runtime.is_main:
             lasting = settings.model_dump(exclude=set(Action.model_fields))
             write_whole(out_dir / "config.toml", tomli_w.dumps(lasting).encode())
+            if job := runtimes.job():
+                write_whole(out_dir / JOB, job.encode())
         return settings.resume
 
     def restore(self, checkpoint: Checkpoint) -> None:

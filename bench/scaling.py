@@ -34,7 +34,7 @@ INSIDE, OUTSIDE = 300e9, 40e9  # bytes a second and GPU, each way: NVLink's 450 
 GPUS_PER_MACHINE = 8
 
 BLOCK_BYTES = 36  # of activations kept for each token, layer and channel; 4 of them are the block's input
-LOGITS_BYTES = 10  # for each token and entry of the vocabulary, at the worst moment
+LOGITS_BYTES = 12  # for each token and entry of the vocabulary, at the worst moment
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Windows:
         self.split, self.device = split, device
         self._resident: Tensor | None = None
         self._reader = ThreadPoolExecutor(1)
-        self._ahead: tuple[NDArray[np.int64], Future[Tensor]] | None = None
+        self._ahead: tuple[NDArray[np.int64], int, Future[Tensor]] | None = None
         if split.tokens * split.dtype.itemsize <= RESIDENT_BYTES:
             # torch has few operations on 16-bit and 32-bit unsigned integers
             dtype = np.uint8 if split.dtype == np.uint8 else np.int32
@@ -68,8 +68,8 @@ class Windows:
         if self._resident is not None:
             index = torch.from_numpy(starts).to(self.device)[:, None] + torch.arange(length, device=self.device)
             return self._resident[index].long()
-        if self._ahead and np.array_equal(self._ahead[0], starts):
-            rows = self._ahead[1].result()
+        if self._ahead and self._ahead[1] == length and np.array_equal(self._ahead[0], starts):
+            rows = self._ahead[2].result()
         else:
             rows = self._read(starts, length)
         if self.device.type == "cuda":
@@ -79,7 +79,7 @@ class Windows:
     def expect(self, starts: NDArray[np.int64], length: int) -> None:
         """Begin to read in another thread what `at` will be asked for next."""
         if self._resident is None:
-            self._ahead = starts, self._reader.submit(self._read, starts, length)
+            self._ahead = starts, length, self._reader.submit(self._read, starts, length)
 
     def _read(self, starts: NDArray[np.int64], length: int) -> Tensor:
         """Read windows from disk, int64 of shape (len(starts), length)."""

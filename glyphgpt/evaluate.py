@@ -34,14 +34,15 @@ def evaluate(
 ) -> Score:
     """Score a split tile by tile, block_size tokens each; every token but the very first is predicted once.
 
-    `batch_size` is that of training: four times as much fits without gradients, and is faster. `max_tokens` above 0
-    takes so many tokens from the split's start only. Processes share the tiles; each calls the model equally often,
-    as a shared-out model needs.
+    `batch_size` is that of training: four times as much fits without gradients, and is faster, but not where the
+    vocabulary is large, whose logits take most of the memory. `max_tokens` above 0 takes so many tokens from the
+    split's start only. Processes share the tiles; each calls the model equally often, as a shared-out model needs.
     """
     tokens = min(windows.split.tokens, max_tokens or windows.split.tokens)
     tiles, rest = divmod(tokens - 1, block_size)
     starts = np.arange(tiles, dtype=np.int64) * block_size
-    calls = math.ceil(tiles / (4 * batch_size * runtime.world_size))
+    at_once = batch_size * (4 if windows.split.dtype.itemsize == 1 else 1)
+    calls = math.ceil(tiles / (at_once * runtime.world_size))
     parts = np.array_split(starts[runtime.rank :: runtime.world_size], calls) if calls else []
     batches = [(part if part.size else starts[:1], block_size, part.size) for part in parts]
     if rest:

@@ -17,4 +17,4 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         with suppress(AttributeError):  # other C libraries have no mallopt
             libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)  # bytes
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            _ = libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc before 2.35

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -57,11 +58,6 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
-    @property
-    def restarted(self) -> bool:
-        """Whether torchrun started the processes again after it lost one (--max-restarts)."""
-        return restarts() > 0
-
 
 @contextmanager
 def start(device: str, dtype: str) -> Iterator[Runtime]:
@@ -84,23 +80,24 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     if world_size == 1:
         yield runtime
         return
-    if chosen.type == "cuda":
-        dist.init_process_group("nccl", store=meeting_place(), rank=rank, world_size=world_size, device_id=chosen)
-    else:
-        dist.init_process_group("gloo", store=meeting_place(), rank=rank, world_size=world_size)
+    gpu: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
     try:
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=meeting_place(), rank=rank, world_size=world_size, **gpu)
         yield runtime
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise Failure("lost another process of this run, which ended or hangs; go on with --resume") from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def restarts() -> int:
-    """Return how often torchrun has started the processes of this machine again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def job() -> str:
+    """Name the torchrun that started this process, the same after each of its restarts; empty if none did."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""
 
 
 def meeting_place() -> Any:
@@ -112,7 +109,8 @@ def meeting_place() -> Any:
     """
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return dist.PrefixStore(f"start {restarts() if one_machine else 0}", store)  # type: ignore[attr-defined]
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else ""
+    return dist.PrefixStore(f"start {restarts}", store)  # type: ignore[attr-defined]
 
 
 def choose_device(name: str) -> torch.device:
@@ -160,6 +158,8 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
         raise
     except Exception as error:  # whatever breaks inside the compiler, eager still trains
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if hasattr(model, "unshard"):  # other processes wait for this one in the middle of it
+            raise Failure(f"torch.compile failed ({reason[0][:200]}); add --compile=False") from error
         warn(f"torch.compile failed ({reason[0][:200]}); going on without it, slower")
         compiled = model
     model.zero_grad(set_to_none=True)
@@ -186,7 +186,7 @@ class OnDevice:
 
 
 class StopRequest:
-    """Remembers Ctrl-C, SIGTERM or SIGHUP, so that a loop can end at a good place; a second one ends it at once."""
+    """Remembers Ctrl-C, SIGTERM or SIGHUP, so that a loop can end at a good place; Ctrl-C then ends it at once."""
 
     def __init__(self) -> None:
         """Begin with no request."""
@@ -208,9 +208,9 @@ class StopRequest:
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which schedulers and torchrun may both send
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping and saving after this step; once more stops at once\n")  # print is not reentrant
+            os.write(2, b"\nstopping and saving after this step; Ctrl-C stops at once\n")  # print is not reentrant
 
 
 @contextmanager

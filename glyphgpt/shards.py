@@ -107,6 +107,7 @@ class ShardWriter:
         """Finish the last file, if it was begun."""
         if self._file:
             self._end(self._file)
+        self._hasher.close()
 
     def meta(self, characters: int) -> SplitMeta:
         """Tell what the finished files hold, which came from so many characters."""

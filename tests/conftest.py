@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,11 @@ def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) ->
     )
 
 
-def torchrun(processes: int, *words: str, flags: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-    """Start several processes of a script."""
+@contextmanager
+def torchrun(processes: int, *words: str, flags: tuple[str, ...] = ()) -> Iterator["subprocess.Popen[str]"]:
+    """Start several processes of a script, which are gone at the end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -217,3 +219,9 @@ def torchrun(processes: int, *words: str, flags: tuple[str, ...] = ()) -> "subpr
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # which it hands on
+            process.communicate()

@@ -89,6 +89,7 @@ def test_windows_hold_the_tokens_from_each_start_on(
     windows.expect(starts[:2], 10)
     assert windows.at(starts, 10).equal(rows), "whatever was expected"
     windows.expect(starts, 10)
+    assert windows.at(starts, 9).equal(rows[:, :9]), "whatever was expected"
     assert windows.at(starts, 10).equal(rows)
     monkeypatch.setattr(Split, "slice", None)
     assert windows.at(starts, 10).equal(rows), "read already"

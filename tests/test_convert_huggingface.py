@@ -514,6 +514,7 @@ def test_a_run_of_ours_is_ours_whatever_stands_beside_it(tmp_path: Path) -> None
     assert from_huggingface.is_there(tmp_path)
     ours(tmp_path / "best.safetensors", ByteTokenizer())
     assert not from_huggingface.is_there(tmp_path)
+    assert not from_huggingface.is_there(tmp_path / "best.safetensors")
     with pytest.raises(Failure, match=rf"^{tmp_path / 'missing'}: no such file or folder$"):
         from_huggingface.read(tmp_path / "missing", tmp_path)
 

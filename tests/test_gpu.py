@@ -63,8 +63,8 @@ def test_two_gpus_follow_one(parallel: str, data_dir: Path, tmp_path: Path) -> N
         )
 
     train.main(settings("one"))
-    process = torchrun(2, str(ROOT / "train.py"), *as_flags(settings("two")))
-    _, errors = process.communicate(timeout=240)
+    with torchrun(2, str(ROOT / "train.py"), *as_flags(settings("two"))) as process:
+        _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     one, two = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, abs=1e-2)

@@ -79,3 +79,11 @@ def test_a_run_may_begin_anew_with_its_own_weights(data_dir: Path, tmp_path: Pat
     train.main(settings(data_dir, tmp_path, init_from=str(tmp_path), overwrite=True))
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(best, abs=1e-6)
+
+
+def test_resume_takes_the_network_from_the_run_and_not_from_what_it_began_with(data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path / "one", **MODERN))
+    began = settings(data_dir, tmp_path / "other", init_from=str(tmp_path / "one"), max_steps=10)
+    train.main(began)
+    train.main(began.model_copy(update={"resume": True, "max_steps": 20}))
+    assert read_metrics(tmp_path / "other")[-1]["step"] == 20

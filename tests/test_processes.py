@@ -44,8 +44,8 @@ for number, settings in enumerate(json.loads(sys.argv[1])):  # torchrun's own st
 
 def run_train(processes: int, settings: TrainSettings) -> tuple[int, str, str]:
     """Train with several processes; return the exit status and what they said."""
-    process = torchrun(processes, str(ROOT / "train.py"), *as_flags(settings))
-    said, errors = process.communicate(timeout=120)
+    with torchrun(processes, str(ROOT / "train.py"), *as_flags(settings)) as process:
+        said, errors = process.communicate(timeout=120)
     return process.returncode, said, errors
 
 
@@ -81,8 +81,8 @@ class Runs:
         plain = json.dumps([settings.model_dump() for settings in work])
         script = self.folder / "train_each.py"
         script.write_text(TRAIN_EACH)
-        process = torchrun(processes, str(script), plain)
-        _, errors = process.communicate(timeout=240)
+        with torchrun(processes, str(script), plain) as process:
+            _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
 
 
@@ -155,12 +155,12 @@ def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint
 
     status, _, errors = run_train(2, settings("straight"))
     assert status == 0, errors
-    process = torchrun(2, str(ROOT / "train.py"), *as_flags(settings("killed")), flags=("--max-restarts=1",))
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 30) and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    said, errors = process.communicate(timeout=120)
+    metrics, patience = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 60
+    with torchrun(2, str(ROOT / "train.py"), *as_flags(settings("killed")), flags=("--max-restarts=1",)) as process:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 30) and time.monotonic() < patience:
+            time.sleep(0.01)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert said.count("step 0: validation") == 1, "it did not begin anew"
     assert same_tensors(tmp_path / "straight", tmp_path / "killed")

@@ -15,7 +15,7 @@ import torch
 import train
 from conftest import MODERN, ROOT, as_flags, prepare_text, read_metrics, same_tensors, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.errors import Failure
+from glyphgpt.errors import Failure, UsageError
 from glyphgpt.settings import TrainSettings
 
 LEFTOVERS = ("best.safetensors.unfinished", "last.safetensors.unfinished", "metrics.jsonl.unfinished")
@@ -286,3 +286,30 @@ def test_a_run_may_go_on_in_another_precision(data_dir: Path, tmp_path: Path) ->
     for steps, dtype in ((2, "float32"), (4, "float16"), (6, "bfloat16")):
         train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, dtype=dtype, resume=steps > 2))
     assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 6
+
+
+def test_a_run_goes_on_by_itself_only_under_the_torchrun_that_began_it(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path / "broken", max_steps=10))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    for _ in range(2):  # a restart after a refusal is refused as well
+        with pytest.raises(UsageError, match="holds a run already"):
+            train.main(tiny_settings(data_dir, tmp_path / "broken"))
+    train.main(tiny_settings(data_dir, tmp_path / "broken", max_steps=10, overwrite=True))
+    train.main(tiny_settings(data_dir, tmp_path / "broken", overwrite=True))
+    assert read_metrics(tmp_path / "broken")[-1]["step"] == 20
+    assert [row["step"] for row in read_metrics(tmp_path / "broken") if row["kind"] == "val"] == [0, 10, 20]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UsageError, match="holds a run already"):
+        train.main(tiny_settings(data_dir, tmp_path / "broken"))
+
+
+def test_a_run_that_was_lost_before_its_first_checkpoint_begins_anew(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    train.main(tiny_settings(data_dir, tmp_path / "run", max_steps=0))
+    (tmp_path / "run" / "last.safetensors").unlink()
+    train.main(tiny_settings(data_dir, tmp_path / "run", max_steps=5))
+    assert checkpoints.load(tmp_path / "run" / "last.safetensors").info.progress.step == 5

@@ -137,7 +137,6 @@ def test_start_on_a_cpu_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert runtime.is_main
         assert runtime.sum(1.5, 2.0) == [1.5, 2.0]
         runtime.wait()
-        assert not runtime.restarted
     assert not torch.distributed.is_initialized()
 
 
@@ -257,7 +256,7 @@ def test_a_request_to_stop_is_remembered(handlers: Callable[[], bool], number: s
 def test_a_second_ctrl_c_ends_at_once(handlers: Callable[[], bool], first: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest().listening():
         signal.raise_signal(first)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
     assert handlers()
 

@@ -218,6 +218,9 @@ def test_score_takes_a_data_set_too(data_dir: Path, ask: Ask, tmp_path: Path, mo
         ask(score="other", data_dir=str(data_dir))
     monkeypatch.chdir(tmp_path)
     assert ask(score="small", data_dir=str(data_dir)).startswith("small: 600 tokens, "), "a file comes first"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "text.txt").write_text("the king", encoding="utf-8")
+    assert ask(score="other", data_dir=str(data_dir)).startswith("other: 8 tokens, "), "and so does a folder of texts"
 
 
 def test_score_reads_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,23 @@ def test_an_interruption_between_the_renames_puts_the_old_one_back(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_write_that_fails_once_leaves_no_gap(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = job.run("--shard_tokens=64", name="straight")
+    write, calls = ShardWriter.write, []
+
+    def flaky(writer: ShardWriter, tokens: Any) -> None:
+        calls.append(tokens)
+        if len(calls) == 5:
+            write(writer, tokens[:3])
+            raise Failure("no space left, for a moment")
+        write(writer, tokens)
+
+    with monkeypatch.context() as patch, pytest.raises(Failure, match="no space left"):
+        patch.setattr(ShardWriter, "write", flaky)
+        job.run("--shard_tokens=64")
+    assert job.run("--shard_tokens=64") == straight
+
+
 def test_a_full_disk_keeps_what_is_done(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = ShardWriter._begin
 

@@ -60,7 +60,11 @@ def is_there(place: Path) -> bool:
     """Tell whether a path names a model of Hugging Face's, and not a run or a checkpoint of ours."""
     if place.is_dir():
         return (place / CONFIG).exists() and not any((place / name).exists() for name in (BEST, LAST))
-    return place.is_file() and (place.parent / CONFIG).exists()
+    try:
+        with safe_open(place, framework="numpy") as file:
+            return "glyphgpt" not in (file.metadata() or {}) and (place.parent / CONFIG).exists()
+    except (OSError, SafetensorError):
+        return False
 
 
 def read(place: Path, data_dir: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from glyphgpt.checkpoint import Arrays
+from glyphgpt.commandline import printable
 from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
 from glyphgpt.convert.nanogpt import new_file
 from glyphgpt.corpus import GPT2_MERGES, fetch
@@ -61,7 +62,7 @@ def model(path: Path, settings: ConvertSettings) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as unfinished:
         writer = GGUFWriter(unfinished, kind)
-        writer.add_name(checkpoint.path.resolve().parent.name)
+        writer.add_name(printable(checkpoint.path.resolve().parent.name))
         describe_network(writer, form, kind)
         describe_tokenizer(writer, tokenizer, data_dir)
         for name, tensor in tensors.items():
