@@ -39,6 +39,18 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.write_bytes(content)
 
 
+def exchange(folder: Path, new: Path, old: Path) -> None:
+    """Put a folder made at `new` in its place; what stood there goes to `old`, or back if anything comes between."""
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:  # a Ctrl-C between the two as well
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+
+
 @contextmanager
 def locked(folder: Path, instead: str) -> Iterator[None]:
     """Make a folder if need be, and keep other processes out of it.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from glyphgpt.corpus import file_sha256
 from glyphgpt.errors import Failure, UsageError, warn
-from glyphgpt.folder import locked, write_whole
+from glyphgpt.folder import exchange, locked, write_whole
 from glyphgpt.shards import META, Shard
 
 PROGRESS = "progress.json"
@@ -80,14 +80,7 @@ def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             check_place(folder, overwrite=overwrite)  # once more, now that nobody else can make it
             new.mkdir(exist_ok=True)
             yield new
-            try:
-                if folder.exists():
-                    folder.rename(old)
-                new.rename(folder)
-            except BaseException:  # a Ctrl-C between the two as well
-                if old.exists() and not folder.exists():
-                    old.rename(folder)
-                raise
+            exchange(folder, new, old)
             forget(folder)
         except BaseException:
             if (new / PROGRESS).exists():

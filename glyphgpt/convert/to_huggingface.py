@@ -23,6 +23,7 @@ from glyphgpt.convert.nanogpt import OURS
 from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.decoder import EPSILON, Form
 from glyphgpt.errors import Failure, UsageError, writing
+from glyphgpt.folder import exchange
 from glyphgpt.settings import ConvertSettings
 from glyphgpt.tokenizer import CharTokenizer, Tokenizer
 
@@ -266,11 +267,4 @@ def new_folder(place: Path, *, overwrite: bool) -> Iterator[Path]:
             new, old = Path(hidden) / "new", Path(hidden) / "old"
             new.mkdir()
             yield new
-            try:
-                if place.exists():
-                    place.rename(old)
-                new.rename(place)
-            except BaseException:  # a Ctrl-C between the two as well
-                if old.exists() and not place.exists():
-                    old.rename(place)
-                raise
+            exchange(place, new, old)
