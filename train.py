@@ -456,7 +456,7 @@ class Trainer:
         checkpoints.save(Checkpoint(info, weights, optimizer), self.out_dir / name)
 
     def sample(self, weights: Arrays) -> str:
-        """Generate a little text, the same way each time; on GPUs in every process, which may hold but a share."""
+        """Generate a little text, the same way each time; on GPUs in every process, which may hold but a shard."""
         self.model.eval()
         if self.runtime.device.type == "cpu":
             model: LanguageModel = Decoder(asdict(self.config), weights)

@@ -33,7 +33,7 @@ timed versus 360 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu
 timed char 40 $PYTHON $char --out_dir="$RUNS/char"
 several="-m torch.distributed.run --standalone --nproc_per_node=gpu $char --compile=False --max_steps=100 --eval_every=100"
 timed ddp 35 $PYTHON $several --out_dir="$RUNS/ddp"
-timed fsdp 35 $PYTHON $several --out_dir="$RUNS/fsdp" --parallel=fsdp --activation_checkpointing  # shares need two GPUs
+timed fsdp 35 $PYTHON $several --out_dir="$RUNS/fsdp" --parallel=fsdp --activation_checkpointing  # shards need two GPUs
 timed sample 30 $PYTHON sample.py "$RUNS/char" --num_samples=10 --max_new_tokens=500
 
 $PYTHON - "$RUNS" >> "$OUT/summary.txt" <<'PY'

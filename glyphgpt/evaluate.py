@@ -36,7 +36,7 @@ def evaluate(
 
     `batch_size` is that of training: four times as much fits without gradients, and is faster, but not where the
     vocabulary is large, whose logits take most of the memory. `max_tokens` above 0 takes so many tokens from the
-    split's start only. Processes share the tiles; each calls the model equally often, as a shared-out model needs.
+    split's start only. Processes share the tiles; each calls the model equally often, as a sharded one needs.
     """
     tokens = min(windows.split.tokens, max_tokens or windows.split.tokens)
     tiles, rest = divmod(tokens - 1, block_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from glyphgpt.parallel import gather, local, part_of, whole
+from glyphgpt.parallel import full, gather, local, shard_of
 from glyphgpt.settings import Optimization
 
 TABLE_FACTOR = 4.0
@@ -119,7 +119,7 @@ class Muon(Optimizer):
         for shape, pairs in by_shape.items():
             together = orthogonal(torch.stack([direction for _, direction in pairs]), self.dtype)
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            changes = [part_of(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
+            changes = [shard_of(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
             torch._foreach_add_([local(parameter) for parameter, _ in pairs], changes, alpha=-rate)
 
 
@@ -171,7 +171,7 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     """Scale gradients down to at most this norm (0: leave them), and return the norm they had."""
-    norm = whole(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
+    norm = full(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
     if limit and norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()

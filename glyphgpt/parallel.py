@@ -1,7 +1,7 @@
-"""How several processes train one model: each holds all of it (DDP), or each holds a share of every weight (FSDP2).
+"""How several processes train one model: each holds all of it (DDP), or each holds a shard of every weight (FSDP2).
 
 Either way each computes the gradients of its share of the batch, and updates with their mean over all processes. A
-shared-out tensor is a DTensor: it has the shape of the whole, and each process holds some of its rows. torch's module
+sharded tensor is a DTensor: it has the shape of the full one, and each process holds some of its rows. torch's module
 for these takes most of a second to import, so it is asked for only where there are such tensors.
 """
 
@@ -30,7 +30,7 @@ def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 def shard(model: Any, runtime: Runtime) -> None:
-    """Share a model's weights out, in place; each block's come together just before they are used.
+    """Shard a model's weights, in place; each block's come together just before they are used.
 
     FSDP2 (Zhao et al. 2023, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html): weights, gradients
     and optimizer state take 1/N of the memory. Between GPUs, blocks travel in the precision in which they compute, half
@@ -64,41 +64,41 @@ def checkpoint_activations(model: Any) -> None:
 @contextmanager
 def exchanging(model: Any, *, now: bool) -> Iterator[None]:
     """Have backward passes in this context exchange gradients between processes, or only add them up for later."""
-    if hasattr(model, "set_requires_gradient_sync"):  # a shared-out model
+    if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
         model.set_requires_gradient_sync(now)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext():
         yield
 
 
-def is_shared(tensor: Tensor) -> bool:
-    """Tell whether each process holds only a part of this tensor."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether each process holds only some rows of this tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Any) -> Tensor:
     """Return what this process holds of a tensor; it shares memory with it."""
-    return tensor.to_local() if is_shared(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Any) -> Tensor:
+def full(tensor: Any) -> Tensor:
     """Return all of a tensor. Every process must ask for it."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def part_of(complete: Tensor, like: Any) -> Tensor:
-    """Return what this process holds of a complete tensor that is shared out as another one is."""
-    if not is_shared(like):
+def shard_of(complete: Tensor, like: Any) -> Tensor:
+    """Return what this process would hold of a complete tensor that is sharded as another one is."""
+    if not is_sharded(like):
         return complete
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
     return distribute_tensor(complete, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def gather(part: Tensor, like: Any) -> Tensor:
-    """Return the whole of which each process has a part, shared out as another tensor is. Every process must ask."""
-    if not is_shared(like):
-        return part
+def gather(held: Tensor, like: Any) -> Tensor:
+    """Return the complete tensor of which each process holds what it holds of another. Every process must ask."""
+    if not is_sharded(like):
+        return held
     from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
     sizes = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(part, like.device_mesh, like.placements, **sizes).full_tensor()
+    return DTensor.from_local(held, like.device_mesh, like.placements, **sizes).full_tensor()

@@ -152,7 +152,7 @@ class Machine(Settings):
     compile: Literal["auto"] | bool = "auto"
     """torch.compile the model, which takes up to half a minute before the first step. auto: on CUDA only."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes (torchrun) hold the model: each all of it, or each a share of every weight, for models that
+    """How several processes (torchrun) hold the model: each all of it, or each a shard of every weight, for models that
     are too large for one GPU."""
     activation_checkpointing: bool = False
     """Compute each block's activations anew for the backward pass: far less memory, about a third more time."""

@@ -1,6 +1,6 @@
 """Between torch and checkpoints: weights and optimizer state as arrays by name, and back.
 
-A model may be shared out over processes (`glyphgpt/parallel.py`); its checkpoints are as those of any other.
+A model may be sharded over processes (`glyphgpt/parallel.py`); its checkpoints are as those of any other.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from glyphgpt.checkpoint import Arrays, Checkpoint
 from glyphgpt.decoder import check_form
 from glyphgpt.errors import Failure
 from glyphgpt.optim import Optimizer
-from glyphgpt.parallel import local, part_of, whole
+from glyphgpt.parallel import full, local, shard_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,13 +22,13 @@ M = TypeVar("M", bound=nn.Module)
 def model_arrays(model: nn.Module, *, keep: bool = True) -> Arrays:
     """Return the weights by name, or nothing if they are not to be kept. On a CPU they are not copied.
 
-    Every process must ask for those of a shared-out model, even if it does not keep them.
+    Every process must ask for those of a sharded model, even if it does not keep them.
     """
     return _arrays(model.state_dict().items(), keep=keep)
 
 
 def _arrays(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> Arrays:
-    complete = ((name, whole(tensor)) for name, tensor in tensors)
+    complete = ((name, full(tensor)) for name, tensor in tensors)
     return {name: tensor.cpu().numpy() for name, tensor in complete if keep}
 
 
@@ -45,7 +45,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise other
     try:
         for name, tensor in weights.items():
-            local(tensor).copy_(part_of(torch.from_numpy(checkpoint.model[name]), tensor))
+            local(tensor).copy_(shard_of(torch.from_numpy(checkpoint.model[name]), tensor))
     except TypeError as error:  # numpy has types of which torch knows nothing
         raise other from error
 
@@ -69,7 +69,7 @@ def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[
 def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer], *, keep: bool = True) -> Arrays:
     """Return the optimizers' state as KIND.PARAMETER.KEY; nothing before the first step. On a CPU it is not copied.
 
-    Every process must ask for that of a shared-out model, even if it does not keep it.
+    Every process must ask for that of a sharded model, even if it does not keep it.
     """
     names = _names(model)
     tensors = (
@@ -82,7 +82,7 @@ def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer], *, keep: boo
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:
-    """Return each parameter's name. A shared-out model's `named_parameters` may be whole ones, for a while."""
+    """Return each parameter's name. A sharded model's `named_parameters` may be full ones, for a while."""
     return {parameter: name for name, parameter in model.state_dict(keep_vars=True).items()}
 
 
@@ -104,7 +104,7 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
                 array = unused.pop(f"{type(optimizer).__name__}.{names[parameter]}.{key}", None)
                 if array is None or array.shape != value.shape or array.dtype != np.float32:
                     raise other
-                local(value).copy_(part_of(torch.from_numpy(array), value))
+                local(value).copy_(shard_of(torch.from_numpy(array), value))
             optimizer.state[parameter] = state
     if unused:
         raise other

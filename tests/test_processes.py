@@ -1,4 +1,4 @@
-"""Several processes, with copies or shares of the model, do what one does alone, and go on with each other's runs."""
+"""Several processes, with copies or shards of the model, do what one does alone, and go on with each other's runs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "modern": {
-        **MODERN, "optimizer": "muon", "n_embd": 12,  # 12, 50 rows and 25 characters: shares of unlike size
+        **MODERN, "optimizer": "muon", "n_embd": 12,  # 12, 50 rows and 25 characters: shards of unlike size
         "gradient_accumulation_steps": 3, "activation_checkpointing": True,  # 12 sequences, so 6 or 3 for each
     },
 }  # fmt: skip
@@ -88,7 +88,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All runs; those named a and b went from one process to two and then four, by way of copies and of shares."""
+    """All runs; those named a and b went from one process to two and then four, by way of copies and of shards."""
     made = Runs(data_dir, tmp_path_factory.mktemp("runs"))
     for form in FORMS:
         for settings in made.stretches(1, form):
@@ -121,14 +121,14 @@ def test_several_processes_follow_one(runs: Runs, form: str, run: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_shared_out_run_resumes_exactly(runs: Runs, form: str, processes: int) -> None:
+def test_a_sharded_run_resumes_exactly(runs: Runs, form: str, processes: int) -> None:
     straight, resumed = (runs.folder / f"{form}-{name}{processes}" for name in ("fsdp", "resumed"))
     assert same_tensors(straight, resumed)
     assert losses(resumed).items() >= losses(straight).items(), "and has a line of validation more, of step 5"
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_process_goes_on_with_shares_of_four(runs: Runs, form: str) -> None:
+def test_one_process_goes_on_with_shards_of_four(runs: Runs, form: str) -> None:
     train.main(runs.settings(form, "one", 15, resume=True))
     train.main(runs.settings(form, "fsdp4", 15, resume=True))
     assert_close_runs(runs.folder / f"{form}-one", runs.folder / f"{form}-fsdp4")
