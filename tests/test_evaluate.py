@@ -124,17 +124,24 @@ def test_prepared_text_counts_its_own_characters(tmp_path: Path) -> None:
     assert seen.bits_per_character == pytest.approx(seen.loss / math.log(2) * tokens / characters)
 
 
-def test_processes_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text = opinionated(), split(100)
-    totals = []
+@pytest.mark.parametrize("world_size", [2, 3, 20])
+@pytest.mark.parametrize("tokens", [5, 9, 20, 97, 100])
+def test_processes_share_the_tiles_and_call_the_model_equally_often(
+    world_size: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = opinionated(), split(tokens)
+    expected = score(model, text).loss
+    totals, calls = [], [0] * world_size
 
     def keep(_: Runtime, total: float) -> list[float]:
         totals.append(total)
         return [total]
 
     monkeypatch.setattr(Runtime, "sum", keep)
-    for rank in range(3):
-        runtime = Runtime(torch.device("cpu"), torch.float32, rank, world_size=3)
-        evaluate(model, Windows(text, runtime.device), runtime, block_size=8, batch_size=4)
-    monkeypatch.undo()
-    assert sum(totals) / 99 == pytest.approx(score(model, text).loss, abs=1e-6)
+    for rank in range(world_size):
+        runtime = Runtime(torch.device("cpu"), torch.float32, rank, world_size)
+        hook = model.register_forward_hook(lambda *_, rank=rank: calls.__setitem__(rank, calls[rank] + 1))
+        evaluate(model, Windows(text, runtime.device), runtime, block_size=8, batch_size=1)
+        hook.remove()
+    assert sum(totals) / (tokens - 1) == pytest.approx(expected, abs=1e-6)
+    assert len(set(calls)) == 1, "a sharded model waits in each call for all the others"

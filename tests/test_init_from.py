@@ -1,6 +1,7 @@
 """Training that begins with another run's weights."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,5 +86,6 @@ def test_resume_takes_the_network_from_the_run_and_not_from_what_it_began_with(d
     train.main(tiny_settings(data_dir, tmp_path / "one", **MODERN))
     began = settings(data_dir, tmp_path / "other", init_from=str(tmp_path / "one"), max_steps=10)
     train.main(began)
+    shutil.rmtree(tmp_path / "one")
     train.main(began.model_copy(update={"resume": True, "max_steps": 20}))
     assert read_metrics(tmp_path / "other")[-1]["step"] == 20
