@@ -228,7 +228,7 @@ class Trainer:
             resumed = self.open_run()
             self.preflight()
             stopped_by = self.loop(resumed=resumed)
-        self.runtime.wait()  # none leaves while the last exchange is still being cleared up in another thread
+        self.runtime.wait()  # none leaves while another still receives what it sent
         self.farewell(stopped_by)
 
     def loop(self, *, resumed: bool) -> signal.Signals | None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ CPU_OPTIONS: dict[str, Any] = {
     "cpp.use_decompose_tanh": True,  # by way of exp, in half the time
     "fallback_random": True,  # compiled random numbers are slow on CPUs
 }
+GLOO_SECONDS = 0.3
+"""Gloo's threads outlive its process group and may still have to drop a tensor, for which they need Python: one that is
+ending aborts them, and the process with them ("terminate called without an active exception")."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        if not gpu:
+            time.sleep(GLOO_SECONDS)
 
 
 def job() -> str:
