@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -96,7 +97,8 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if not gpu:
+        failed = isinstance(sys.exc_info()[1], Exception)  # and is still to be told, before torchrun ends this one too
+        if not gpu and not failed:
             time.sleep(GLOO_SECONDS)
 
 
