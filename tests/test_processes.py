@@ -16,7 +16,10 @@ from conftest import MODERN, ROOT, as_flags, read_metrics, same_tensors, tiny_se
 from faults import children
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import LAST
+from glyphgpt.errors import UsageError
+from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
+from glyphgpt.shards import load_dataset
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without processes")
 
@@ -28,25 +31,21 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TRAIN_EACH = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import torch.distributed as dist
 import train
+from glyphgpt import runtime
 from glyphgpt.settings import TrainSettings
 
+runtime.GLOO_SECONDS, at_the_end = 0, runtime.GLOO_SECONDS
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 for number, settings in enumerate(json.loads(sys.argv[1])):  # torchrun's own store is good for one meeting
     store = dist.FileStore(str(Path(__file__).with_name(f"meeting-{world_size}-{number}")), world_size)
     dist.rendezvous = lambda _: iter([(store, rank, world_size)])
     train.main(TrainSettings.model_validate(settings))
+time.sleep(at_the_end)
 """
-
-
-def run_train(processes: int, settings: TrainSettings) -> tuple[int, str, str]:
-    """Train with several processes; return the exit status and what they said."""
-    with torchrun(processes, str(ROOT / "train.py"), *as_flags(settings)) as process:
-        said, errors = process.communicate(timeout=120)
-    return process.returncode, said, errors
 
 
 class Runs:
@@ -54,6 +53,8 @@ class Runs:
 
     def __init__(self, data_dir: Path, folder: Path) -> None:
         self.data_dir, self.folder = data_dir, folder
+        self.said: dict[int, tuple[str, str]] = {}
+        """What so many processes said, and what they complained of."""
 
     def settings(self, form: str, name: str, steps: int = 12, **changes: object) -> TrainSettings:
         """Settings of one stretch of a run; a run that is there already is gone on with."""
@@ -65,25 +66,35 @@ class Runs:
         """All that so many processes do, in turn."""
         if processes == 1:
             return [self.settings(form, "one"), self.settings(form, "a", 3), self.settings(form, "b", 3)]
-        both: list[dict[str, Any]] = [{"parallel": "ddp"}, {"parallel": "fsdp"}]
-        straight = [self.settings(form, f"{kind['parallel']}{processes}", **kind) for kind in both]
-        broken = [self.settings(form, f"resumed{processes}", n, **both[1], resume=n > 5) for n in (5, 12)]
+        kinds = ("ddp", "fsdp")
+        straight = [self.settings(form, f"{kind}{processes}", parallel=kind) for kind in kinds]
+        handed = zip("ab", kinds if processes == 2 else reversed(kinds), strict=True)
+        straight += [self.settings(form, run, 3 * processes, resume=True, parallel=kind) for run, kind in handed]
         if processes == 4:
-            both.reverse()
-        handed = zip("ab", both, strict=True)
-        return (
-            straight + broken + [self.settings(form, run, 3 * processes, resume=True, **kind) for run, kind in handed]
-        )
+            return straight
+        broken = [self.settings(form, "resumed2", n, parallel="fsdp", resume=n > 5) for n in (5, 12)]
+        return straight + broken
+
+    def long(self, name: str) -> TrainSettings:
+        """Settings of a run that is long enough to be killed within."""
+        return tiny_settings(self.data_dir, self.folder / name, max_steps=100, eval_every=50, save_every=1)
+
+    def half_precise(self, name: str) -> TrainSettings:
+        """Settings of a run in bfloat16."""
+        return tiny_settings(self.data_dir, self.folder / name, dtype="bfloat16", parallel="fsdp")
 
     def all_with(self, processes: int) -> None:
         """Do all that so many processes do, for every form."""
         work = [settings for form in FORMS for settings in self.stretches(processes, form)]
+        if processes == 2:
+            work += [self.half_precise("bfloat16-two"), self.long("undisturbed")]
         plain = json.dumps([settings.model_dump() for settings in work])
         script = self.folder / "train_each.py"
         script.write_text(TRAIN_EACH)
         with torchrun(processes, str(script), plain) as process:
-            _, errors = process.communicate(timeout=240)
+            said, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
+        self.said[processes] = said, errors
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +131,8 @@ def test_several_processes_follow_one(runs: Runs, form: str, run: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_sharded_run_resumes_exactly(runs: Runs, form: str, processes: int) -> None:
-    straight, resumed = (runs.folder / f"{form}-{name}{processes}" for name in ("fsdp", "resumed"))
+def test_a_sharded_run_resumes_exactly(runs: Runs, form: str) -> None:
+    straight, resumed = (runs.folder / f"{form}-{name}" for name in ("fsdp2", "resumed2"))
     assert same_tensors(straight, resumed)
     assert losses(resumed).items() >= losses(straight).items(), "and has a line of validation more, of step 5"
 
@@ -134,44 +144,41 @@ def test_one_process_goes_on_with_shards_of_four(runs: Runs, form: str) -> None:
     assert_close_runs(runs.folder / f"{form}-one", runs.folder / f"{form}-fsdp4")
 
 
-def test_one_process_speaks_for_all_in_bfloat16_too(data_dir: Path, tmp_path: Path) -> None:
-    def settings(name: str) -> TrainSettings:
-        return tiny_settings(data_dir, tmp_path / name, dtype="bfloat16", parallel="fsdp")
+def test_bfloat16_differs_by_its_rounding(runs: Runs) -> None:
+    train.main(runs.half_precise("bfloat16-one"))
+    assert losses(runs.folder / "bfloat16-one") == pytest.approx(losses(runs.folder / "bfloat16-two"), abs=3e-3)
 
-    train.main(settings("one"))
-    status, said, errors = run_train(2, settings("two"))
-    assert status == 0, errors
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=3e-3)
-    assert said.count("step 0: validation") == 1
+
+def test_one_process_speaks_for_all(runs: Runs) -> None:
+    said, errors = runs.said[2]
+    assert said.count(f"{runs.folder / 'bfloat16-two'}: ") == 1
     assert "bfloat16, 2 processes; 64 tokens a step" in said
+    assert said.count("best validation loss") == len(FORMS) * 6 + 2
     assert not [line for line in errors.splitlines() if line.startswith("warning")]
 
 
-def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(
-    data_dir: Path, tmp_path: Path
-) -> None:
-    def settings(name: str) -> TrainSettings:
-        return tiny_settings(data_dir, tmp_path / name, max_steps=300, eval_every=100, save_every=1)
-
-    status, _, errors = run_train(2, settings("straight"))
-    assert status == 0, errors
-    metrics, patience = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 60
-    with torchrun(2, str(ROOT / "train.py"), *as_flags(settings("killed")), flags=("--max-restarts=1",)) as process:
-        while not (metrics.exists() and metrics.read_text().count("\n") > 30) and time.monotonic() < patience:
+def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(runs: Runs) -> None:
+    killed, undisturbed = runs.folder / "killed", runs.folder / "undisturbed"
+    metrics, patience = killed / "metrics.jsonl", time.monotonic() + 60
+    flags = as_flags(runs.long("killed"))
+    with torchrun(2, str(ROOT / "train.py"), *flags, flags=("--max-restarts=1",)) as process:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 20) and time.monotonic() < patience:
             time.sleep(0.01)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert said.count("step 0: validation") == 1, "it did not begin anew"
-    assert same_tensors(tmp_path / "straight", tmp_path / "killed")
-    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    assert same_tensors(undisturbed, killed)
+    assert losses(undisturbed) == losses(killed)
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(data_dir: Path, tmp_path: Path) -> None:
-    status, _, errors = run_train(2, tiny_settings(data_dir, tmp_path / "run", batch_size=3))
-    assert status != 0
-    assert (
-        "error: 2 processes cannot share 3 sequences evenly; change batch_size or gradient_accumulation_steps "
-        "so that their product is a multiple of 2"
-    ) in errors
+    settings = tiny_settings(data_dir, tmp_path / "run", batch_size=3)
+    runtime = Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2)
+    said = (
+        "^2 processes cannot share 3 sequences evenly; change batch_size or gradient_accumulation_steps "
+        "so that their product is a multiple of 2$"
+    )
+    with pytest.raises(UsageError, match=said):
+        train.Trainer(settings, load_dataset(data_dir / "small", data_dir), runtime)
     assert not (tmp_path / "run").exists()
