@@ -255,14 +255,21 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C); a cache holds the tokens before these, and takes these in."""
-        B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
-        q, k = self.rotary(self.qk_norm(qk), cache.length if cache else 0).unbind(2)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v.squeeze(2)))  # (B, H, T, D) each
+        q, k, v = self.heads(x, cache.length if cache else 0)  # (B, H, T, D) each
         if cache:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        mixed = attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        return self.residual_dropout(self.out(mixed.transpose(1, 2).reshape(B, T, C)))
+        return self.merge(attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0))
+
+    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first token stands at `start`."""
+        B, T, C = x.shape
+        qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
+        q, k = self.rotary(self.qk_norm(qk), start).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """Map what the heads gathered, (B, H, T, D), back to (B, T, C)."""
+        return self.residual_dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
