@@ -92,6 +92,12 @@ class Cache:
         """How many tokens have been seen."""
         return self.layers[0].length
 
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch, in this order; a row may come several times."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.recent = None if self.recent is None else self.recent[rows]
+
 
 class NGramEmbedding(nn.Module):
     """Vectors for the last 2, 3, ... ngram tokens taken together, from one hashed table for each number.
@@ -261,7 +267,7 @@ class CausalSelfAttention(nn.Module):
         return self.merge(attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0))
 
     def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first token stands at `start`."""
+        """Return queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first token stands at `start`."""
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
         q, k = self.rotary(self.qk_norm(qk), start).unbind(2)

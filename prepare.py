@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glyphgpt.commandline import parse
-from glyphgpt.corpus import fetch, read_recipe
+from glyphgpt.corpus import read_recipe, text_file
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.helper import Helper
 from glyphgpt.memory import keep_freed_memory
@@ -71,10 +71,10 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     folder = Path(settings.data_dir) / name
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
-        if (meta.source.sha256, meta.tokenizer["kind"]) == (recipe.source.sha256, recipe.tokenizer):
+        if (meta.source.sha256, meta.tokenizer["kind"]) == (recipe.text.sha256, recipe.tokenizer):
             print(f"{folder} is prepared already; next: {next_step(folder)}")
             return
-    file = fetch(recipe.source, Path(settings.data_dir))
+    file = text_file(recipe, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
     text = Text((file,), (str(file),))
     chosen = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})

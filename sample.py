@@ -9,106 +9,38 @@ A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is al
 to the model's block_size tokens; then its older half is let go of, and it grows again.
 """
 
-import ctypes
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import chain
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.commandline import parse
-from glyphgpt.decoder import Decoder
 from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
 from glyphgpt.settings import SampleSettings
 from glyphgpt.shards import META, Split, load_dataset
-from glyphgpt.text import open_text
-from glyphgpt.tokenizer import Tokenizer, Tokens, first_token, from_plain
-
-if TYPE_CHECKING:
-    from glyphgpt.runtime import Runtime
-    from model import GPT
+from glyphgpt.text import read_text
+from glyphgpt.tokenizer import Tokenizer, Tokens, encode_known, first_token
+from glyphgpt.trained import language_model, open_checkpoint, torch_model
 
 USAGE = "python sample.py RUN | CHECKPOINT [--key=value ...]"
 
 
 def main(settings: SampleSettings, place: str) -> None:
     """Load the checkpoint and do what the settings ask for."""
-    checkpoint = checkpoints.load(checkpoints.find(Path(place)), with_optimizer=False)
-    tokenizer = from_plain(checkpoint.info.tokenizer, Path(settings.data_dir))
-    if tokenizer.vocab_size != checkpoint.info.model.get("vocab_size"):
-        raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
+    checkpoint, tokenizer = open_checkpoint(place, Path(settings.data_dir))
     if settings.score:
         score(checkpoint, tokenizer, settings)
         return
-    with language_model(checkpoint, settings) as model:
+    with language_model(checkpoint, settings.device, settings.dtype, "num_samples") as model:
         sampler = Sampler(model, checkpoint.info.model["block_size"], tokenizer, settings)
         if settings.interactive:
             sampler.interact()
         else:
             sampler.show_samples()
-
-
-@contextmanager
-def language_model(checkpoint: Checkpoint, settings: SampleSettings) -> Iterator[LanguageModel]:
-    """Make a checkpoint's model ready to decode: on a CPU without torch, which takes longer to import than to sample.
-
-    Raises:
-        Failure: config and weights do not belong together, the weights are no numbers, or memory ran out.
-    """
-    if settings.device == "cpu" or (settings.device == "auto" and not gpu_driver()):
-        try:
-            yield on_cpu(checkpoint)
-        except MemoryError as error:
-            raise Failure("out of memory; lower num_samples") from error
-        return
-    with torch_model(checkpoint, settings) as (model, runtime):
-        from glyphgpt.runtime import OnDevice  # noqa: PLC0415
-
-        yield on_cpu(checkpoint) if runtime.device.type == "cpu" else OnDevice(model, runtime)
-
-
-def on_cpu(checkpoint: Checkpoint) -> Decoder:
-    """Return a checkpoint's decoder.
-
-    Raises:
-        Failure: config and weights do not belong together, or the weights are no numbers.
-    """
-    checkpoint.check_weights()
-    try:
-        return Decoder(checkpoint.info.model, checkpoint.model)
-    except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
-
-
-@contextmanager
-def torch_model(checkpoint: Checkpoint, settings: SampleSettings) -> Iterator[tuple["GPT", "Runtime"]]:
-    """Make a checkpoint's torch model ready on the device of the settings."""
-    from glyphgpt import runtime as runtimes  # noqa: PLC0415  (torch, only where it is used)
-    from glyphgpt.state import make_model  # noqa: PLC0415
-    from model import GPT, GPTConfig  # noqa: PLC0415
-
-    with (
-        runtimes.start(settings.device, settings.dtype) as runtime,
-        runtimes.memory_hint("num_samples, or use --device=cpu"),
-    ):
-        yield make_model(checkpoint, GPT, GPTConfig).to(runtime.device).eval(), runtime
-
-
-def gpu_driver() -> bool:
-    """Tell whether CUDA's driver is installed, which is sooner seen than torch is imported."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
@@ -117,7 +49,7 @@ def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings
     from glyphgpt.evaluate import evaluate  # noqa: PLC0415
 
     split, what = text_to_score(tokenizer, settings)
-    with torch_model(checkpoint, settings) as (model, runtime):
+    with torch_model(checkpoint, settings.device, settings.dtype, "num_samples") as (model, runtime):
         windows = Windows(split, runtime.device)
         score = evaluate(model, windows, runtime, block_size=model.config.block_size, batch_size=16)
     print(f"{what}, {score}")
@@ -136,33 +68,13 @@ def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split
             if dataset.meta.tokenizer != tokenizer.to_plain():
                 raise Failure(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
             return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
-    text = read_file(settings.score)
-    tokens = encode(text, tokenizer, settings)
+    text = read_text(settings.score)
+    tokens = encode_known(text, tokenizer, skip=settings.unknown == "skip")
     if len(tokens) < 2:
         raise Failure(f"{settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown(text))
     left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
     return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{left_out}"
-
-
-def encode(text: str, tokenizer: Tokenizer, settings: SampleSettings) -> Tokens:
-    """Turn text into ids, unknown characters left out if the settings say so.
-
-    Raises:
-        Failure: the text has characters that the model has never seen.
-    """
-    unknown = tokenizer.unknown(text)
-    if unknown and settings.unknown == "error":
-        shown = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in unknown[:10])
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise Failure(f"the model has never seen {shown}{more}; change the text, or add --unknown=skip")
-    return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
-
-
-def read_file(name: str) -> str:
-    """Read a whole UTF-8 file, or - for standard input."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return "".join(chain.from_iterable(open_text([name], Path(scratch)).read(lambda _: None)))
 
 
 class Sampler:
@@ -245,12 +157,12 @@ class Sampler:
 
     def encode(self, text: str) -> Tokens:
         """Turn text into ids, as the settings say."""
-        return encode(text, self.tokenizer, self.settings)
+        return encode_known(text, self.tokenizer, skip=self.settings.unknown == "skip")
 
     def prompt(self) -> str:
         """Return the prompt, from wherever the settings say."""
         if self.settings.prompt_file:
-            return read_file(self.settings.prompt_file)
+            return read_text(self.settings.prompt_file)
         return self.settings.prompt
 
 

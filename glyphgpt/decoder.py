@@ -37,6 +37,10 @@ class DecoderCache:
         self.recent = np.empty((batch, 0), np.int64)
         self.length = 0
 
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch, in this order; a row may come several times."""
+        self.memory, self.recent = self.memory[:, rows], self.recent[rows]
+
 
 class Decoder:
     """A network that decodes, from a config and weights by name as a checkpoint holds them."""

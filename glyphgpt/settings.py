@@ -289,3 +289,24 @@ class PlotSettings(Settings):
 
     out: Name = ""
     """PNG file to draw; metrics.png in the run's folder when left out."""
+
+
+class TranslateSettings(Settings):
+    """Settings of glyphgpt.translate"""
+
+    beam: Annotated[int, Field(ge=1, le=1000)] = 4
+    """How many ways to translate a line are kept in view; 1 always takes the likeliest token, which is faster."""
+    batch_size: Size = 32
+    """Lines translated at once, of those that are equally long."""
+    reference: str = ""
+    """File of right translations, line by line, to tell the BLEU of ours (pip install 'glyphgpt[translate]')."""
+    out: Name = ""
+    """File to write the translations to; printed when left out."""
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with characters that the model has never seen."""
+    data_dir: str = "data"
+    """Folder of GPT-2's vocabulary, for models that use it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the products on a GPU; a CPU decodes in float32."""

@@ -11,6 +11,7 @@ import gzip
 import json
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -280,6 +281,26 @@ def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **fo
         paths += found
         names += [STANDARD_INPUT] if word == "-" else [str(path) for path in found]
     return Text(tuple(paths), tuple(names), encoding, **form)
+
+
+def read_text(word: str) -> str:
+    """Read a whole UTF-8 file, or - for standard input.
+
+    Raises:
+        Failure: it is missing, or no text.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return "".join(chain.from_iterable(open_text([word], Path(scratch)).read(lambda _: None)))
+
+
+def read_lines(word: str) -> list[str]:
+    """Read a file's lines; any white space within one becomes a single space, and none stays around it.
+
+    Raises:
+        Failure: it is missing, or no text.
+    """
+    lines = read_text(word).split("\n")
+    return [" ".join(line.split()) for line in (lines if lines[-1] else lines[:-1])]
 
 
 def is_charset(encoding: str) -> bool:

@@ -234,6 +234,20 @@ def from_plain(plain: Any, data_dir: Path) -> Tokenizer:
     raise Failure("this is not a tokenizer that this version knows")
 
 
+def encode_known(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
+    """Turn a user's text into ids for a model; what it has never seen is left out if `skip` is true.
+
+    Raises:
+        Failure: the text has characters that the model has never seen, and `skip` is false.
+    """
+    unknown = tokenizer.unknown(text)
+    if unknown and not skip:
+        shown = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise Failure(f"the model has never seen {shown}{more}; change the text, or add --unknown=skip")
+    return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
+
+
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
     """Turn documents into ids, with the end-of-text token between them.
 

@@ -1,5 +1,6 @@
 """Recipes, and how their files are fetched: checked, and never half."""
 
+import gzip
 import http.client
 import io
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, script
-from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, Source, fetch, file_sha256, read_recipe
+from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, Recipe, Source, fetch, file_sha256, read_recipe, text_file
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.shards import load_dataset
 
@@ -87,12 +88,20 @@ def failure(source: Source, data_dir: Path) -> str:
     return line
 
 
+SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_can_be_read(path: Path) -> None:
     recipe = read_recipe(path)
-    assert recipe.tokenizer == {"shakespeare": "gpt2", "shakespeare_char": "char"}[path.stem]
-    assert recipe.val_fraction == 0.1
-    assert recipe.source.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert recipe.tokenizer == ("gpt2" if path.stem == "shakespeare" else "char")
+    if path.stem.startswith("shakespeare"):
+        assert (recipe.val_fraction, recipe.text.sha256) == (0.1, SHAKESPEARE)
+    else:
+        assert recipe.pairs
+        files = {source.file for source in recipe.pairs.sources}
+        assert {name for names in recipe.pairs.beside for name in names} < files
+        assert all(source.url.endswith(source.file.removeprefix("multi30k-")) for source in recipe.pairs.sources)
 
 
 def fetch_or_skip(source: Source, data_dir: Path) -> Path:
@@ -103,9 +112,15 @@ def fetch_or_skip(source: Source, data_dir: Path) -> Path:
         pytest.skip(str(reason))
 
 
+def tiny_shakespeare_source() -> Source:
+    source = read_recipe(ROOT / "data" / "shakespeare_char.toml").source
+    assert source
+    return source
+
+
 @pytest.fixture(scope="session")
 def tiny_shakespeare() -> Path:
-    return fetch_or_skip(read_recipe(ROOT / "data" / "shakespeare_char.toml").source, ROOT / "data")
+    return fetch_or_skip(tiny_shakespeare_source(), ROOT / "data")
 
 
 def test_tiny_shakespeare_is_the_well_known_file(tiny_shakespeare: Path) -> None:
@@ -144,6 +159,7 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
         (("https:", "http:"), "source.url: String should match pattern '^https://'"),
         (('"tinyshakespeare.txt"', '"../x"'), "source.file: String should match pattern '^\\w[\\w.-]*$'"),
         (("[source]", "[source"), "not a TOML file: "),
+        (("[source]", "[pairs]"), "pairs.sources: Field required"),
     ],
     ids=str,
 )
@@ -279,3 +295,46 @@ def test_gpt2s_vocabulary_can_be_had_without_the_web(
 
     monkeypatch.setattr(urllib.request, "urlopen", no_web)
     assert file_sha256(fetch_or_skip(wanted, tmp_path)) == wanted.sha256
+
+
+LEFT, RIGHT = "Ein  Mann.\nZwei\tHunde \n", "A man.\nTwo dogs."
+JOINED = b"Ein Mann.\tA man.\nZwei Hunde\tTwo dogs.\n"
+
+
+def pairs_recipe(data_dir: Path, left: str = LEFT, right: str = RIGHT, joined: bytes = JOINED) -> Recipe:
+    """Put two files where fetched ones lie, and return a recipe of them, one packed and side by side twice."""
+    (data_dir / "downloads").mkdir(parents=True)
+    files = {"left.gz": gzip.compress(left.encode()), "right": right.encode()}
+    for name, content in files.items():
+        (data_dir / "downloads" / name).write_bytes(content)
+    sources = [{"file": name, "sha256": sha256(content).hexdigest(), "url": URL} for name, content in files.items()]
+    pairs = {"file": "both", "sha256": sha256(joined * 2).hexdigest(), "beside": [["left.gz", "right"]] * 2}
+    texts = {"title": "T", "licence": "L", "tokenizer": "char"}
+    return Recipe.model_validate({**texts, "val_fraction": 0.5, "pairs": {**pairs, "sources": sources}})
+
+
+def test_pairs_are_joined_line_by_line(tmp_path: Path) -> None:
+    assert text_file(pairs_recipe(tmp_path), tmp_path).read_bytes() == JOINED * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"right": "A man.\n"}, "left.gz and right differ in their numbers of lines: 2 and 1"),
+        ({"joined": JOINED[1:]}, "both: not the text that the recipe tells of (SHA-256 "),
+    ],
+    ids=str,
+)
+def test_pairs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(Failure) as caught:
+        text_file(pairs_recipe(tmp_path, **change), tmp_path)
+    assert str(caught.value).startswith(said)
+    assert not (tmp_path / "downloads" / "both").exists()
+
+
+def test_a_file_on_the_web_only(tmp_path: Path, source: Source, outside: Outside) -> None:
+    only_web = source.model_copy(update={"wheel": None})
+    assert failure(only_web, tmp_path).startswith(f"cannot fetch some.txt: {URL}: unreachable; get it by hand ")
+    outside.web = CONTENT
+    assert fetch(only_web, tmp_path).read_bytes() == CONTENT
+    assert outside.asked == [URL, URL]
