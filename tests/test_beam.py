@@ -105,10 +105,10 @@ def test_a_beam_of_one_is_greedy(table: Floats, first: int) -> None:
 
 
 def test_decoder_and_torch_find_the_same_ways() -> None:
-    for form in ({}, MODERN):
+    for form in ({"tie_embeddings": False}, MODERN):
         model = tiny_model(**form)
         for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.5)
+            torch.nn.init.normal_(weight, std=0.3)
         prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 1, 5]]
         with start("cpu", "float32") as runtime:
             by_torch = ways(OnDevice(model, runtime), *prompts, beam=3, most=5)

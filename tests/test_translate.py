@@ -8,7 +8,7 @@ import train
 from conftest import prepare_text, script, tiny_settings
 from glyphgpt.checkpoint import BEST
 
-WORDS = {"rot": "red", "blau": "blue", "ein Hund": "a dog", "zwei Hunde": "two dogs", "gehen": "to walk"}
+WORDS = {"rot": "red", "blau": "blue", "ein Hund": "a dog", "zwei Hunde": "two dogs", "ein Mann geht": "a man walks by"}
 SOURCES = "".join(f"{german}\n" for german in WORDS)
 TRANSLATIONS = "".join(f"{english}\n" for english in WORDS.values())
 
@@ -20,13 +20,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare_text("".join(f"{german}\t{english}\n" for german, english in WORDS.items()) * 100, folder)
     network = {
         "n_embd": 32,
-        "block_size": 24,
+        "block_size": 40,
         "position": "sinusoidal",
         "ngram": 3,
         "ngram_rows": 97,
         "norm": "rmsnorm",
     }
-    learning = {"max_steps": 150, "eval_every": 150, "batch_size": 16, "learning_rate": 0.01, "optimizer": "muon"}
+    learning = {"max_steps": 200, "eval_every": 200, "batch_size": 16, "learning_rate": 0.01, "optimizer": "muon"}
     train.main(tiny_settings(folder, folder / "run", **network, **learning))
     (folder / "de.txt").write_text(SOURCES)
     (folder / "en.txt").write_text(TRANSLATIONS)
@@ -68,7 +68,7 @@ def test_lines_are_kept_apart_whatever_white_space_they_have(run: Path, tmp_path
     ("text", "flags", "said"),
     [
         ("rot\nçà\n", [], "line 2: the model has never seen 'à' (U+00E0), 'ç' (U+00E7); change the text, or add "),
-        ("rot\n" + "blau" * 6, [], "line 2: 24 tokens leave no room in the model's context of 24; cut the line"),
+        ("rot\n" + "blau" * 10, [], "line 2: 40 tokens leave no room in the model's context of 40; cut the line"),
         ("rot\n", ["--reference=EN"], "EN: 5 lines, but there are 1 to translate"),
         ("rot\n", ["--beam=0"], "--beam must be a whole number, at least 1"),
         ("rot\n", ["--prompt=x"], "unknown key --prompt"),
