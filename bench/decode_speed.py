@@ -18,12 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import sample
-from glyphgpt import checkpoint as checkpoints
 from glyphgpt.decoder import Decoder, Linear
 from glyphgpt.generate import LanguageModel, SamplingRule, generate
 from glyphgpt.runtime import OnDevice
-from glyphgpt.settings import SampleSettings
+from glyphgpt.trained import language_model, open_checkpoint
 
 CHARACTERS = 1000
 
@@ -31,11 +29,11 @@ CHARACTERS = 1000
 def main() -> None:
     """Measure, and print both figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder or a checkpoint")
+    parser.add_argument("run", help="a run's folder or a checkpoint")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    checkpoint = checkpoints.load(checkpoints.find(options.run), with_optimizer=False)
-    with sample.language_model(checkpoint, SampleSettings(device=options.device)) as model:
+    checkpoint, _ = open_checkpoint(options.run, Path("data"))
+    with language_model(checkpoint, options.device, "auto", "num_samples") as model:
         block_size = checkpoint.info.model["block_size"]
         speed = CHARACTERS / seconds(lambda: stream(model, block_size))
         products = CHARACTERS / seconds(

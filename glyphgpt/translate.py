@@ -131,7 +131,7 @@ def read_references(word: str, lines: int) -> list[str]:
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> str:
     """Tell the BLEU of translations, with the signature that says how it was counted (Post 2018)."""
-    from sacrebleu.metrics import BLEU  # noqa: PLC0415  (optional)
+    from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415  (optional)
 
     metric = BLEU()
     score = metric.corpus_score(translations, [references])
