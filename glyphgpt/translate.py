@@ -110,7 +110,7 @@ class Translator:
         """Translate prompts (B, T), as far as the model's context reaches."""
         room = self.block_size - prompts.shape[1]
         ways = beam.search(self.model, prompts, end=self.end, beam=self.settings.beam, max_new_tokens=room)
-        return [decode(self.tokenizer, way) for way in ways]
+        return [decode(self.tokenizer, way.tolist()) for way in ways]
 
 
 def read_references(word: str, lines: int) -> list[str]:
