@@ -133,6 +133,8 @@ class Watching(Settings):
     """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
     picture: bool = True
     """Draw the run into out_dir/metrics.png at its end, if matplotlib is there (pip install 'glyphgpt[plot]')."""
+    report: bool = True
+    """Tell the run in out_dir/report.html at its end: curves, samples, settings, for any browser."""
     tensorboard: bool = False
     """Write TensorBoard logs to out_dir (pip install 'glyphgpt[tensorboard]')."""
     wandb: bool = False
@@ -289,3 +291,10 @@ class PlotSettings(Settings):
 
     out: Name = ""
     """PNG file to draw; metrics.png in the run's folder when left out."""
+
+
+class ReportSettings(Settings):
+    """Settings of glyphgpt.report"""
+
+    out: Name = ""
+    """HTML file to write; report.html in the run's folder when left out."""
