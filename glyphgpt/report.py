@@ -131,8 +131,8 @@ def figures(
     speeds = [row["tokens_a_second"] for row in rows if "tokens_a_second" in row]
     return [
         ("Validation loss", number(best.get("loss"), ".4f"), f"nats per token, the best, at step {best['step']:,}"),
-        ("Bits per character", number(best.get("bits_per_character"), ".3f"), "there"),
-        ("Perplexity", number(best.get("perplexity"), ",.2f"), "of a token, there"),
+        ("Bits per character", number(best.get("bits_per_character"), ".3f"), "at the same step"),
+        ("Perplexity", number(best.get("perplexity"), ",.2f"), "of a token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
         ("Tokens", f"{step * tokens:,}", f"{tokens:,} a step"),
         ("Time", duration(seconds), "with evaluations and samples"),
