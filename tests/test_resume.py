@@ -138,6 +138,23 @@ def test_what_a_killed_run_left_behind_does_no_harm(straight: Path, data_dir: Pa
     assert not (tmp_path / "last.safetensors.unfinished").exists()
 
 
+def test_a_run_killed_right_after_its_checkpoint_lacks_no_row_and_no_sample(
+    straight: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    class Killed(train.Trainer):
+        def save(self, name: str, *rest: Any) -> None:
+            super().save(name, *rest)
+            if name == "last.safetensors" and self.progress.step == 20:
+                raise KeyboardInterrupt
+
+    settings = dropout_settings(data_dir, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "Trainer", Killed)
+        train.main(settings)
+    train.main(resumed(settings))
+    assert_same_run(straight, tmp_path)
+
+
 def start(settings: TrainSettings) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings)]
