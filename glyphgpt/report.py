@@ -130,7 +130,7 @@ def figures(
     tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
     speeds = [row["tokens_a_second"] for row in rows if "tokens_a_second" in row]
     return [
-        ("Validation loss", number(best.get("loss"), ".4f"), f"nats per token, the best, at step {best['step']:,}"),
+        ("Best validation loss", number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
         ("Bits per character", number(best.get("bits_per_character"), ".3f"), "at the same step"),
         ("Perplexity", number(best.get("perplexity"), ",.2f"), "of a token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),

@@ -110,7 +110,7 @@ def test_patience_and_its_command_are_told(tmp_path: Path) -> None:
     shown = content(run)
     assert shown["ended"] == "Stopped early, at step 30: no better loss in 2 evaluations."
     assert shown["commands"][1][1].endswith("--resume --patience=0")
-    assert shown["figures"][0] == ("Validation loss", "2.0000", "nats per token, the best, at step 10")
+    assert shown["figures"][0] == ("Best validation loss", "2.0000", "nats per token, at step 10")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_patience_and_its_command_are_told(tmp_path: Path) -> None:
 )
 def test_figures_that_are_not_there_are_dashes(rows: list[dict[str, Any]], loss: str, tmp_path: Path) -> None:
     run = written(tmp_path / "run", rows)
-    assert told(run)["Validation loss"] == loss
+    assert told(run)["Best validation loss"] == loss
     assert told(run)["Parameters"] == "–", "which only a checkpoint tells"
     write(run, run / PAGE)
 
@@ -288,7 +288,7 @@ def test_the_axis_can_be_changed(run: Path, browser: Browser) -> None:
 
 def test_pointing_at_a_curve_or_arrow_keys_read_it_out(run: Path, browser: Browser) -> None:
     browser.open(run)
-    assert "at step 30" in browser.text("figcaption")
+    assert re.fullmatch(r"training [\d.]+ at step 30 validation [\d.]+ at step 30 ", browser.text("figcaption"))
     browser.one("svg").send_keys("\ue011")  # Home
     assert "at step 1" in browser.text("figcaption")
     browser.one("svg").send_keys("\ue014")  # arrow to the right
