@@ -513,8 +513,8 @@ class Trainer:
         try:
             report.write(self.out_dir, page)
             self.say(f"the run as a page: {page}")
-        except Failure as failure:
-            warn(str(failure))
+        except (Failure, OSError) as error:
+            warn(str(error))
 
     def say(self, text: str) -> None:
         """Print, from one process only, without breaking the progress bar."""

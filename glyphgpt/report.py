@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from glyphgpt.checkpoint import BEST, LAST, Progress, peek
+from glyphgpt.checkpoint import BEST, LAST, peek
 from glyphgpt.commandline import ACTIONS, groups, parse, read_toml, resolve
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.folder import write_whole
@@ -77,18 +77,18 @@ def content(run: Path) -> dict[str, Any]:
     config = str(run / "config.toml")
     settings = resolve(TrainSettings, [(config, read_toml(config))])
     info = next((peek(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
-    progress = info.progress if info else Progress()
-    step = max(progress.step, *(row["step"] for row in rows))
-    seconds = max(progress.seconds, rows[-1]["seconds"])
+    step = max(info.progress.step if info else 0, rows[-1]["step"])
     evaluations = [row for row in rows if row["kind"] == "val" and row.get("loss") is not None]
     vocab_size = info.model.get("vocab_size") if info else None
-    walk = Walk(settings, vocab_size, settings.batch_size) if isinstance(vocab_size, int) else None
+    walk = None
+    if isinstance(vocab_size, int) and 0 < vocab_size <= 10**6:
+        walk = Walk(settings, vocab_size, settings.batch_size)
     ended, commands = ending(run, settings, step, evaluations)
     return {
         "name": str(run),
         "ended": ended,
         "commands": commands,
-        "figures": figures(settings, rows, evaluations, step=step, seconds=seconds, walk=walk),
+        "figures": figures(settings, rows, evaluations, step=step, walk=walk),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},
         "samples": [{"about": about(row["step"], evaluations), "text": row["text"]} for row in thinned(samples)],
         "settings": tables(settings),
@@ -123,7 +123,7 @@ def ending(run: Path, settings: TrainSettings, step: int, evaluations: list[Row]
 
 
 def figures(
-    settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, seconds: float, walk: Walk | None
+    settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, walk: Walk | None
 ) -> list[tuple[str, str, str]]:
     """Return the headline figures: what, how much, and a note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
@@ -135,7 +135,7 @@ def figures(
         ("Perplexity", number(best.get("perplexity"), ",.2f"), "of a token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
         ("Tokens", f"{step * tokens:,}", f"{tokens:,} a step"),
-        ("Time", duration(seconds), "with evaluations and samples"),
+        ("Time", duration(rows[-1]["seconds"]), "with evaluations and samples"),
         ("Tokens a second", number(median(speeds) if speeds else None, ",.0f"), "median, of training alone"),
         ("Parameters", number(walk.parameters if walk else None, ","), f"in {settings.n_layer} blocks"),
     ]

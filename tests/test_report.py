@@ -341,6 +341,19 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path, browser: Browser) -> None
     assert browser.complaints() == []
 
 
+def test_a_script_or_an_image_from_elsewhere_is_refused(run: Path, browser: Browser) -> None:
+    browser.open(run)
+    browser.driver.execute_script(
+        "const script = document.createElement('script'); script.textContent = 'window.broken = true';"
+        "const image = document.createElement('img'); image.src = 'https://127.0.0.1:9/x.png';"
+        "document.body.append(script, image);"
+    )
+    assert browser.driver.execute_script("return window.broken") is None
+    refused = [complaint["message"] for complaint in browser.complaints()]
+    assert len(refused) == 2
+    assert all("Content Security Policy" in message for message in refused)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
