@@ -5,7 +5,7 @@
     python train.py out/quick/config.toml --resume           go on with a run, exactly
     torchrun --standalone --nproc_per_node=2 train.py ...    several processes share each batch
 
-Writes {last,best}.safetensors, metrics.jsonl and config.toml into out_dir.
+Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.html into out_dir.
 """
 
 import sys
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt import plot
+from glyphgpt import plot, report
 from glyphgpt import runtime as runtimes
 from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Progress
@@ -423,14 +423,17 @@ class Trainer:
         metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
         better = score.loss < progress.best_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
-        weights = self.weights()
+        weights, sample = self.weights(), ""
+        if settings.sample_tokens and (self.runtime.is_main or self.runtime.device.type != "cpu"):
+            sample = self.sample(weights)
+            metrics.write_sample(progress.step, sample)  # before the checkpoint, from which it would not come again
         if better:  # before last.safetensors, which would otherwise promise a best that is not there
             progress.best_loss = score.loss
             self.save(BEST, weights, score)
         self.save(LAST, weights, score)
         self.say(f"step {progress.step:,}: validation {score}{', the best so far' if better else ''}")
-        if settings.sample_tokens and (self.runtime.is_main or self.runtime.device.type != "cpu"):
-            self.say("".join(f"  | {line}\n" for line in self.sample(weights).splitlines()))
+        if sample:
+            self.say("".join(f"  | {line}\n" for line in sample.splitlines()))
 
     def weights(self) -> Arrays:
         """Return the model's weights, or nothing in processes that do not write; every one must ask."""
@@ -485,6 +488,7 @@ class Trainer:
         resume = f"python train.py {shlex.quote(str(out_dir / 'config.toml'))} --resume"
         if stopped_by and progress.step < settings.max_steps:
             self.say(f"stopped by {stopped_by.name} at step {progress.step:,}, saved; go on with: {resume}")
+            self.report()
             raise SystemExit(128 + stopped_by)
         if self.out_of_patience():
             self.say(f"stopped at step {progress.step:,}: no better loss in {settings.patience} evaluations")
@@ -493,12 +497,24 @@ class Trainer:
         self.say(f"best validation loss {progress.best_loss:.4f}; sample it: {sample}")
         if progress.step >= settings.max_steps:
             self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
+        self.report()
         if settings.picture and self.runtime.is_main and plot.installed():
             try:
                 plot.draw([out_dir], out_dir / plot.PICTURE)
                 self.say(f"losses and speed as a picture: {out_dir / plot.PICTURE}")
             except Failure as failure:  # the run itself is safe
                 warn(str(failure))
+
+    def report(self) -> None:
+        """Tell the run in a page, if that is asked for; what goes wrong there is no more than a warning."""
+        if not (self.settings.report and self.runtime.is_main):
+            return
+        page = self.out_dir / report.PAGE
+        try:
+            report.write(self.out_dir, page)
+            self.say(f"the run as a page: {page}")
+        except (Failure, OSError) as error:
+            warn(str(error))
 
     def say(self, text: str) -> None:
         """Print, from one process only, without breaking the progress bar."""

@@ -23,6 +23,7 @@ import torch
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST
 from glyphgpt.errors import Failure
+from glyphgpt.metrics import SAMPLES
 from glyphgpt.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,7 +233,7 @@ def as_script(script: str, words: list[str], log: Path, before: Callable[..., No
 
 
 def difference(one: Path, other: Path) -> str:
-    """Say what differs between two runs, but for times; nothing, if all bits of weights and metrics are the same."""
+    """Say what differs between two runs, but for times; nothing, if weights, metrics and samples are the same bits."""
     for name in (BEST, LAST):
         first, second = (checkpoints.load(folder / name) for folder in (one, other))
         for part in ("model", "optimizer"):
@@ -243,7 +244,8 @@ def difference(one: Path, other: Path) -> str:
         if progress[0] != progress[1]:
             return f"{name}: other progress"
     rows = [metrics(folder) for folder in (one, other)]
-    return "" if rows[0] == rows[1] else "other metrics"
+    samples = [(folder / SAMPLES).read_bytes() for folder in (one, other)]
+    return "other metrics" if rows[0] != rows[1] else "other samples" if samples[0] != samples[1] else ""
 
 
 def metrics(folder: Path, *, times: bool = False) -> list[dict[str, Any]]:

@@ -151,6 +151,19 @@ def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
     return Checkpoint(info, parts["model"], parts["optimizer"], path)
 
 
+def peek(path: Path) -> Info:
+    """Read what a checkpoint tells of itself, without its tensors and so unverified: to show, not to go on from.
+
+    Raises:
+        Failure: it is missing, or no checkpoint of glyphgpt.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{path}: cannot be read: {_reason(error)}") from error
+
+
 def find(place: Path) -> Path:
     """Return the checkpoint file that a path names: itself, or a run's best, or its last.
 

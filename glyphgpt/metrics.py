@@ -1,16 +1,20 @@
-"""What a run tells while it trains: metrics.jsonl, and optional trackers."""
+"""What a run tells while it trains: metrics.jsonl, samples.jsonl, and optional trackers."""
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from glyphgpt.errors import UsageError, writing
+from glyphgpt.errors import Failure, UsageError, describe, writing
 from glyphgpt.folder import write_whole
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
+"""Rows of numbers; `kind` is "train" (loss of that step's batch) or "val" (loss of the whole validation split)."""
+SAMPLES = "samples.jsonl"
+"""Rows of a `step` and the `text` that the model wrote then."""
 
 Row = dict[str, Any]
 
@@ -27,18 +31,15 @@ class Tracker(Protocol):
         ...
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each written at once.
+class RowsFile:
+    """A file of rows: one JSON object a line, with the `step` that it is of, each written at once."""
 
-    `kind` is "train" (loss of that step's batch) or "val" (loss of the whole validation split).
-    """
-
-    def __init__(self, folder: Path, *, keep_steps: int) -> None:
+    def __init__(self, path: Path, *, keep_steps: int) -> None:
         """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
-        self._path = folder / METRICS
-        rows = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-        write_whole(self._path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
-        self._file = self._path.open("ab")
+        self._path = path
+        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        write_whole(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
+        self._file = path.open("ab")
 
     def write(self, row: Row) -> None:
         """Append a row; JSON has no word for numbers that are not finite, so they become null.
@@ -66,6 +67,25 @@ def _step_of(line: bytes) -> float:
     except (ValueError, KeyError, TypeError):
         step = None
     return step if isinstance(step, int) else math.inf
+
+
+def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
+    """Read a file of rows, but for a last one that was cut; what is not finite becomes None.
+
+    `check` returns a row, or raises a KeyError or TypeError where it is none.
+
+    Raises:
+        Failure: the file is not there, cannot be read, or is not as train.py writes it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [check(json.loads(line, parse_constant=lambda _: None)) for line in lines]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Failure(f"{path}: no {path.stem} there; name the folder of a run") from error
+    except OSError as error:
+        raise Failure(describe(error)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Failure(f"{path}: not as train.py writes it") from error
 
 
 class TensorBoard:
@@ -128,15 +148,17 @@ def numbers(row: Row) -> Row:
 
 
 class Metrics:
-    """Every tracker that the settings ask for, as one."""
+    """Every tracker that the settings ask for, as one, and the file of samples."""
 
     def __init__(self, settings: TrainSettings, *, keep_steps: int, silent: bool = False) -> None:
         """Open them, or none if `silent`; rows after step `keep_steps` are to come again."""
         self._trackers: list[Tracker] = []
+        self._samples: RowsFile | None = None
         if silent:
             return
         folder = Path(settings.out_dir)
-        self._trackers.append(MetricsFile(folder, keep_steps=keep_steps))
+        self._samples = RowsFile(folder / SAMPLES, keep_steps=keep_steps)
+        self._trackers.append(RowsFile(folder / METRICS, keep_steps=keep_steps))
         if settings.tensorboard:
             self._trackers.append(TensorBoard(folder, keep_steps=keep_steps))
         if settings.wandb:
@@ -148,7 +170,14 @@ class Metrics:
         for tracker in self._trackers:
             tracker.write(row)
 
+    def write_sample(self, step: int, text: str) -> None:
+        """Write what the model wrote."""
+        if self._samples:
+            self._samples.write({"step": step, "text": text})
+
     def close(self) -> None:
         """Finish them all."""
+        if self._samples:
+            self._samples.close()
         for tracker in self._trackers:
             tracker.close()

@@ -7,7 +7,6 @@ train.py draws its own run at its end where matplotlib is installed: pip install
 """
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +16,7 @@ from typing import Any
 from glyphgpt.commandline import parse, printable
 from glyphgpt.errors import Failure, UsageError, plain_errors
 from glyphgpt.folder import write_whole
-from glyphgpt.metrics import METRICS, Row
+from glyphgpt.metrics import METRICS, Row, read_rows
 from glyphgpt.settings import PlotSettings
 
 PICTURE = "metrics.png"
@@ -91,20 +90,13 @@ def read_metrics(run: Path) -> list[Row]:
     Raises:
         Failure: there are none, or they are not as train.py writes them.
     """
-    path = run / METRICS
-    try:
-        lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()  # the last may be cut
-        rows = [checked(json.loads(line)) for line in lines]
-        for before, row in pairwise(rows):
-            seconds = row["seconds"] - before["seconds"]
-            if before["kind"] == row["kind"] == "train" and seconds > 0:
-                row["tokens_a_second"] = (row["tokens"] - before["tokens"]) / seconds
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Failure(f"{path}: no metrics there; name the folder of a run") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Failure(f"{path}: not as train.py writes it") from error
+    rows = read_rows(run / METRICS, checked)
     if not rows:
-        raise Failure(f"{path}: empty; train first")
+        raise Failure(f"{run / METRICS}: empty; train first")
+    for before, row in pairwise(rows):
+        seconds = row["seconds"] - before["seconds"]
+        if before["kind"] == row["kind"] == "train" and seconds > 1e-4:  # they are told to a thousandth
+            row["tokens_a_second"] = (row["tokens"] - before["tokens"]) / seconds
     return rows
 
 
@@ -112,17 +104,18 @@ def checked(row: Any) -> Row:
     """Return a row of metrics.
 
     Raises:
-        KeyError, TypeError, AttributeError: it is none.
+        KeyError, TypeError: it is none.
     """
-    numbers = [
-        row["step"],
-        row["tokens"],
-        row["seconds"],
-        *(v for k, v in row.items() if k != "kind" and v is not None),
-    ]
-    if row["kind"] not in ("train", "val") or not all(isinstance(number, int | float) for number in numbers):
+    measured = (row[key] for key in row if key != "kind" and row[key] is not None)
+    numbers = [row["step"], row["tokens"], row["seconds"], *measured]
+    if row["kind"] not in ("train", "val") or not all(map(is_number, numbers)):
         raise TypeError
     return dict(row)
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a number to count with, and to draw."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 if __name__ == "__main__":

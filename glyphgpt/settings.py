@@ -133,6 +133,8 @@ class Watching(Settings):
     """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
     picture: bool = True
     """Draw the run into out_dir/metrics.png at its end, if matplotlib is there (pip install 'glyphgpt[plot]')."""
+    report: bool = True
+    """Tell the run in out_dir/report.html at its end: curves, samples, settings, for any browser."""
     tensorboard: bool = False
     """Write TensorBoard logs to out_dir (pip install 'glyphgpt[tensorboard]')."""
     wandb: bool = False
@@ -310,3 +312,10 @@ class TranslateSettings(Settings):
     """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the products on a GPU; a CPU decodes in float32."""
+
+
+class ReportSettings(Settings):
+    """Settings of glyphgpt.report"""
+
+    out: Name = ""
+    """HTML file to write; report.html in the run's folder when left out."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from glyphgpt.settings import Network
 
+LETTERS = "B batch, T time, C channels, H heads, D = C / H head size, V vocabulary"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -123,9 +125,8 @@ class Walk:
 
     def table(self) -> str:
         """Lay the walk out for a reader, with totals."""
-        tokens = self.batch_size * self.network.block_size
         lines = [
-            "B batch, T time, C channels, H heads, D = C / H head size, V vocabulary",
+            LETTERS,
             "",
             f"{'stage':34}{'shape':10}{'in numbers':20}{'parameters':>13}{'multiply-adds':>18}",
             *(self._row(stage, "") for stage in self.before_blocks()),
@@ -134,11 +135,18 @@ class Walk:
             *(self._row(stage, "") for stage in self.after_blocks()),
             f"{'all together':64}{self.parameters:>13,}{self.multiply_adds:>18,}",
             "",
+            *self.costs(),
+        ]
+        return "\n".join(lines)
+
+    def costs(self) -> list[str]:
+        """Say what training takes, a line each."""
+        tokens = self.batch_size * self.network.block_size
+        return [
             f"A training step takes about three times the forward pass's multiply-adds, and each counts as two "
             f"operations: {6 * self.multiply_adds / 1e9:,.2f} GFLOP for {tokens:,} tokens.",
             f"Memory to train: about {self.training_bytes / 2**20:,.0f} MiB, if all is kept in float32.",
         ]
-        return "\n".join(lines)
 
     def _row(self, stage: Stage, indent: str) -> str:
         numbers = " x ".join(map(str, self.sizes(stage)))

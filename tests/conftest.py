@@ -150,6 +150,7 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
         "eval_tokens": 200,
         "sample_tokens": 10,
         "picture": False,
+        "report": False,
         "log_every": 1,
         "warmup_steps": 2,
         "dtype": "float32",

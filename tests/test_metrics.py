@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from conftest import read_metrics, tiny_settings
-from glyphgpt.errors import UsageError
-from glyphgpt.metrics import METRICS, Metrics, MetricsFile, check_trackers
+from glyphgpt.errors import Failure, UsageError
+from glyphgpt.metrics import METRICS, SAMPLES, Metrics, RowsFile, check_trackers, read_rows
 
 
 def test_rows_are_written_at_once(tmp_path: Path) -> None:
@@ -18,13 +18,15 @@ def test_rows_are_written_at_once(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"kind": "val", "step": 0, "loss": 2.5}]
     metrics.write("train", 1, loss=1 / 3, learning_rate=1e-300)
     assert read_metrics(tmp_path)[1:] == [{"kind": "train", "step": 1, "loss": 1 / 3, "learning_rate": 1e-300}]
+    metrics.write_sample(1, "to be\n")
+    assert (tmp_path / SAMPLES).read_text() == '{"step": 1, "text": "to be\\n"}\n'
     metrics.close()
-    assert [file.name for file in tmp_path.iterdir()] == [METRICS]
+    assert {file.name for file in tmp_path.iterdir()} == {METRICS, SAMPLES}
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_null(tmp_path: Path, number: float) -> None:
-    file = MetricsFile(tmp_path, keep_steps=-1)
+    file = RowsFile(tmp_path / METRICS, keep_steps=-1)
     file.write({"kind": "train", "step": 1, "grad_norm": number})
     file.close()
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 1, "grad_norm": None}]
@@ -54,7 +56,7 @@ KEPT = [
 )
 def test_reopening_keeps_whole_rows_up_to_the_step(tmp_path: Path, after: bytes) -> None:
     (tmp_path / METRICS).write_bytes(b"".join(KEPT) + after)
-    file = MetricsFile(tmp_path, keep_steps=5)
+    file = RowsFile(tmp_path / METRICS, keep_steps=5)
     file.write({"kind": "train", "step": 6})
     file.close()
     assert (tmp_path / METRICS).read_bytes() == b"".join([*KEPT, b'{"kind": "train", "step": 6}\n'])
@@ -63,8 +65,28 @@ def test_reopening_keeps_whole_rows_up_to_the_step(tmp_path: Path, after: bytes)
 
 def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_bytes(b"".join(KEPT))
-    MetricsFile(tmp_path, keep_steps=-1).close()
+    RowsFile(tmp_path / METRICS, keep_steps=-1).close()
     assert (tmp_path / METRICS).read_bytes() == b""
+
+
+def test_a_silent_process_writes_nothing(tmp_path: Path) -> None:
+    metrics = Metrics(tiny_settings(tmp_path, tmp_path), keep_steps=-1, silent=True)
+    metrics.write("val", 0, loss=2.5)
+    metrics.write_sample(0, "to be")
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_read_but_for_a_last_one_that_was_cut(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 1, "text": "a\u2028b", "loss": NaN}\n{"step": 2}\n{"step": 3}', "utf-8")
+    assert read_rows(tmp_path / METRICS, dict) == [{"step": 1, "text": "a\u2028b", "loss": None}, {"step": 2}]
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b"{\n", b"\n", b"7\n", b"[" * 10**5 + b"\n"])
+def test_rows_that_are_none_name_their_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / METRICS).write_bytes(content)
+    with pytest.raises(Failure, match=r"metrics\.jsonl: not as train.py writes it$"):
+        read_rows(tmp_path / METRICS, dict)
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])

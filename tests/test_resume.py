@@ -34,6 +34,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert progress[0] == progress[1]
         assert infos[0].val_loss == infos[1].val_loss
     assert rows(one) == rows(other)
+    assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
 
 
 def train_until(settings: TrainSettings, step: int, number: signal.Signals) -> int | str | None:
@@ -130,9 +131,28 @@ def test_what_a_killed_run_left_behind_does_no_harm(straight: Path, data_dir: Pa
         (tmp_path / name).write_bytes(b"half a ")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 18, "loss": 1.0}\n{"kind": "train", "st')
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 20, "text": "to be"}\n{"step": 30, "te')
     train.main(resumed(settings))
     assert_same_run(straight, tmp_path)
     assert not (tmp_path / "last.safetensors.unfinished").exists()
+
+
+def test_a_run_killed_right_after_its_checkpoint_lacks_no_row_and_no_sample(
+    straight: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    class Killed(train.Trainer):
+        def save(self, name: str, *rest: Any) -> None:
+            super().save(name, *rest)
+            if name == "last.safetensors" and self.progress.step == 20:
+                raise KeyboardInterrupt
+
+    settings = dropout_settings(data_dir, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "Trainer", Killed)
+        train.main(settings)
+    train.main(resumed(settings))
+    assert_same_run(straight, tmp_path)
 
 
 def start(settings: TrainSettings) -> "subprocess.Popen[str]":
