@@ -1,9 +1,10 @@
-"""Generate text from a trained model, or score a text under it.
+"""Generate text from a trained model, score a text under it, or draw where it looks.
 
     python sample.py out/quick                                    the run's best model
     python sample.py out/quick --prompt="ROMEO:" --num_samples=3
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
     python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared data set
+    python sample.py out/quick --attention="To be, or not" --picture=attention.html   where each character looks
 
 A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is all that this needs. The context grows
 to the model's block_size tokens; then its older half is let go of, and it grows again.
@@ -47,6 +48,9 @@ def main(settings: SampleSettings, place: str) -> None:
         raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
     if settings.score:
         score(checkpoint, tokenizer, settings)
+        return
+    if settings.attention:
+        draw_attention(checkpoint, tokenizer, settings)
         return
     with language_model(checkpoint, settings) as model:
         sampler = Sampler(model, checkpoint.info.model["block_size"], tokenizer, settings)
@@ -143,6 +147,29 @@ def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown(text))
     left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
     return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{left_out}"
+
+
+def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+    """Draw where each token of a text looks.
+
+    Raises:
+        Failure: the text is empty or too long, or the picture could not be drawn.
+    """
+    tokens = encode(settings.attention, tokenizer, settings)
+    from glyphgpt import attention  # noqa: PLC0415  (torch, only where it is used)
+    from glyphgpt.runtime import memory_hint  # noqa: PLC0415
+    from glyphgpt.state import make_model  # noqa: PLC0415
+    from model import GPT, GPTConfig  # noqa: PLC0415
+
+    path = Path(settings.picture)
+    with memory_hint("the length of the text"):
+        model = make_model(checkpoint, GPT, GPTConfig).eval()
+        if not 1 <= len(tokens) <= model.config.block_size:
+            unit = f"{attention.UNITS[tokenizer.kind]}s"
+            most = f"{model.config.block_size:,}"
+            raise Failure(f"the text has {len(tokens):,} {unit}; this model sees at least 1, and at most {most} at once")
+        attention.write(attention.observe(model, tokenizer, tokens), path, str(checkpoint.path))
+    print(f"{path}: drawn")
 
 
 def encode(text: str, tokenizer: Tokenizer, settings: SampleSettings) -> Tokens:
