@@ -167,27 +167,28 @@ def png(attention: Attention) -> bytes:
 
     layers, heads, places, _ = attention.weights.shape
     side = min(max(0.14 * places, 1.8), LARGEST / max(layers, heads))  # of a panel, in inches
-    figure = Figure(figsize=(side * heads + 2, side * layers + 1), layout="constrained")
-    panels = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+    figure = Figure(figsize=(1.1 * side * heads + 1, (side + 0.25) * layers + 0.6), layout="constrained")
+    panels = figure.subplots(layers, heads, squeeze=False)
     ahead = torch.ones(places, places, dtype=torch.bool).triu(1)
     for layer, row in enumerate(panels):
         for head, axes in enumerate(row):
             weights = attention.weights[layer, head].masked_fill(ahead, torch.nan).numpy()
             image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))  # small weights show too
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
-    fontsize = min(9, 72 * side / places * 0.8)
-    if fontsize >= 4:  # else places are numbered
-        labels = [token.translate(MARKS) for token in attention.tokens]
-        style = {"fontsize": fontsize, "family": "monospace", "parse_math": False}
-        for axes in panels[-1]:
-            axes.set_xticks(range(places), labels, rotation=90 if max(map(len, labels)) > 1 else 0, **style)
-        for axes in panels[:, 0]:
-            axes.set_yticks(range(places), labels, **style)
-        for axes in panels.flat:
-            axes.tick_params(length=0)
+            axes.set(xticks=[], yticks=[])
+    labels = [token.translate(MARKS) for token in attention.tokens]
+    ticks, fontsize = range(places), min(9, 0.8 * 72 * side / places)
+    if fontsize < 4:  # points, too small to read: every tenth of the text gets its number instead
+        ticks, fontsize = range(places // 10 - 1, places, places // 10), 8
+        labels = [str(place + 1) for place in ticks]
+    style = {"fontsize": fontsize, "family": "monospace", "parse_math": False}
+    for axes in panels[-1]:
+        axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 1 else 0, **style)
+    for axes in panels[:, 0]:
+        axes.set_yticks(ticks, labels, **style)
     figure.supxlabel("looks at")
     figure.supylabel(attention.unit)
-    figure.colorbar(image, ax=panels, label="weight", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], shrink=0.6)
+    figure.colorbar(image, ax=panels, label="weight", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], fraction=0.05, shrink=0.6, aspect=30)
     picture = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of characters that its font lacks, which show as boxes
         figure.savefig(picture, format="png", dpi=200)
