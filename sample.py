@@ -165,9 +165,8 @@ def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Sampl
     with memory_hint("the length of the text"):
         model = make_model(checkpoint, GPT, GPTConfig).eval()
         if not 1 <= len(tokens) <= model.config.block_size:
-            unit = f"{attention.UNITS[tokenizer.kind]}s"
-            most = f"{model.config.block_size:,}"
-            raise Failure(f"the text has {len(tokens):,} {unit}; this model sees at least 1, and at most {most} at once")
+            length = f"{len(tokens):,} {attention.UNITS[tokenizer.kind]}s"
+            raise Failure(f"the text has {length}; this model sees 1 to {model.config.block_size:,} at once")
         attention.write(attention.observe(model, tokenizer, tokens), path, str(checkpoint.path))
     print(f"{path}: drawn")
 

@@ -32,7 +32,7 @@ UNITS = {"char": "character", "byte": "byte", "gpt2": "token"}
 """What a tokenizer's tokens are called."""
 LIKELIEST = 10  # tokens shown of those that may come next
 FULL = 2**16 - 1  # how the page's whole numbers write a weight of 1
-LARGEST = 24.0  # a PNG's panels side by side, in inches
+LARGEST = 20.0  # a PNG's panels side by side, in inches
 MARKS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 Chances = list[tuple[str, float]]
@@ -61,7 +61,8 @@ def observe(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> Attention
         likeliest(tokenizer, row, follower)
         for row, follower in zip(probabilities, [*tokens.tolist()[1:], None], strict=True)
     ]
-    return Attention(UNITS[tokenizer.kind], [spelled(piece) for piece in pieces], word_lengths(pieces), weights, chances)
+    shown = [spelled(piece) for piece in pieces]
+    return Attention(UNITS[tokenizer.kind], shown, word_lengths(pieces), weights, chances)
 
 
 def attention_weights(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def attention_weights(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]
 
 
 def likeliest(tokenizer: Tokenizer, probabilities: Tensor, follower: int | None) -> Chances:
-    """Return the likeliest tokens under probabilities (V,), and after them the one that came, if it is none of these."""
+    """Return the likeliest tokens under probabilities (V,), and then the one that came, if it is none of these."""
     chosen = probabilities.topk(min(LIKELIEST, len(probabilities))).indices.tolist()
     if follower is not None and follower not in chosen:
         chosen.append(follower)
@@ -167,7 +168,7 @@ def png(attention: Attention) -> bytes:
 
     layers, heads, places, _ = attention.weights.shape
     side = min(max(0.14 * places, 1.8), LARGEST / max(layers, heads))  # of a panel, in inches
-    figure = Figure(figsize=(1.1 * side * heads + 1, (side + 0.25) * layers + 0.6), layout="constrained")
+    figure = Figure(figsize=(1.06 * side * heads + 1, (side + 0.25) * layers + 0.6), layout="constrained")
     panels = figure.subplots(layers, heads, squeeze=False)
     ahead = torch.ones(places, places, dtype=torch.bool).triu(1)
     for layer, row in enumerate(panels):
@@ -176,6 +177,7 @@ def png(attention: Attention) -> bytes:
             image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))  # small weights show too
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
             axes.set(xticks=[], yticks=[])
+            axes.tick_params(length=0)
     labels = [token.translate(MARKS) for token in attention.tokens]
     ticks, fontsize = range(places), min(9, 0.8 * 72 * side / places)
     if fontsize < 4:  # points, too small to read: every tenth of the text gets its number instead
@@ -184,11 +186,12 @@ def png(attention: Attention) -> bytes:
     style = {"fontsize": fontsize, "family": "monospace", "parse_math": False}
     for axes in panels[-1]:
         axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 1 else 0, **style)
+        axes.set_xlabel("looks at")
     for axes in panels[:, 0]:
         axes.set_yticks(ticks, labels, **style)
-    figure.supxlabel("looks at")
-    figure.supylabel(attention.unit)
-    figure.colorbar(image, ax=panels, label="weight", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], fraction=0.05, shrink=0.6, aspect=30)
+        axes.set_ylabel(attention.unit)
+    bar: dict[str, Any] = {"fraction": 0.05, "shrink": 0.6, "aspect": 30, "ticks": [0, 0.01, 0.1, 0.25, 0.5, 1]}
+    figure.colorbar(image, ax=panels, label="weight", **bar)
     picture = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of characters that its font lacks, which show as boxes
         figure.savefig(picture, format="png", dpi=200)

@@ -64,14 +64,19 @@ def pixels(browser: Chrome) -> Any:
     return image.imread(io.BytesIO(browser.get_screenshot_as_png()), format="png")
 
 
+def complaints(browser: Any) -> list[Any]:
+    """What the browser has written to its console since it was last asked."""
+    return list(browser.get_log("browser"))
+
+
 def texts(browser: Chrome, selector: str) -> list[str]:
     return [str(element.text) for element in browser.find_elements(By.CSS_SELECTOR, selector)]
 
 
 def heats(browser: Chrome) -> list[float]:
     """How warm each place of the text is."""
-    script = "return [...document.querySelectorAll('#text span')].map((s) => Number(s.style.getPropertyValue('--heat')))"
-    return list(browser.execute_script(script))
+    script = "return [...document.querySelectorAll('#text span')].map((span) => span.style.getPropertyValue('--heat'))"
+    return list(map(float, browser.execute_script(script)))
 
 
 def pointed(browser: Chrome) -> list[str]:
@@ -95,7 +100,7 @@ def test_the_page_shows_without_errors_and_without_scrolling_sideways(
         assert len(np.unique(shown.reshape(-1, shown.shape[2]), axis=0)) > 50, "not blank"
         assert (shown[0, 0, 0] > 0.5) == (scheme == "light")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        assert browser.get_log("browser") == []
+        assert complaints(browser) == []
         assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
 
 
@@ -174,7 +179,8 @@ def test_white_space_has_a_name(browser: Chrome, tmp_path: Path) -> None:
 def test_hostile_text_is_shown_as_text(browser: Chrome, tmp_path: Path) -> None:
     show(browser, HOSTILE, tmp_path)
     shown = browser.execute_script("return document.getElementById('text').textContent")
-    assert shown == HOSTILE.replace("\n", "↵\n").replace("\0", "␀").replace("\u202e", "U+202E"), "nothing turns the rest"
+    marked = HOSTILE.replace("\n", "↵\n").replace("\0", "␀").replace("\u202e", "U+202E")  # lest it turn the rest
+    assert shown == marked
     assert browser.execute_script("return document.querySelectorAll('#text :not(span), #about :not(bdi)').length") == 0
     assert texts(browser, "#about bdi")[0].startswith("</script><b>$x_1$␣{data}␣😀␣שלום")
 
@@ -196,4 +202,4 @@ def test_the_page_runs_no_other_script_and_loads_nothing(browser: Chrome, tmp_pa
     """)
     assert refused == ["connect-src", "img-src", "script-src-elem"]
     assert browser.execute_script("return window.harm") is None
-    browser.get_log("browser")  # which tells of these
+    assert len(complaints(browser)) == 3
