@@ -13,7 +13,7 @@ from glyphgpt.attention import page
 from test_attention import HOSTILE, read_characters
 
 pytest.importorskip("selenium")
-from selenium.webdriver import Chrome, ChromeOptions, Keys
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
@@ -118,6 +118,19 @@ def test_pointing_and_clicking_change_the_picture(browser: Chrome, tmp_path: Pat
     click(browser, "#text span", 3)
     assert pointed(browser) == ["p"]
     assert texts(browser, "#pinned")[0].startswith("Pinned")
+
+
+def test_the_mouse_points_until_a_click_pins(browser: Chrome, tmp_path: Path) -> None:
+    show(browser, TEXT, tmp_path)
+    spans = browser.find_elements(By.CSS_SELECTOR, "#text span")
+    mouse = ActionChains(browser)
+    for place in (4, 11):
+        mouse.move_to_element(spans[place]).perform()
+        assert pointed(browser) == [TEXT[place]]
+    mouse.click().move_to_element(spans[4]).perform()
+    assert pointed(browser) == [TEXT[11]], "pinned"
+    mouse.move_to_element(spans[11]).click().move_to_element(spans[4]).perform()
+    assert pointed(browser) == [TEXT[4]], "another click lets go"
 
 
 def test_the_weights_shown_are_those_of_the_layer_and_head(browser: Chrome, tmp_path: Path) -> None:
