@@ -180,8 +180,9 @@ def png(attention: Attention) -> bytes:
             axes.tick_params(length=0)
     labels = [token.translate(MARKS) for token in attention.tokens]
     ticks, fontsize = range(places), min(9, 0.8 * 72 * side / places)
-    if fontsize < 4:  # points, too small to read: every tenth of the text gets its number instead
-        ticks, fontsize = range(places // 10 - 1, places, places // 10), 8
+    if fontsize < 4:  # points, too small to read: about ten places get their numbers instead
+        step = math.ceil(places / 10)
+        ticks, fontsize = range(step - 1, places, step), 8
         labels = [str(place + 1) for place in ticks]
     style = {"fontsize": fontsize, "family": "monospace", "parse_math": False}
     for axes in panels[-1]:

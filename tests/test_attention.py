@@ -154,7 +154,9 @@ def size_of(picture: bytes) -> tuple[int, int]:
     return width, height
 
 
-def test_a_png_has_a_panel_for_each_layer_and_head(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_png_has_a_panel_for_each_layer_and_head(
+    recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide, tall = (torch.ones(*shape, 12, 12).tril().softmax(-1) for shape in ((2, 4), (4, 2)))
     tokens, chances = list("To be, or no"), [[("a", 1.0)]]
     width, height = size_of(png(Attention("character", tokens, [12], wide, chances)))
@@ -162,6 +164,8 @@ def test_a_png_has_a_panel_for_each_layer_and_head(recwarn: pytest.WarningsRecor
     width, height = size_of(png(Attention("character", tokens, [12], tall, chances)))
     assert height > 1.3 * width
     assert max(size_of(png(read_characters(HOSTILE + "a long text " * 30)))) < 6000
+    monkeypatch.setattr(attention, "LARGEST", 1.0)
+    assert max(size_of(png(read_characters("crowded")))) < 1000
     assert not recwarn.list
 
 
