@@ -1,9 +1,10 @@
-"""Generate text from a trained model, or score a text under it.
+"""Generate text from a trained model, score a text under it, or draw where it looks.
 
     python sample.py out/quick                                    the run's best model
     python sample.py out/quick --prompt="ROMEO:" --num_samples=3
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
     python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared data set
+    python sample.py out/quick --attention="To be, or not" --picture=attention.html   where each character looks
 
 A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is all that this needs. The context grows
 to the model's block_size tokens; then its older half is let go of, and it grows again.
@@ -35,6 +36,9 @@ def main(settings: SampleSettings, place: str) -> None:
     if settings.score:
         score(checkpoint, tokenizer, settings)
         return
+    if settings.attention:
+        draw_attention(checkpoint, tokenizer, settings)
+        return
     with language_model(checkpoint, settings.device, settings.dtype, "num_samples") as model:
         sampler = Sampler(model, checkpoint.info.model["block_size"], tokenizer, settings)
         if settings.interactive:
@@ -49,7 +53,10 @@ def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings
     from glyphgpt.evaluate import evaluate  # noqa: PLC0415
 
     split, what = text_to_score(tokenizer, settings)
-    with torch_model(checkpoint, settings.device, settings.dtype, "num_samples") as (model, runtime):
+    with torch_model(checkpoint, settings.device, settings.dtype, "the load of the GPU, or use --device=cpu") as (
+        model,
+        runtime,
+    ):
         windows = Windows(split, runtime.device)
         score = evaluate(model, windows, runtime, block_size=model.config.block_size, batch_size=16)
     print(f"{what}, {score}")
@@ -75,6 +82,23 @@ def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown(text))
     left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
     return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{left_out}"
+
+
+def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+    """Draw where each token of a text looks.
+
+    Raises:
+        Failure: the text is empty or too long, or the picture could not be drawn.
+    """
+    tokens, path = encode_known(settings.attention, tokenizer, skip=settings.unknown == "skip"), Path(settings.picture)
+    with torch_model(checkpoint, "cpu", "float32", "the length of the text") as (model, _):
+        from glyphgpt import attention  # noqa: PLC0415  (torch, only where it is used)
+
+        if not 1 <= len(tokens) <= model.config.block_size:
+            length = f"{len(tokens):,} {attention.UNITS[tokenizer.kind]}s"
+            raise Failure(f"the text has {length}; this model sees 1 to {model.config.block_size:,} at once")
+        attention.write(attention.observe(model, tokenizer, tokens), path, str(checkpoint.path))
+    print(f"{path}: drawn")
 
 
 class Sampler:

@@ -6,8 +6,6 @@
 train.py writes its own run's at its end. The page needs no network: it opens in any browser, from a file.
 """
 
-import base64
-import hashlib
 import json
 import math
 import shlex
@@ -21,12 +19,12 @@ from glyphgpt.commandline import ACTIONS, groups, parse, read_toml, resolve
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.folder import write_whole
 from glyphgpt.metrics import SAMPLES, Row, read_rows
+from glyphgpt.pages import fill
 from glyphgpt.plot import read_metrics
 from glyphgpt.settings import ReportSettings, TrainSettings
 from glyphgpt.walk import LETTERS, Walk
 
 PAGE = "report.html"
-TEMPLATE = Path(__file__).with_name("pages") / PAGE
 USAGE = "python -m glyphgpt.report RUN [--out=FILE.html]"
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_a_second")
 POINTS = 1000
@@ -51,19 +49,7 @@ def write(run: Path, path: Path) -> None:
     Raises:
         Failure: the run has no metrics, some file of it cannot be read, or the page cannot be written.
     """
-    write_whole(path, fill(TEMPLATE.read_text(encoding="utf-8"), content(run)).encode())
-
-
-def fill(template: str, data: dict[str, Any]) -> str:
-    """Put the data into the template as JSON in which nothing ends the script, and allow its own script and style only.
-
-    A Content-Security-Policy lets the browser run and apply what has the hashes that stand in it, and fetch nothing.
-    """
-    for name in ("style", "script"):
-        inside = template.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        template = template.replace(f"HASH-OF-{name.upper()}", f"sha256-{digest}")
-    return template.replace("DATA-OF-RUN", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
+    write_whole(path, fill(PAGE, content(run)).encode())
 
 
 def content(run: Path) -> dict[str, Any]:

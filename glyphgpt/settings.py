@@ -226,6 +226,12 @@ class SampleSettings(Settings):
     score: str = ""
     """Instead of sampling, tell the loss of this text file, or of this data set's validation split, under the model;
     - is standard input."""
+    attention: str = ""
+    """Instead of sampling, draw into picture where each token of this text looks, in every layer and head; computed in
+    float32 on the CPU."""
+    picture: Name = ""
+    """File to draw attention into: a page for a browser if it ends in .html, or a picture for papers if in .png
+    (pip install 'glyphgpt[plot]')."""
     data_dir: str = "data"
     """Folder of data sets, and of GPT-2's vocabulary for models that use it."""
     cache: bool = True
@@ -246,6 +252,14 @@ class SampleSettings(Settings):
             yield "interactive reads standard input itself; give the prompt another way"
         if self.score and self.interactive:
             yield "score and interactive contradict each other; choose one"
+        if self.attention and (self.score or self.interactive):
+            yield f"attention and {'score' if self.score else 'interactive'} contradict each other; choose one"
+        if self.attention and not self.picture:
+            yield "attention needs a file to draw into: --picture=attention.html, or attention.png"
+        if self.picture and not self.attention:
+            yield 'picture needs a text to draw: --attention="TEXT"'
+        if self.picture and not self.picture.lower().endswith((".html", ".png")):
+            yield f"picture = '{self.picture}' must end in .html or .png"
 
 
 class PrepareSettings(Settings):

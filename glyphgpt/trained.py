@@ -45,7 +45,7 @@ def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str)
         except MemoryError as error:
             raise Failure(f"out of memory; lower {remedy}") from error
         return
-    with torch_model(checkpoint, device, dtype, remedy) as (model, runtime):
+    with torch_model(checkpoint, device, dtype, f"{remedy}, or use --device=cpu") as (model, runtime):
         from glyphgpt.runtime import OnDevice  # noqa: PLC0415
 
         yield on_cpu(checkpoint) if runtime.device.type == "cpu" else OnDevice(model, runtime)
@@ -66,14 +66,14 @@ def on_cpu(checkpoint: Checkpoint) -> Decoder:
 
 @contextmanager
 def torch_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator[tuple["GPT", "Runtime"]]:
-    """Make a checkpoint's torch model ready on a device."""
+    """Make a checkpoint's torch model ready on a device; `remedy` is what to do when memory runs out, after "lower"."""
     from glyphgpt import runtime as runtimes  # noqa: PLC0415  (torch, only where it is used)
     from glyphgpt.state import make_model  # noqa: PLC0415
     from model import GPT, GPTConfig  # noqa: PLC0415
 
     with (
         runtimes.start(device, dtype) as runtime,
-        runtimes.memory_hint(f"{remedy}, or use --device=cpu"),
+        runtimes.memory_hint(remedy),
     ):
         yield make_model(checkpoint, GPT, GPTConfig).to(runtime.device).eval(), runtime
 

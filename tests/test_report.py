@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import train
 from conftest import script, tiny_settings
 from glyphgpt.errors import Failure
-from glyphgpt.report import PAGE, POINTS, content, fill, thinned, write
+from glyphgpt.pages import fill
+from glyphgpt.report import PAGE, POINTS, content, thinned, write
 from glyphgpt.settings import Action
 
 HOSTILE = (
@@ -156,8 +157,8 @@ def test_thinning_keeps_the_last_and_even_distances(length: int) -> None:
 
 @given(st.text())
 def test_no_text_breaks_out_and_each_comes_back(text: str) -> None:
-    page = fill("<script>DATA-OF-RUN</script>", {"text": text})
-    inside = page.removeprefix("<script>").removesuffix("</script>")
+    page = fill(PAGE, {"text": text})
+    inside = page.partition(' id="data">')[2].partition("</script>")[0]
     assert "<" not in inside
     assert json.loads(inside) == {"text": text}
     page.encode()
