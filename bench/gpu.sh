@@ -2,15 +2,16 @@
 # Test and measure everything that needs a GPU, in one call of less than ten minutes.
 #
 #   PYTHON=python3 OUT=out/gpu NANOGPT=nanoGPT bash bench/gpu.sh
+#   PYTHON=python3 OUT=out/gpu bash bench/gpu.sh translate     a call of its own: train config/translate.toml, tell BLEU
 #
 # NANOGPT is a checkout of nanoGPT. Needs the project's dependencies, pytest and, where there is no network, data/ as
-# preparing shakespeare_char and shakespeare elsewhere left it, downloads included. Logs, the table of the GPU's rows and
+# preparing shakespeare_char, shakespeare and multi30k_de_en elsewhere left it, downloads included. Logs, the table of the GPU's rows and
 # one summary land in $OUT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-out/gpu}
-: "${NANOGPT:?a checkout of nanoGPT}"
+[ "${1:-}" = translate ] || : "${NANOGPT:?a checkout of nanoGPT}"
 RUNS=$(mktemp -d)
 trap 'rm -rf "$RUNS"' EXIT
 mkdir -p "$OUT"
@@ -24,6 +25,15 @@ timed() {  # name, seconds at most, command ...: run it, keep its output, note i
   tail -n 4 "$OUT/$name.log"
   echo "$name: whole process $((SECONDS - started)) s, exit status $status" >> "$OUT/summary.txt"
 }
+
+if [ "${1:-}" = translate ]; then
+  $PYTHON prepare.py multi30k_de_en
+  test=data/downloads/multi30k-test_2016_flickr
+  timed train 480 $PYTHON train.py config/translate.toml --out_dir="$RUNS/translate"
+  timed translate 90 $PYTHON -m glyphgpt.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/mine.en"
+  cat "$OUT/summary.txt"
+  exit
+fi
 
 $PYTHON prepare.py shakespeare_char
 $PYTHON prepare.py shakespeare

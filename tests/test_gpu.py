@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sample
 import train
-from conftest import ROOT, as_flags, read_metrics, tiny_settings, torchrun
+from conftest import MODERN, ROOT, as_flags, decoder_of, read_metrics, tiny_model, tiny_settings, torchrun
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.runtime import start
+from glyphgpt.beam import search
+from glyphgpt.runtime import OnDevice, start
 from glyphgpt.settings import SampleSettings, TrainSettings
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +33,18 @@ def test_train_resume_and_sample(dtype: str, data_dir: Path, tmp_path: Path) -> 
     assert losses[-1] < losses[0] - 0.5
     assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 60
     sample.main(SampleSettings(device="cuda", num_samples=3, max_new_tokens=40), str(tmp_path))
+
+
+def test_beam_search_finds_the_same_ways_as_on_the_cpu() -> None:
+    model = tiny_model(**MODERN)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    prompts = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    with start("cuda", "float32") as runtime:
+        on_gpu = OnDevice(model.to(runtime.device), runtime)
+        found = search(on_gpu, prompts, end=0, beam=3, max_new_tokens=5)
+    by_numpy = search(decoder_of(model.cpu()), prompts, end=0, beam=3, max_new_tokens=5)
+    assert [way.tolist() for way in found] == [way.tolist() for way in by_numpy]
 
 
 def test_a_compiled_run_follows_an_eager_one(data_dir: Path, tmp_path: Path) -> None:
