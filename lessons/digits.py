@@ -1,8 +1,12 @@
 """A network that learns to read handwritten digits: forward, backward and gradient descent by hand.
 
-    python lessons/digits.py                    scikit-learn's digits, 8 x 8 pixels (pip install -e ".[lessons]")
-    python lessons/digits.py --mnist            MNIST, 28 x 28 pixels, fetched once (12 MB)
-    python lessons/digits.py --mnist --hidden=100
+    python lessons/digits.py                        98.89% of 360 digits right, in 4 seconds
+    python lessons/digits.py --mnist                96.02% of 10,000 right, in 15 seconds
+    python lessons/digits.py --mnist --hidden=100   97.80%, in 39 seconds
+
+The first has scikit-learn's digits of 8 x 8 pixels (pip install -e ".[lessons]"), --mnist has MNIST's of 28 x 28, which
+are fetched once (12 MB). Shares are of digits that were held out, after 10 epochs, times those of one busy core of an
+AMD EPYC.
 
 A layer of sigmoid neurons makes new activations of those before it, and a cost C tells how far the last ones are
 from what they should be; back-propagation (Rumelhart, Hinton & Williams 1986) finds C's slope in every weight:
@@ -15,6 +19,7 @@ the layer before, J neurons of the layer: W[j, k] leads from neuron k to neuron 
 
 import argparse
 import gzip
+import math
 import zipfile
 from collections.abc import Sequence
 from itertools import pairwise
@@ -176,7 +181,7 @@ def main() -> None:
     parser.add_argument("--cost", choices=("cross-entropy", "quadratic"), default="cross-entropy", help="C")
     parser.add_argument("--seed", type=int, default=0, help="decides weights and mini-batches (default 0)")
     options = parser.parse_args()
-    if min(options.hidden, options.epochs) < 1 or not options.learning_rate > 0 or options.seed < 0:
+    if min(options.hidden, options.epochs) < 1 or not 0 < options.learning_rate < math.inf or options.seed < 0:
         raise UsageError("hidden, epochs and learning rate must be above 0, the seed at least 0")
     train, held_out = mnist() if options.mnist else small_digits()
     network = Network((train[0].shape[1], options.hidden, 10), options.cost, options.seed)

@@ -1,8 +1,9 @@
 """A whole GPT by hand: every layer forward and backward, and the optimizer, with matrix products alone.
 
-    python lessons/gpt.py             learns to count
+    python lessons/gpt.py             learns to count from 100 to 999 in half a minute, on one core
     python lessons/gpt.py my.txt      learns a text of yours, of a few thousand characters
 
+After 390 391 392 393 394 395 396 397 it writes 398 399 400 401 402 and so on.
 The network is model.py's in GPT-2's form, its parameters have the same names and shapes, and tests/test_lessons.py
 holds logits, loss and every gradient of the one to the other's. Shape letters are model.py's: B batch, T time,
 C channels, H heads, D = C / H head size, V vocabulary; K and J are what goes into a layer and what comes out.
@@ -258,8 +259,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and sample (default 0)")
     options = parser.parse_args()
     sizes = (options.steps, options.n_layer, options.n_head, options.n_embd, options.block_size)
-    if min(sizes) < 1 or options.n_embd % options.n_head or not options.learning_rate > 0 or options.seed < 0:
-        raise UsageError("sizes and learning rate must be above 0, the seed at least 0, n_embd a multiple of n_head")
+    if min(sizes) < 1 or not 0 < options.learning_rate < math.inf or options.seed < 0:
+        raise UsageError("steps, sizes and learning rate must be above 0, the seed at least 0")
+    if options.n_embd % options.n_head:
+        raise UsageError("n_embd must be a multiple of n_head: each head gets as many channels")
     train(read(options.file), options)
 
 
@@ -277,11 +280,13 @@ def read(file: Path | None) -> str:
         raise Failure(f"{file}: not a text in UTF-8; name another") from error
 
 
+@np.errstate(over="ignore", invalid="ignore")  # lest NumPy warn of a loss that grows beyond all bounds: we tell of it
 def train(text: str, options: argparse.Namespace) -> None:
     """Learn a text, and show how the model goes on from the middle of it.
 
     Raises:
         UsageError: the text is shorter than block_size and the token after it.
+        Failure: the loss grew beyond all bounds.
     """
     T, random = options.block_size, np.random.default_rng(options.seed)
     if len(text) <= T:
@@ -298,6 +303,8 @@ def train(text: str, options: argparse.Namespace) -> None:
         windows = tokens[starts[:, None] + np.arange(T + 1)]  # (B, 1) + (T + 1,): (B, T + 1)
         logits = model.forward(windows[:, :-1])  # (B, T, V)
         loss, dlogits = cross_entropy(logits, windows[:, 1:])  # each token's target is the next one
+        if not math.isfinite(loss):
+            raise Failure(f"the loss became {loss} at step {step}; try a smaller --learning_rate")
         optimizer.update(parameters, model.backward(dlogits), options.learning_rate * (1 - step / options.steps))
         if step % 100 == 0 or step == options.steps - 1:
             tqdm.write(f"step {step:4}: loss {loss:.3f} nats per character")

@@ -120,7 +120,8 @@ def test_the_gpt_learns_a_text(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["lessons/gpt.py", "none.txt"], "none.txt: No such file"),
-        (["lessons/gpt.py", "--n_head=3"], "n_embd a multiple of n_head"),
+        (["lessons/gpt.py", "--n_head=3"], "n_embd must be a multiple of n_head"),
+        (["lessons/gpt.py", "--learning_rate=1e300"], "try a smaller --learning_rate"),
         (["lessons/gpt.py", "--learning_rate=nan"], "learning rate must be above 0"),
         (["lessons/gpt.py", "--block_size=30000"], "it takes more than --block_size=30000"),
         (["lessons/digits.py", "--epochs=0"], "epochs and learning rate must be above 0"),
