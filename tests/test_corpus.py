@@ -65,8 +65,8 @@ class Outside:
             (Path(command[command.index("--dest") + 1]) / self.wheel.name).write_bytes(self.wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0 if self.wheel else 1, b"", self.pip_says)
 
-    def urlopen(self, url: str, **_: Any) -> io.BytesIO:
-        self.asked.append(url)
+    def urlopen(self, request: urllib.request.Request, **_: Any) -> io.BytesIO:
+        self.asked.append(request.full_url)
         if isinstance(self.web, Exception):
             raise self.web
         return io.BytesIO(self.web)

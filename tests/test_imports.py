@@ -13,7 +13,9 @@ SCRIPTS = ["prepare", "train", "sample"]
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 FILES |= {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("glyphgpt/**/*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-OTHERS = [path for path in ROOT.glob("*/**/*.py") if path.parts[len(ROOT.parts)] in ("bench", "docs", "config")]
+OTHERS = [
+    path for path in ROOT.glob("*/**/*.py") if path.parts[len(ROOT.parts)] in ("bench", "docs", "config", "lessons")
+]
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "importlib"}
 FORBIDDEN_BUILTINS = {"eval", "exec", "__import__"}
