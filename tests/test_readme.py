@@ -16,7 +16,15 @@ import train
 from conftest import ROOT, some_text
 from glyphgpt.commandline import parse
 from glyphgpt.convert.__main__ import KINDS
-from glyphgpt.settings import ConvertSettings, PlotSettings, SampleSettings, TrainSettings
+from glyphgpt.settings import (
+    ConvertSettings,
+    PlotSettings,
+    ReportSettings,
+    SampleSettings,
+    Settings,
+    TrainSettings,
+    TranslateSettings,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -24,6 +32,7 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+RECIPES = ["shakespeare_char", "multi30k_de_en"]
 FEW = ["--max_new_tokens=3", "--device=cpu", "--unknown=skip"]  # the small text lacks some letters
 SMALL = [
     "--max_steps=1",
@@ -45,14 +54,15 @@ def own_commands() -> list[list[str]]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as a fresh clone is, with a small text in place of Tiny Shakespeare, already prepared."""
+    """A folder as a fresh clone is, with a small text in place of the recipes', already prepared."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "my.txt").write_text(some_text(5000), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    run(["prepare.py", "my.txt", "--name=shakespeare_char"], monkeypatch)
+    for recipe in RECIPES:
+        run(["prepare.py", "my.txt", f"--name={recipe}"], monkeypatch)
     return tmp_path
 
 
@@ -71,7 +81,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_command_in_the_readme_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = [words for words in own_commands() if words != ["prepare.py", "shakespeare_char"]]
+    commands = [words for words in own_commands() if words[1] not in RECIPES]
     assert len(commands) >= 12
     for words in commands:
         run(words, monkeypatch)
@@ -98,9 +108,15 @@ def test_conversions_are_real() -> None:
         parse(ConvertSettings, flags, "", "", files=False)
 
 
-def test_pictures_are_real() -> None:
-    [words] = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", "glyphgpt.plot"]]
-    assert len(parse(PlotSettings, words, "", "", files=False)[1]) == 2
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [("plot", PlotSettings), ("report", ReportSettings), ("translate", TranslateSettings)],
+)
+def test_commands_of_modules_are_real(module: str, settings: type[Settings]) -> None:
+    commands = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", f"glyphgpt.{module}"]]
+    assert commands
+    for words in commands:
+        assert parse(settings, words, "", "", files=False)[1]
 
 
 def test_benchmarks_take_the_flags_that_the_readme_gives() -> None:
