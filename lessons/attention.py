@@ -76,6 +76,11 @@ def no_mask(T: int) -> NDArray[np.bool_]:
     return np.ones((T, T), dtype=bool)
 
 
+def itself(T: int) -> NDArray[np.bool_]:
+    """Nobody else, s = t: no attention at all."""
+    return np.eye(T, dtype=bool)
+
+
 def positions(T: int, C: int) -> Floats:
     """Return the waves of Vaswani et al. 2017, section 3.5, (T, C); C is even.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from attention import Mask, Score, causal, dot, inverse, negated, no_mask, other_half, squared, unscaled
+from attention import Mask, Score, causal, dot, inverse, itself, negated, no_mask, other_half, squared, unscaled
 from glyphgpt import runtime as runtimes
 from glyphgpt.commandline import parse, printable, read_toml
 from glyphgpt.errors import UsageError, plain_errors
@@ -37,7 +37,7 @@ from train import Trainer
 QUICK = Path(__file__).parent.parent / "config" / "quick.toml"
 FORMS: dict[str, dict[str, Any]] = {
     "quick": {},
-    "attention alone": {"ngram": 1, "token_shift": False, "qk_norm": False, "max_steps": 400},
+    "attention alone": {"ngram": 1, "token_shift": False, "qk_norm": False, "max_steps": 250},
 }
 """Changes to config/quick.toml. Its n-gram tables and token shift know the last characters without attention, and its
 normalised queries and keys keep scores within √D."""
@@ -61,6 +61,7 @@ WHAT_IFS = {
     "squared": WhatIf(score=squared),
     "inverse": WhatIf(score=inverse),
     "unscaled": WhatIf(score=unscaled),
+    "itself": WhatIf(mask=itself),
     "other_half": WhatIf(mask=other_half),
     "no_mask": WhatIf(mask=no_mask),
     "no_position": WhatIf(position="none"),
@@ -75,7 +76,7 @@ class WhatIfSettings(Settings):
     only: Name = ""
     """Names of what-ifs, with commas between them; all when left out."""
     max_steps: CountOrZero = 0
-    """Updates of each training; 0 takes 72 as quick, 400 with attention alone."""
+    """Updates of each training; 0 takes 72 as quick, 250 with attention alone."""
     data_dir: Name = "data"
     """Folder of the data sets."""
 
