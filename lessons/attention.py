@@ -212,7 +212,9 @@ def main() -> None:
     """Read the command line, check it, and give the lesson."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
-    parser.add_argument("word", nargs="?", help="whose last letter looks; by default the sentence's own last")
+    parser.add_argument(
+        "word", nargs="?", help="whose last letter looks, where it stands last; by default the sentence's end"
+    )
     parser.add_argument("--channels", type=int, default=32, help="C, even (%(default)s)")
     parser.add_argument("--heads", type=int, default=2, help="H, divides C (%(default)s)")
     parser.add_argument("--seed", type=int, default=3, help="of embeddings and matrices (%(default)s)")
@@ -231,7 +233,7 @@ def main() -> None:
         raise UsageError(f"--heads={H} does not divide {C} channels; take a number that does")
     if given.seed < 0:
         raise UsageError(f"--seed={given.seed}: take 0 or more")
-    lesson(sentence, sentence.index(word) + len(word) - 1, C, H, given.seed)
+    lesson(sentence, sentence.rindex(word) + len(word) - 1, C, H, given.seed)
 
 
 if __name__ == "__main__":

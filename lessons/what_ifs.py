@@ -12,6 +12,7 @@ Markdown for each; nothing is kept.
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,12 +87,13 @@ class WhatIfAttention(nn.Module):
 
     def __init__(self, own: CausalSelfAttention, what_if: WhatIf) -> None:
         super().__init__()
-        self.own, self.score, self.mask = own, what_if.score, what_if.mask
+        self.own, self.mask = own, what_if.mask
+        self.score: Callable[..., Any] = what_if.score  # which takes tensors too
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # noqa: ARG002
         """Map (B, T, C) to (B, T, C). A cache stays empty: where characters look ahead, each new one changes all."""
         q, k, v = self.own.heads(x)  # (B, H, T, D) each
-        scores: Any = self.score(q, k)  # (B, H, T, T)
+        scores = self.score(q, k)  # (B, H, T, T)
         mask = torch.from_numpy(self.mask(x.size(1))).to(x.device)  # (T, T)
         weights = scores.where(mask, -torch.inf).softmax(-1)  # (B, H, T, T)
         return self.own.merge(weights @ v)

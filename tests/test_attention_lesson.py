@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attention as lesson
+import model as network
 import what_ifs
-from conftest import MODERN, script, some_text, tiny_config, tiny_model, tiny_settings
+from conftest import MODERN, ROOT, script, some_text, tiny_config, tiny_model, tiny_settings
 from glyphgpt.runtime import Runtime
 from glyphgpt.shards import load_dataset
 from model import GPT, CausalSelfAttention, SinusoidalPosition, attend
@@ -147,7 +149,7 @@ def test_the_lesson_shows_shapes_and_every_what_if() -> None:
     assert figures["other half"].splitlines()[2][: 2 + 30].strip() == ""  # before 'elle', nothing
 
 
-@pytest.mark.parametrize(("words", "at"), [(["abc abc"], "'c' at place 6"), (["abc abc", "ab"], "'b' at place 1")])
+@pytest.mark.parametrize(("words", "at"), [(["abc abc"], "'c' at place 6"), (["abc abc", "ab"], "'b' at place 5")])
 def test_the_word_chooses_who_looks(words: list[str], at: str) -> None:
     assert f"How {at} (^)" in script("lessons/attention.py", *words, "--channels=6", "--heads=3").stdout
 
@@ -277,6 +279,18 @@ def test_the_program_prints_a_table_for_each_form(tmp_path: Path) -> None:
     assert rows == ["dot", "other_half"] * 2
     assert re.findall(r"^(.*):$", done.stdout, re.MULTILINE) == list(what_ifs.FORMS)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_page_has_a_row_for_each_what_if_and_names_what_is_there() -> None:
+    page = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\w+) \| \d\.\d{3} \|", page, re.MULTILINE) == list(WHAT_IFS) * 2
+    table = page[page.index("in model.py |") :]
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
+    assert len(names) > 10
+    assert all(attrgetter(name)(network) for name in names)
+    shown = re.search(r"^as in GPT: .*?future$", page, re.MULTILINE | re.DOTALL)
+    assert shown
+    assert shown.group() in re.sub(" +$", "", script("lessons/attention.py").stdout, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(
