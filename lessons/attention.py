@@ -6,6 +6,10 @@
 Shape letters as in model.py: T time (characters of the sentence), C channels, H heads, D head size (C / H), V
 vocabulary (different characters). There is no batch B. Embeddings and matrices are random, from a seed: nobody has
 trained them, so who looks at whom has no meaning yet. What you see is the mechanism that training has to work with.
+
+A score makes a number for each pair, (H, T, T), of queries and keys, (H, T, D) each: row t asks, column s answers. A
+mask (T, T) is True where t may look at s; elsewhere the score becomes minus infinity, and the weight 0. The scores take
+torch's tensors too: what_ifs.py trains the real model with them.
 """
 
 import argparse
@@ -26,10 +30,6 @@ SENTENCE = "La pizza est sortie du four et elle était délicieuse"
 WORD = "elle"
 LONGEST = 100  # characters: a row of the terminal
 BLOCKS = " ░▒▓█"
-
-
-# Scores: queries (H, T, D) and keys (H, T, D) in, a number for each pair out, (H, T, T). Row t is who asks, column s
-# who answers. They are written so that they take torch's tensors too: what_ifs.py trains the real model with them.
 
 
 def dot(q: Floats, k: Floats) -> Floats:
@@ -56,9 +56,6 @@ def inverse(q: Floats, k: Floats) -> Floats:
 def unscaled(q: Floats, k: Floats) -> Floats:
     """Score q · k, without the root."""
     return q @ k.swapaxes(-2, -1)
-
-
-# Masks: True where row t may look at column s, (T, T); elsewhere the score becomes minus infinity, and the weight 0.
 
 
 def causal(T: int) -> NDArray[np.bool_]:
@@ -155,9 +152,7 @@ WHAT_IFS = {
     "unscaled": WhatIf("scores √D times as far apart: the weight gathers on fewer", unscaled),
     "no positions": WhatIf("equal letters get equal weights, wherever they stand", positions=False),
     "other half": WhatIf("itself and the future: in training, the answers; in writing, nothing", mask=other_half),
-    "no mask": WhatIf(
-        "past and future: good to read with, but who has to guess what comes only copies it", mask=no_mask
-    ),
+    "no mask": WhatIf("past and future: fine for reading, but who sees the answer never learns to guess", mask=no_mask),
 }
 
 
@@ -212,9 +207,7 @@ def main() -> None:
     """Read the command line, check it, and give the lesson."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
-    parser.add_argument(
-        "word", nargs="?", help="whose last letter looks, where it stands last; by default the sentence's end"
-    )
+    parser.add_argument("word", nargs="?", help="whose last letter looks (default: the sentence's end)")
     parser.add_argument("--channels", type=int, default=32, help="C, even (%(default)s)")
     parser.add_argument("--heads", type=int, default=2, help="H, divides C (%(default)s)")
     parser.add_argument("--seed", type=int, default=3, help="of embeddings and matrices (%(default)s)")
