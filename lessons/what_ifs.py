@@ -1,6 +1,6 @@
 """What if attention were another? Train the real model with a change in it, and see.
 
-    python lessons/what_ifs.py                                   all of them: a few minutes on two CPU cores
+    python lessons/what_ifs.py                                   all of them: some nine minutes of one CPU core
     python lessons/what_ifs.py --only=squared,no_mask
     python lessons/what_ifs.py --only=inverse --max_steps=1000   does it only take longer?
 
