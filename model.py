@@ -148,15 +148,15 @@ class LearnedPosition(nn.Module):
 class SinusoidalPosition(nn.Module):
     """Adds fixed waves, "Attention is all you need" (Vaswani et al. 2017, section 3.5).
 
-    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). As in section 3.4, embeddings
-    are scaled by the square root of C, lest the waves drown them.
+    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). As in section 3.4, embeddings that are
+    the head too, and so have to be small, are scaled by the square root of C, lest the waves drown them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         angle = angles(config.block_size, config.n_embd)  # (T, C / 2)
         waves = torch.stack((angle.sin(), angle.cos()), dim=-1)  # (T, C / 2, 2)
-        self.scale = math.sqrt(config.n_embd)
+        self.scale = math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
         self.register_buffer("waves", waves.flatten(1), persistent=False)  # (T, C)
 
     waves: Tensor

@@ -97,7 +97,7 @@ class Decoder:
             x = x + self.positions[start : start + T]
         elif self.form.position == "sinusoidal":
             waves = np.stack(self._waves(start, start + T)[::-1], axis=-1)  # (T, C / 2, 2)
-            x = x * math.sqrt(self.form.n_embd) + waves.reshape(T, -1)
+            x = x * (math.sqrt(self.form.n_embd) if self.form.tie_embeddings else 1) + waves.reshape(T, -1)
         if self.form.norm == "layernorm":
             x = x - x @ self.average
         return x

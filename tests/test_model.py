@@ -85,14 +85,16 @@ def test_logits_depend_on_this_token_and_those_before_it_only(form: dict[str, An
 
 
 @pytest.mark.parametrize("start", [0, 5])
-def test_sinusoidal_positions_follow_the_formula(start: int) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_sinusoidal_positions_follow_the_formula(start: int, tied: bool) -> None:
     C = 16
     x = torch.randn(2, 3, C)
-    seen = SinusoidalPosition(tiny_config(position="sinusoidal"))(x, start)
+    seen = SinusoidalPosition(tiny_config(position="sinusoidal", tie_embeddings=tied))(x, start)
+    scale = math.sqrt(C) if tied else 1
     for b, i, c in product(range(2), range(3), range(C)):
         angle = (start + i) / 10000 ** (2 * (c // 2) / C)
         wave = math.cos(angle) if c % 2 else math.sin(angle)
-        assert seen[b, i, c].item() == pytest.approx(x[b, i, c].item() * math.sqrt(C) + wave, abs=1e-5)
+        assert seen[b, i, c].item() == pytest.approx(x[b, i, c].item() * scale + wave, abs=1e-5)
 
 
 def test_learned_positions_are_added_from_the_start_on() -> None:
