@@ -179,11 +179,11 @@ def slopes(parameter: Array, cost: Any, h: float = 1e-5) -> Array:
 def test_a_mini_batch_goes_one_step_down_the_slope() -> None:
     network = Network((3, 4, 2))
     x, y = np.random.default_rng(0).random((2, 5, 3))[0], np.eye(2)[[0, 1, 1, 0, 1]]
-    before, (_, d_weights) = [w.copy() for w in network.weights], network.backprop(x, y)
+    before, gradients = [*network.biases, *network.weights], network.backprop(x, y)
     cost = network.cost(x, y)
     network.update_mini_batch(x, y, 0.1)
-    for w, old, d in zip(network.weights, before, d_weights, strict=True):
-        np.testing.assert_allclose(w, old - 0.1 * d, rtol=1e-14)
+    for after, old, d in zip([*network.biases, *network.weights], before, [*gradients[0], *gradients[1]], strict=True):
+        np.testing.assert_allclose(after, old - 0.1 * d, rtol=1e-14)
     assert network.cost(x, y) < cost
 
 
