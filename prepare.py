@@ -24,11 +24,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from glyphgpt.errors import Failure, UsageError, end_at_ctrl_c, plain_errors, warn
+
+if __name__ == "__main__":  # while the rest is imported
+    end_at_ctrl_c()
+
 from tqdm import tqdm
 
 from glyphgpt.commandline import parse
 from glyphgpt.corpus import read_recipe, text_file
-from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.helper import Helper
 from glyphgpt.memory import keep_freed_memory
 from glyphgpt.settings import PrepareSettings

@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from glyphgpt.errors import Failure, UsageError, end_at_ctrl_c, plain_errors, warn
+
+if __name__ == "__main__":  # while the rest is imported
+    end_at_ctrl_c()
+
 import numpy as np
 
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.commandline import parse
-from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
 from glyphgpt.settings import SampleSettings
 from glyphgpt.shards import META, Split, load_dataset

@@ -10,8 +10,12 @@ Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.
 
 import sys
 
+from glyphgpt.errors import Failure, UsageError, end_at_ctrl_c, plain_errors, warn
+
+if __name__ == "__main__":  # while the rest is imported
+    end_at_ctrl_c()
+
 from glyphgpt.commandline import parse, printable
-from glyphgpt.errors import Failure, UsageError, plain_errors, warn
 from glyphgpt.settings import Action, Network, Optimization, TrainSettings
 
 JOB = ".job"  # in a run's folder: which torchrun it belongs to

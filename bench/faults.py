@@ -101,7 +101,7 @@ def early_signals(arena: Arena, count: int) -> Tally:
     for number in tqdm(range(count), desc="early signals", leave=False):
         out_dir, compiled = arena.new_run(), number % 2 == 1
         process = command_line(arena, "train.py", *arena.flags(out_dir, compile=compiled))
-        time.sleep(arena.random.uniform(0, 15 if compiled else 4))
+        time.sleep(arena.random.uniform(0.2, 15 if compiled else 4))  # before, it is Python itself that starts
         os.killpg(process.pid, signal.SIGINT)
         said, status = process.communicate(timeout=PATIENCE)[1], process.returncode
         tally.note({0: "had ended before", 130: "stopped"}.get(status, "ended at once"))

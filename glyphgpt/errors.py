@@ -51,20 +51,24 @@ def plain_errors() -> Iterator[None]:
     sys.exit(status)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Have Ctrl-C raise KeyboardInterrupt in here; after it, it ends the process at once and without a word.
+def end_at_ctrl_c() -> None:
+    """Have Ctrl-C end the process at once and without a word.
 
     Otherwise there would be a traceback of what Python happened to import, or to clear up at its end.
     """
-    taken = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # shells have background jobs ignore it
-    if taken:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # shells have background jobs ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt in here, and after it end the process."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if taken:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        end_at_ctrl_c()
 
 
 @contextmanager
