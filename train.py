@@ -500,7 +500,7 @@ class Trainer:
         sample = f"python sample.py {shlex.quote(str(out_dir))}"
         self.say(f"best validation loss {progress.best_loss:.4f}; sample it: {sample}")
         if progress.step >= settings.max_steps:
-            self.say(f"train longer: {resume} --max_steps={2 * progress.step}")
+            self.say(f"train longer: {resume} --max_steps={2 * progress.step or 1000}")
         self.report()
         if settings.picture and self.runtime.is_main and plot.installed():
             try:
