@@ -54,6 +54,11 @@ class GPTConfig:
         """D, the channels of one head."""
         return self.n_embd // self.n_head
 
+    @property
+    def small_embeddings(self) -> bool:
+        """Whether embeddings begin far below a size of 1, as GPT-2's do; n-grams' are normalised."""
+        return self.init == "gpt2" and self.ngram == 1
+
 
 class LayerCache:
     """Keys and values of one layer for the tokens seen so far, each (B, H, S, D)."""
@@ -77,6 +82,12 @@ class LayerCache:
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch, in this order; a row may come several times."""
+        keys, values = self.keys[rows, :, : self.length], self.values[rows, :, : self.length]
+        self.length = 0
+        self.append(keys, values)
+
 
 class Cache:
     """What a model remembers of the tokens it has seen, to go on without reading them again."""
@@ -95,7 +106,7 @@ class Cache:
     def select(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may come several times."""
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.select(rows)
         self.recent = None if self.recent is None else self.recent[rows]
 
 
@@ -148,15 +159,15 @@ class LearnedPosition(nn.Module):
 class SinusoidalPosition(nn.Module):
     """Adds fixed waves, "Attention is all you need" (Vaswani et al. 2017, section 3.5).
 
-    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). As in section 3.4, embeddings that are
-    the head too, and so have to be small, are scaled by the square root of C, lest the waves drown them.
+    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). As in section 3.4, embeddings that
+    begin small are scaled by the square root of C, lest the waves drown them; others have the waves' size already.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         angle = angles(config.block_size, config.n_embd)  # (T, C / 2)
         waves = torch.stack((angle.sin(), angle.cos()), dim=-1)  # (T, C / 2, 2)
-        self.scale = math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
+        self.scale = math.sqrt(config.n_embd) if config.small_embeddings else 1.0
         self.register_buffer("waves", waves.flatten(1), persistent=False)  # (T, C)
 
     waves: Tensor

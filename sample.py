@@ -31,6 +31,7 @@ from glyphgpt.text import read_text
 from glyphgpt.tokenizer import Tokenizer, Tokens, encode_known, first_token
 from glyphgpt.trained import language_model, open_checkpoint, torch_model
 
+BROWSABLE = 10**7  # weights in a page, about 27 MB
 USAGE = "python sample.py RUN | CHECKPOINT [--key=value ...]"
 
 
@@ -101,6 +102,9 @@ def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Sampl
         if not 1 <= len(tokens) <= model.config.block_size:
             length = f"{len(tokens):,} {attention.UNITS[tokenizer.kind]}s"
             raise Failure(f"the text has {length}; this model sees 1 to {model.config.block_size:,} at once")
+        numbers = model.config.n_layer * model.config.n_head * len(tokens) ** 2 // 2
+        if numbers > BROWSABLE and path.suffix.lower() == ".html":
+            warn(f"{numbers:,} weights make a page that browsers open slowly, if at all; a shorter text makes less")
         attention.write(attention.observe(model, tokenizer, tokens), path, str(checkpoint.path))
     print(f"{path}: drawn")
 

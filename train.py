@@ -110,7 +110,7 @@ def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings
         checkpoint = checkpoints.load(checkpoints.find(place), with_optimizer=False)
     check_vocabulary(checkpoint, dataset)
     first = make_model(checkpoint, GPT, GPTConfig)
-    form = {name: getattr(first.config, name) for name in Network.model_fields.keys() - {"dropout", "init"}}
+    form = {name: getattr(first.config, name) for name in Network.model_fields.keys() - {"dropout"}}
     if "block_size" in settings.model_fields_set and settings.block_size < form["block_size"]:
         form["block_size"] = settings.block_size
     for name in settings.model_fields_set & form.keys():

@@ -2,7 +2,7 @@
 # Test and measure everything that needs a GPU, in one call of less than ten minutes.
 #
 #   PYTHON=python3 OUT=out/gpu NANOGPT=nanoGPT bash bench/gpu.sh
-#   PYTHON=python3 OUT=out/gpu bash bench/gpu.sh translate     a call of its own: train config/translate.toml, tell BLEU
+#   PYTHON=python3 OUT=out/gpu bash bench/gpu.sh translate     a call of its own, into $OUT/translate: BLEU
 #
 # NANOGPT is a checkout of nanoGPT. Needs the project's dependencies, pytest and, where there is no network, data/ as
 # preparing shakespeare_char, shakespeare and multi30k_de_en elsewhere left it, downloads included. Logs, the table of the GPU's rows and
@@ -14,6 +14,7 @@ OUT=${OUT:-out/gpu}
 [ "${1:-}" = translate ] || : "${NANOGPT:?a checkout of nanoGPT}"
 RUNS=$(mktemp -d)
 trap 'rm -rf "$RUNS"' EXIT
+[ "${1:-}" = translate ] && OUT=$OUT/translate
 mkdir -p "$OUT"
 : > "$OUT/summary.txt" && : > "$OUT/RESULTS.md"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -52,8 +52,14 @@ class Attention:
 
 
 def observe(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> Attention:
-    """Have a model read tokens (T,), at most block_size, and watch it."""
+    """Have a model read tokens (T,), at most block_size, and watch it.
+
+    Raises:
+        Failure: the model's numbers overflow.
+    """
     weights, probabilities = attention_weights(model, torch.from_numpy(tokens.astype("int64")))
+    if not (weights.isfinite().all() and probabilities.isfinite().all()):
+        raise Failure("the model's numbers overflow; there is nothing to draw")
     pieces = [tokenizer.token_bytes(int(token)) for token in tokens]
     chances = [
         likeliest(tokenizer, row, follower)

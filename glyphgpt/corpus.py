@@ -56,6 +56,14 @@ class Pairs(BaseModel):
     beside: tuple[tuple[str, str], ...]
     """Which files stand side by side, by name; one pair of files after the other."""
 
+    @model_validator(mode="after")
+    def check_names(self) -> "Pairs":
+        """See that every file that stands beside another is a source."""
+        missing = {name for names in self.beside for name in names} - {source.file for source in self.sources}
+        if missing:
+            raise ValueError(f"no source is called {min(missing)}")
+        return self
+
 
 class Recipe(BaseModel):
     """How a well-known text becomes a data set: a TOML file in the data folder."""
@@ -118,7 +126,8 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     except ValidationError as error:
         places = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
-        raise UsageError("\n".join(f"{path}: {place}: {message}" for place, message in places)) from error
+        told = [": ".join(filter(None, (str(path), place, message))) for place, message in places]
+        raise UsageError("\n".join(told)) from error
 
 
 def text_file(recipe: Recipe, data_dir: Path) -> Path:
@@ -146,7 +155,10 @@ def join(pairs: Pairs, data_dir: Path) -> Path:
         lines += [f"{one}\t{other}\n" for one, other in zip(left, right, strict=True)]
     text = "".join(lines).encode()
     if hashlib.sha256(text).hexdigest() != pairs.sha256:
-        raise Failure(f"{pairs.file}: not the text that the recipe tells of (SHA-256 {pairs.sha256})")
+        raise Failure(
+            f"{pairs.file}: not the text that the recipe tells of: its SHA-256 is "
+            f"{hashlib.sha256(text).hexdigest()}, not {pairs.sha256}"
+        )
     write_whole(target, text)
     return target
 

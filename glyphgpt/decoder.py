@@ -26,6 +26,11 @@ class Form(Network):
 
     vocab_size: Size
 
+    @property
+    def small_embeddings(self) -> bool:
+        """Whether embeddings begin far below a size of 1, as in model.py."""
+        return self.init == "gpt2" and self.ngram == 1
+
 
 class DecoderCache:
     """Keys and values of every layer for the tokens seen so far, and the last few tokens."""
@@ -39,7 +44,10 @@ class DecoderCache:
 
     def select(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may come several times."""
-        self.memory, self.recent = self.memory[:, rows], self.recent[rows]
+        seen = self.memory[..., : self.length, :][:, rows]
+        self.memory = np.empty((*seen.shape[:-2], *self.memory.shape[-2:]), np.float32)
+        self.memory[..., : self.length, :] = seen
+        self.recent = self.recent[rows]
 
 
 class Decoder:
@@ -97,7 +105,7 @@ class Decoder:
             x = x + self.positions[start : start + T]
         elif self.form.position == "sinusoidal":
             waves = np.stack(self._waves(start, start + T)[::-1], axis=-1)  # (T, C / 2, 2)
-            x = x * (math.sqrt(self.form.n_embd) if self.form.tie_embeddings else 1) + waves.reshape(T, -1)
+            x = x * (math.sqrt(self.form.n_embd) if self.form.small_embeddings else 1) + waves.reshape(T, -1)
         if self.form.norm == "layernorm":
             x = x - x @ self.average
         return x

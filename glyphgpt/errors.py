@@ -44,6 +44,8 @@ def plain_errors() -> Iterator[None]:
         status = 0
     except OSError as error:
         status = report(Failure(describe(error)))
+    except MemoryError:
+        status = report(Failure("out of memory; make something smaller"))
     try:
         sys.stdout.flush()
     except OSError:  # told already; lest Python complain about it at its end

@@ -26,6 +26,7 @@ from glyphgpt.text import read_lines
 from glyphgpt.tokenizer import Tokenizer, decode, encode_known
 from glyphgpt.trained import language_model, open_checkpoint
 
+MARKS = 2  # tokens around a source: the end of the line before it, and a tab
 USAGE = "python -m glyphgpt.translate RUN | CHECKPOINT FILE [--key=value ...]"
 
 
@@ -36,6 +37,8 @@ def main() -> None:
         raise UsageError(f"name a run and a file: {USAGE}")
     checkpoint, tokenizer = open_checkpoint(words[0], Path(settings.data_dir))
     sources = read_lines(words[1])
+    if settings.out and not Path(settings.out).absolute().parent.is_dir():
+        raise UsageError(f"--out={settings.out}: there is no such folder; make it first")
     references = read_references(settings.reference, len(sources)) if settings.reference else []
     with language_model(checkpoint, settings.device, settings.dtype, "batch_size or beam") as model:
         translator = Translator(model, tokenizer, checkpoint.info.model["block_size"], settings)
@@ -65,7 +68,7 @@ class Translator:
         self.end = int(tokenizer.encode("\n")[0])
 
     def translate(self, sources: Sequence[str]) -> list[str]:
-        """Translate each line.
+        """Translate each line; of nothing there is no translation.
 
         Raises:
             Failure: a line has characters that the model has never seen, or is too long for it.
@@ -74,9 +77,10 @@ class Translator:
         translations = [""] * len(sources)
         with tqdm(total=len(sources), unit="line", desc="translating", disable=None) as bar:
             for numbers in self.batches(prompts):
-                found = self.go_on(np.stack([prompts[number] for number in numbers]))
-                for number, translation in zip(numbers, found, strict=True):
-                    translations[number] = translation
+                if len(prompts[numbers[0]]) > MARKS:
+                    found = self.go_on(np.stack([prompts[number] for number in numbers]))
+                    for number, translation in zip(numbers, found, strict=True):
+                        translations[number] = translation
                 bar.update(len(numbers))
         return translations
 

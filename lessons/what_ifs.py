@@ -154,7 +154,8 @@ class WhatIfTrainer(Trainer):
 
 def settings_of(what_if: WhatIf | None, form: str, given: WhatIfSettings, out_dir: str) -> TrainSettings:
     """Return the settings of one training."""
-    changes: dict[str, Any] = {"data_dir": given.data_dir, "out_dir": out_dir, "sample_tokens": 0, "picture": False}
+    changes: dict[str, Any] = {"data_dir": given.data_dir, "out_dir": out_dir, "sample_tokens": 0}
+    changes |= {"picture": False, "report": False}
     if given.max_steps:
         changes["max_steps"] = given.max_steps
     if what_if and what_if.position != "none":  # which is rotary without its rotation

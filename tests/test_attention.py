@@ -123,6 +123,15 @@ def data_of(page: str) -> dict[str, Any]:
     return dict(json.loads(found[1]))
 
 
+def test_numbers_that_overflow_are_one_line() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.token_embedding.weight.fill_(1e38)
+    tokenizer = CharTokenizer("abcdefghijk")
+    with pytest.raises(Failure, match="^the model's numbers overflow; there is nothing to draw$"):
+        observe(model, tokenizer, tokenizer.encode("abc"))
+
+
 def test_the_page_holds_the_weights() -> None:
     read = read_characters(HOSTILE)
     data = data_of(page(read, "run"))

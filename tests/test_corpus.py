@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from conftest import ROOT, script
 from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, Recipe, Source, fetch, file_sha256, read_recipe, text_file
@@ -160,6 +161,7 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
         (('"tinyshakespeare.txt"', '"../x"'), "source.file: String should match pattern '^\\w[\\w.-]*$'"),
         (("[source]", "[source"), "not a TOML file: "),
         (("[source]", "[pairs]"), "pairs.sources: Field required"),
+        (("[source]", "[pairs]\nbeside = []\n[source]"), "pairs.file: Field required"),
     ],
     ids=str,
 )
@@ -321,7 +323,7 @@ def test_pairs_are_joined_line_by_line(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"right": "A man.\n"}, "left.gz and right differ in their numbers of lines: 2 and 1"),
-        ({"joined": JOINED[1:]}, "both: not the text that the recipe tells of (SHA-256 "),
+        ({"joined": JOINED[1:]}, "both: not the text that the recipe tells of: its SHA-256 is "),
     ],
     ids=str,
 )
@@ -330,6 +332,27 @@ def test_pairs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], said: str
         text_file(pairs_recipe(tmp_path, **change), tmp_path)
     assert str(caught.value).startswith(said)
     assert not (tmp_path / "downloads" / "both").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"beside": [["left.gz", "wrong"]]}, "no source is called wrong"),
+        ({"beside": [["left.gz"]]}, "Field required"),
+    ],
+)
+def test_pairs_name_their_sources(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    plain = pairs_recipe(tmp_path).model_dump()
+    with pytest.raises(ValidationError, match=said):
+        Recipe.model_validate({**plain, "pairs": {**plain["pairs"], **change}})
+
+
+def test_a_recipe_names_one_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('title = "T"\nlicence = "L"\ntokenizer = "char"\nval_fraction = 0.5\n')
+    with pytest.raises(UsageError) as caught:
+        read_recipe(path)
+    assert str(caught.value) == f"{path}: Value error, a recipe names a source, or pairs of them"
 
 
 def test_a_file_on_the_web_only(tmp_path: Path, source: Source, outside: Outside) -> None:

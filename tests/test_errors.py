@@ -23,6 +23,7 @@ from glyphgpt.errors import Failure, UsageError, describe, plain_errors, report,
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 1, "error: a.txt: No such file\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
         (OSError("something odd"), 1, "error: something odd\n"),
+        (MemoryError(), 1, "error: out of memory; make something smaller\n"),
     ],
     ids=repr,
 )

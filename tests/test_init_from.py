@@ -23,7 +23,10 @@ def settings(data_dir: Path, out_dir: Path, named: str = "", **changes: Any) -> 
     return TrainSettings.model_validate({key: v for key, v in chosen.items() if key not in FORM or key == named})
 
 
-@pytest.mark.parametrize("form", [{}, MODERN], ids=["gpt2", "modern"])
+WAVES = {"position": "sinusoidal", "init": "zero", "tie_embeddings": False}  # whose scale follows from init
+
+
+@pytest.mark.parametrize("form", [{}, MODERN, WAVES], ids=["gpt2", "modern", "waves"])
 def test_the_first_loss_is_the_best_of_that_run(data_dir: Path, tmp_path: Path, form: dict[str, object]) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one", max_steps=40, learning_rate=0.01, **form))
     best = min(row["loss"] for row in read_metrics(tmp_path / "one") if row["kind"] == "val")

@@ -85,12 +85,14 @@ def test_logits_depend_on_this_token_and_those_before_it_only(form: dict[str, An
 
 
 @pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("tied", [True, False])
-def test_sinusoidal_positions_follow_the_formula(start: int, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("form", "scale"),
+    [({}, 4), ({"tie_embeddings": False}, 4), ({"ngram": 2}, 1), ({"tie_embeddings": False, "init": "zero"}, 1)],
+)
+def test_sinusoidal_positions_follow_the_formula(start: int, form: dict[str, Any], scale: float) -> None:
     C = 16
     x = torch.randn(2, 3, C)
-    seen = SinusoidalPosition(tiny_config(position="sinusoidal", tie_embeddings=tied))(x, start)
-    scale = math.sqrt(C) if tied else 1
+    seen = SinusoidalPosition(tiny_config(position="sinusoidal", **form))(x, start)
     for b, i, c in product(range(2), range(3), range(C)):
         angle = (start + i) / 10000 ** (2 * (c // 2) / C)
         wave = math.cos(angle) if c % 2 else math.sin(angle)

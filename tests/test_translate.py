@@ -60,7 +60,7 @@ def test_lines_are_kept_apart_whatever_white_space_they_have(run: Path, tmp_path
     status, out, told = translate(run, tmp_path / "odd.txt")
     assert (status, told) == (0, "")
     lines = out.split("\n")
-    assert lines[0] == "red"
+    assert lines[:2] == ["red", ""]
     assert len(lines) == 4
 
 
@@ -70,6 +70,7 @@ def test_lines_are_kept_apart_whatever_white_space_they_have(run: Path, tmp_path
         ("rot\nçà\n", [], "line 2: the model has never seen 'à' (U+00E0), 'ç' (U+00E7); change the text, or add "),
         ("rot\n" + "blau" * 10, [], "line 2: 40 tokens leave no room in the model's context of 40; cut the line"),
         ("rot\n", ["--reference=EN"], "EN: 5 lines, but there are 1 to translate"),
+        ("rot\n", ["--out=nowhere/mine.txt"], "--out=nowhere/mine.txt: there is no such folder; make it first"),
         ("rot\n", ["--beam=0"], "--beam must be a whole number, at least 1"),
         ("rot\n", ["--prompt=x"], "unknown key --prompt"),
     ],
@@ -87,7 +88,7 @@ def test_mistakes_get_a_line(run: Path, tmp_path: Path, text: str, flags: list[s
 
 def test_unknown_characters_can_be_left_out(run: Path, tmp_path: Path) -> None:
     (tmp_path / "de.txt").write_text("ç")
-    assert translate(run, tmp_path / "de.txt", "--unknown=skip")[0] == 0
+    assert translate(run, tmp_path / "de.txt", "--unknown=skip") == (0, "\n", "")
 
 
 def test_a_model_without_tabs_is_refused(data_dir: Path, tmp_path: Path) -> None:
