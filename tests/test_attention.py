@@ -128,7 +128,7 @@ def test_numbers_that_overflow_are_one_line() -> None:
     with torch.no_grad():
         model.token_embedding.weight.fill_(1e38)
     tokenizer = CharTokenizer("abcdefghijk")
-    with pytest.raises(Failure, match="^the model's numbers overflow; there is nothing to draw$"):
+    with pytest.raises(Failure, match=r"^the model's numbers overflow; there is nothing to draw$"):
         observe(model, tokenizer, tokenizer.encode("abc"))
 
 
