@@ -32,7 +32,7 @@ if __name__ == "__main__":  # while the rest is imported
 from tqdm import tqdm
 
 from glyphgpt.commandline import parse
-from glyphgpt.corpus import read_recipe, text_file
+from glyphgpt.corpus import QUICK, read_recipe, text_file
 from glyphgpt.helper import Helper
 from glyphgpt.memory import keep_freed_memory
 from glyphgpt.settings import PrepareSettings
@@ -76,7 +76,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
         if (meta.source.sha256, meta.tokenizer["kind"]) == (recipe.text.sha256, recipe.tokenizer):
-            print(f"{folder} is prepared already; next: {next_step(folder)}")
+            print(f"{folder} is prepared already; next: {next_step(folder, recipe.config)}")
             return
     file = text_file(recipe, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
@@ -84,7 +84,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     chosen = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
     with workshop(folder, overwrite=settings.overwrite) as scratch:
         meta = prepare(text, scratch, chosen, recipe=name)
-    report(meta, folder)
+    report(meta, folder, recipe.config)
 
 
 def prepare_files(words: list[str], settings: PrepareSettings) -> None:
@@ -95,7 +95,7 @@ def prepare_files(words: list[str], settings: PrepareSettings) -> None:
         separate = settings.tokenizer == "gpt2"  # which has a token to stand between documents
         text = open_text(words, scratch.parent, settings.encoding, field=settings.text_field, separate=separate)
         meta = prepare(text, scratch, settings, recipe="")
-    report(meta, folder)
+    report(meta, folder, QUICK)
 
 
 def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) -> Meta:
@@ -293,7 +293,7 @@ class Output:
             keep(self.progress.model_copy(update=there), self.folder)
 
 
-def report(meta: Meta, folder: Path) -> None:
+def report(meta: Meta, folder: Path, config: str) -> None:
     """Say what was made and what to run next."""
     tokens, characters = (
         meta.train.tokens + meta.val.tokens,
@@ -303,16 +303,16 @@ def report(meta: Meta, folder: Path) -> None:
         f"{folder}: {characters:,} characters, {tokens:,} tokens "
         f"({meta.train.tokens:,} to train, {meta.val.tokens:,} to validate)\n"
         f"vocabulary: {meta.vocab_size:,} ({meta.tokenizer['kind']}), {characters / tokens:.2f} characters per token\n"
-        f"next: {next_step(folder)}"
+        f"next: {next_step(folder, config)}"
     )
 
 
-def next_step(folder: Path) -> str:
+def next_step(folder: Path, config: str) -> str:
     """Return the command that trains on a data set."""
     name = folder.name
     dataset = "" if name == "shakespeare_char" else f" --dataset={name} --out_dir=out/{name}"
     place = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"python train.py config/quick.toml{dataset}{place}"
+    return f"python train.py {shlex.quote(config)}{dataset}{place}"
 
 
 if __name__ == "__main__":

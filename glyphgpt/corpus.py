@@ -22,6 +22,7 @@ from glyphgpt.text import read_lines
 DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
 PIP_SECONDS = 300
 PYPI = "https://pypi.org/simple"
+QUICK = "config/quick.toml"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -74,6 +75,8 @@ class Recipe(BaseModel):
     licence: str
     tokenizer: Literal["char", "byte", "gpt2"]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    config: Annotated[str, Field(pattern=r"^[\w./-]+\.toml$")] = QUICK
+    """The settings to train on it with."""
     source: Source | None = None
     pairs: Pairs | None = None
 

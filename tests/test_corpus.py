@@ -159,6 +159,7 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
         (("86c4", "XXXX"), "source.sha256: String should match pattern '^[0-9a-f]{64}$'"),
         (("https:", "http:"), "source.url: String should match pattern '^https://'"),
         (('"tinyshakespeare.txt"', '"../x"'), "source.file: String should match pattern '^\\w[\\w.-]*$'"),
+        (("[source]", "config = '; rm'\n[source]"), "config: String should match pattern '"),
         (("[source]", "[source"), "not a TOML file: "),
         (("[source]", "[pairs]"), "pairs.sources: Field required"),
         (("[source]", "[pairs]\nbeside = []\n[source]"), "pairs.file: Field required"),

@@ -388,6 +388,14 @@ def test_a_recipe_decides_tokenizer_and_split(run: Run, tmp_path: Path, recipe: 
     assert (dataset.tokenizer.kind, dataset.meta.recipe, dataset.meta.val_fraction) == ("byte", "known", 0.25)
 
 
+def test_a_recipe_says_what_to_train_with(run: Run, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(f'config = "config/translate.toml"\n{recipe.read_text()}')
+    for _ in range(2):  # when it is prepared, and when it is there
+        run(recipe.stem)
+        said = capsys.readouterr().out
+        assert "next: python train.py config/translate.toml --dataset=known --out_dir=out/known" in said
+
+
 def test_a_recipe_that_is_prepared_already_is_left_alone(
     run: Run, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
