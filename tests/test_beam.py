@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import MODERN, decoder_of, tiny_model
 from glyphgpt.beam import log_softmax, search
-from glyphgpt.generate import Floats, Ids
+from glyphgpt.generate import Floats, Ids, LanguageModel
 from glyphgpt.runtime import OnDevice, start
 
 END = 0
@@ -102,6 +102,33 @@ def test_a_beam_of_one_is_greedy(table: Floats, first: int) -> None:
     while len(greedy) < 10 and (token := int(table[([first, *greedy])[-1]].argmax())) != END:
         greedy.append(token)
     assert ways(Chain(table), [first], beam=1) == [greedy]
+
+
+def by_hand(model: LanguageModel, prompt: list[int], beam: int, most: int) -> list[int]:
+    """Search with the whole text read anew for every way, so that no cache can be mixed up."""
+    kept: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(most):
+        longer = []
+        for way, total in kept:
+            if way[-1:] == [END]:
+                longer.append((way, total))
+                continue
+            chances = log_softmax(model.next_logits(np.array([prompt + way]), model.new_cache(1)))[0]
+            longer += [([*way, token], total + float(chance)) for token, chance in enumerate(chances)]
+        kept = sorted(longer, key=lambda found: -found[1] / len(found[0]))[:beam]
+        if kept[0][0][-1] == END:
+            break
+    best = kept[0][0]
+    return best[:-1] if best[-1:] == [END] else best
+
+
+def test_caches_follow_their_ways() -> None:
+    model = tiny_model(tie_embeddings=False)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    prompts = [[first, second] for first in range(11) for second in range(11)]
+    decoder = decoder_of(model)
+    assert ways(decoder, *prompts, beam=4, most=6) == [by_hand(decoder, prompt, 4, 6) for prompt in prompts]
 
 
 def test_decoder_and_torch_find_the_same_ways() -> None:
