@@ -157,6 +157,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("GPT2", {"activation": "relu2", "n_embd": 48, "n_head": 4, "dropout": 0.2}),
     ("GPT2", {"position": "sinusoidal"}),
     ("GPT2", {"position": "sinusoidal", "tie_embeddings": False, "bias": False}),
+    ("GPT2", {"position": "sinusoidal", "tie_embeddings": False, "init": "zero"}),
     ("GPTNeoX", {"position": "rotary"}),
     ("GPTNeoX", {"position": "rotary", "bias": False, "activation": "relu2", "tie_embeddings": False, "n_embd": 48}),
     ("Arcee", {"position": "rotary", "norm": "rmsnorm", "activation": "relu2"}),

@@ -14,6 +14,7 @@ from glyphgpt.state import model_arrays
 from model import GPT
 
 FORMS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
+FORMS.append({"position": "sinusoidal", "init": "zero", "tie_embeddings": False})  # which sets the waves' scale
 
 
 def shaken(**form: Any) -> GPT:
