@@ -44,9 +44,13 @@ class DecoderCache:
 
     def select(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may come several times."""
-        seen = self.memory[..., : self.length, :][:, rows]
-        self.memory = np.empty((*seen.shape[:-2], *self.memory.shape[-2:]), np.float32)
-        self.memory[..., : self.length, :] = seen
+        seen = self.memory[..., : self.length, :]
+        if len(rows) == seen.shape[1]:
+            moved = [place for place, row in enumerate(rows) if place != row]
+            seen[:, moved] = seen[:, [rows[place] for place in moved]]
+        else:
+            self.memory = np.empty((len(seen), len(rows), *self.memory.shape[2:]), np.float32)
+            self.memory[..., : self.length, :] = seen[:, rows]
         self.recent = self.recent[rows]
 
 
