@@ -30,8 +30,8 @@ timed() {  # name, seconds at most, command ...: run it, keep its output, note i
 if [ "${1:-}" = translate ]; then
   $PYTHON prepare.py multi30k_de_en
   test=data/downloads/multi30k-test_2016_flickr
-  timed train 480 $PYTHON train.py config/translate.toml --out_dir="$RUNS/translate"
-  timed translate 90 $PYTHON -m glyphgpt.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/mine.en"
+  timed train 400 $PYTHON train.py config/translate.toml --out_dir="$RUNS/translate"
+  timed translate 170 $PYTHON -m glyphgpt.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/mine.en"
   cat "$OUT/summary.txt"
   exit
 fi
