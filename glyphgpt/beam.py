@@ -36,7 +36,9 @@ def search(model: LanguageModel, prompts: Ids, *, end: int, beam: int, max_new_t
         ways = np.concatenate((np.take_along_axis(ways, parent[..., None], axis=1), token[..., None]), axis=-1)
         if ended[:, 0].all():
             break
-        cache.select((np.arange(B)[:, None] * K + parent).ravel().tolist())
+        rows = (np.arange(B)[:, None] * K + parent).ravel().tolist()
+        if rows != list(range(B * K)):
+            cache.select(rows)
         logits = model.next_logits(token.reshape(-1, 1), cache)
     return [way[: np.argmax(np.append(way, end) == end)] for way in ways[:, 0]]
 
