@@ -166,7 +166,7 @@ class SinusoidalPosition(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         angle = angles(config.block_size, config.n_embd)  # (T, C / 2)
-        waves = torch.stack((angle.sin(), angle.cos()), dim=-1)  # (T, C / 2, 2)
+        waves = torch.stack((angle.sin(), angle.cos()), dim=-1).float()  # (T, C / 2, 2)
         self.scale = math.sqrt(config.n_embd) if config.small_embeddings else 1.0
         self.register_buffer("waves", waves.flatten(1), persistent=False)  # (T, C)
 
@@ -191,8 +191,8 @@ class Rotary(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         angle = angles(config.block_size, config.head_size)  # (T, D / 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     cos: Tensor
     sin: Tensor
@@ -214,10 +214,14 @@ class NoRotation(nn.Module):
 
 
 def angles(length: int, channels: int) -> Tensor:
-    """Return t / 10000^(2i / channels) for each position t and pair i, shape (length, channels / 2)."""
+    """Return t / 10000^(2i / channels) for each position t and pair i, shape (length, channels / 2), in float64.
+
+    Sines and cosines are taken in float64 too, and rounded then: in float32, torch's first ones in a process differ
+    from those of other processes in the last bit, now and then, and with them all that is trained.
+    """
     pair = torch.arange(channels // 2, dtype=torch.float64)
     frequency = 10000.0 ** (-2 * pair / channels)
-    return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()
+    return torch.outer(torch.arange(length, dtype=torch.float64), frequency)
 
 
 class ReLUSquared(nn.Module):

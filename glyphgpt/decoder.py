@@ -116,8 +116,8 @@ class Decoder:
 
     def _waves(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return cosine and sine of t x frequency for t from `start` up to `stop`, (stop - start, frequencies) each."""
-        angle = np.outer(np.arange(start, stop), self.frequencies).astype(np.float32)
-        return np.cos(angle), np.sin(angle)
+        angle = np.outer(np.arange(start, stop), self.frequencies)
+        return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
     def _ngrams(self, tokens: NDArray[np.int64]) -> Array:
         """Sum up the tables' vectors for tokens (B, T), (B, T, C)."""

@@ -34,12 +34,12 @@ def load(place: Path, data_dir: Path) -> tuple[Checkpoint, Form, Tokenizer]:
 def with_learned_waves(form: Form, weights: Arrays) -> tuple[Form, Arrays]:
     """Write sinusoidal positions as a learned table, with the embeddings scaled, and a head that is not."""
     pair = 10000.0 ** (-2 * np.arange(form.n_embd // 2) / form.n_embd)
-    angle = np.outer(np.arange(form.block_size), pair).astype(np.float32)  # (T, C / 2)
+    angle = np.outer(np.arange(form.block_size), pair)  # (T, C / 2)
     waves = np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(form.block_size, -1)  # (T, C)
     embedding, scale = weights["token_embedding.weight"], math.sqrt(form.n_embd) if form.small_embeddings else 1
     learned = {
         "token_embedding.weight": embedding * np.float32(scale),
-        "position.embedding.weight": waves,
+        "position.embedding.weight": waves.astype(np.float32),
         "head.weight": weights.get("head.weight", embedding),
     }
     return form.model_copy(update={"position": "learned", "tie_embeddings": False}), weights | learned
