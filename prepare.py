@@ -24,10 +24,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from glyphgpt.errors import Failure, UsageError, end_at_ctrl_c, plain_errors, warn
+from glyphgpt.errors import Failure, UsageError, plain_errors, start_script, warn
 
 if __name__ == "__main__":  # while the rest is imported
-    end_at_ctrl_c()
+    start_script()
 
 from tqdm import tqdm
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from glyphgpt.errors import Failure, UsageError, end_at_ctrl_c, plain_errors, warn
+from glyphgpt.errors import Failure, UsageError, plain_errors, start_script, warn
 
 if __name__ == "__main__":  # while the rest is imported
-    end_at_ctrl_c()
+    start_script()
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.commandline import parse
 from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
 from glyphgpt.settings import SampleSettings
-from glyphgpt.shards import META, Split, load_dataset
+from glyphgpt.shards import META, Split, find_dataset, load_dataset
 from glyphgpt.text import read_text
 from glyphgpt.tokenizer import Tokenizer, Tokens, encode_known, first_token
 from glyphgpt.trained import language_model, open_checkpoint, torch_model
@@ -74,12 +74,12 @@ def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split
         Failure: they are too few, or the model does not know them.
     """
     data_dir = Path(settings.data_dir)
-    for folder in (Path(settings.score), data_dir / settings.score):
-        if (folder / META).is_file() and (folder == Path(settings.score) or not Path(settings.score).exists()):
-            dataset = load_dataset(folder, data_dir)
-            if dataset.meta.tokenizer != tokenizer.to_plain():
-                raise Failure(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
-            return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
+    folder = Path(settings.score) if Path(settings.score).exists() else find_dataset(settings.score, data_dir)
+    if (folder / META).is_file():
+        dataset = load_dataset(folder, data_dir)
+        if dataset.meta.tokenizer != tokenizer.to_plain():
+            raise Failure(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
+        return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
     text = read_text(settings.score)
     tokens = encode_known(text, tokenizer, skip=settings.unknown == "skip")
     if len(tokens) < 2:
@@ -140,7 +140,7 @@ class Sampler:
     def interact(self) -> None:
         """Ask for text and go on from all that was said before, again and again."""
         print("Type a text to go on from; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
-        with suppress(ImportError):
+        with suppress(ImportError, OSError):
             import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
         history = np.array([first_token(self.tokenizer)])
         end_of_line = "" if self.tokenizer.unknown("\n") else "\n"
@@ -199,7 +199,7 @@ class Sampler:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with plain_errors(lost_reader=0):  # who has seen enough has it
         SETTINGS, WORDS = parse(SampleSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
         if len(WORDS) != 1:
             raise UsageError(f"name one run or checkpoint: {USAGE}")

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glyphgpt.errors import Failure
+from glyphgpt.errors import Failure, importing
 from glyphgpt.folder import write_whole
 from glyphgpt.pages import fill
-from glyphgpt.plot import installed
 from glyphgpt.tokenizer import Tokenizer, Tokens
 
 UNITS = {"char": "character", "byte": "byte", "gpt2": "token"}
@@ -160,10 +159,10 @@ def png(attention: Attention) -> bytes:
     Raises:
         Failure: matplotlib is not installed.
     """
-    if not installed():
-        raise Failure("a PNG takes matplotlib: pip install 'glyphgpt[plot]'; a picture that ends in .html does not")
-    from matplotlib.colors import PowerNorm  # noqa: PLC0415  (optional, and slow to import)
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    with importing("matplotlib", "a PNG, unlike .html,"):
+        import matplotlib  # noqa: F401, PLC0415  (optional, and slow to import)
+        from matplotlib.colors import PowerNorm  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
 
     layers, heads, places, _ = attention.weights.shape
     side = min(max(0.14 * places, 1.8), LARGEST / max(layers, heads))  # of a panel, in inches

@@ -2,11 +2,15 @@
 
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+LOST_READER = 128 + 13  # SIGPIPE, as shells report it
 
 
 class Failure(Exception):
@@ -21,9 +25,33 @@ class UsageError(Failure):
     status = 2
 
 
+def start_script() -> None:
+    """Prepare the process for a script, before anything large is imported."""
+    open_standard_streams()
+    end_at_ctrl_c()
+
+
+def open_standard_streams() -> None:
+    """Connect standard streams that are closed, as daemons and schedulers start processes, to the null device.
+
+    Python has None for them, and the next file opened, a checkpoint say, would get the number of one of them, and with
+    it whatever a library prints there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turn failures within a script into one line each on standard error, and its exit status."""
+def plain_errors(lost_reader: int = LOST_READER) -> Iterator[None]:
+    """Turn failures within a script into one line each on standard error, and its exit status.
+
+    `lost_reader` is the status where nobody reads the output any more.
+    """
+    open_standard_streams()
     modes = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
     for stream, errors in modes.items():  # Windows' consoles default to other encodings
         if isinstance(stream, io.TextIOWrapper):
@@ -40,17 +68,45 @@ def plain_errors() -> Iterator[None]:
         status = report(failure)
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        status = 0
     except OSError as error:
-        status = report(Failure(describe(error)))
+        status = lost_reader if reader_is_lost(error) else report(Failure(describe(error)))
     except MemoryError:
         status = report(Failure("out of memory; make something smaller"))
-    try:
-        sys.stdout.flush()
-    except OSError:  # told already; lest Python complain about it at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        status = report(Failure("the system allows no more threads or processes; raise its limit (ulimit -u)"))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # reported already
+            silence(stream)
     sys.exit(status)
+
+
+def reader_is_lost(error: OSError) -> bool:
+    """Return whether an error is of standard output or error whose reader, `head` say, has gone; silence these then."""
+    lost = isinstance(error, BrokenPipeError) and [s for s in (sys.stdout, sys.stderr) if not has_reader(s)]
+    for stream in lost or ():
+        silence(stream)
+    return bool(lost)
+
+
+def has_reader(stream: Any) -> bool:
+    """Return whether what is written to a stream still goes anywhere."""
+    with suppress(OSError, AttributeError):  # a stream without a number; Windows has no poll
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return not poll.poll(0)  # asked for nothing, it reports errors and hang-ups only
+    return os.name != "nt"
+
+
+def silence(stream: Any) -> None:
+    """Discard what is still to be written to a stream that takes nothing any more, so that Python does not try."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def end_at_ctrl_c() -> None:
@@ -88,13 +144,34 @@ def writing(path: Path) -> Iterator[None]:
 
 def report(failure: Failure) -> int:
     """Print each of a failure's lines, and return the exit status that it asks for."""
-    sys.stderr.write("".join(f"error: {line}\n" for line in str(failure).splitlines()))
+    with suppress(OSError):
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(failure).splitlines()))
     return failure.status
 
 
 def warn(message: str) -> None:
-    """Print one line of warning on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Print one line of warning on standard error, if that takes it."""
+    with suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def importing(package: str, purpose: str, module: str = "") -> Iterator[None]:
+    """Report in one line that an optional package, whose `module` may have another name, cannot be imported in here.
+
+    Raises:
+        UsageError: it is not installed, or it is but broken; says which `purpose` needs it.
+    """
+    try:
+        yield
+    except Exception as error:  # a package that was built for another one's version may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == (module or package):
+            raise UsageError(f"{purpose} needs {package}: pip install {package}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{purpose} needs {package}, which is installed but cannot be imported ({reason}); "
+            f"install it again: pip install --force-reinstall {package}"
+        ) from error
 
 
 def describe(error: OSError) -> str:

@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     third of its time. See mallopt(3).
     """
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        with suppress(AttributeError):  # other C libraries have no mallopt
+        with suppress(OSError, AttributeError):  # other C libraries have no mallopt
+            libc = ctypes.CDLL(None)
             libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)  # bytes
             _ = libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc before 2.35

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glyphgpt.commandline import parse, printable
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import Failure, UsageError, importing, plain_errors
 from glyphgpt.folder import write_whole
 from glyphgpt.metrics import METRICS, Row, read_rows
 from glyphgpt.settings import PlotSettings
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def installed() -> bool:
-    """Tell whether drawing is possible here."""
+    """Return whether drawing is possible here."""
     try:
         import matplotlib  # noqa: F401, PLC0415  (optional)
-    except ImportError:
+    except Exception:  # not installed, or broken
         return False
     return True
 
@@ -55,9 +55,9 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     Raises:
         Failure: matplotlib is not installed, or a run has no metrics.
     """
-    if not installed():
-        raise Failure("drawing takes matplotlib: pip install 'glyphgpt[plot]'")
-    from matplotlib.figure import Figure  # noqa: PLC0415  (optional, and slow to import)
+    with importing("matplotlib", "drawing"):
+        import matplotlib  # noqa: F401, PLC0415  (optional, and slow to import)
+        from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(15, 8), layout="constrained")
     panels = list(figure.subplots(2, 3).flat)

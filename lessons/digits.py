@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from glyphgpt.corpus import Source, fetch
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import UsageError, importing, plain_errors
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.uint8]
@@ -138,10 +138,8 @@ def small_digits() -> tuple[Data, Data]:
     Raises:
         Failure: scikit-learn is not installed.
     """
-    try:
+    with importing("scikit-learn", "this lesson without --mnist", module="sklearn"):
         from sklearn.datasets import load_digits  # noqa: PLC0415  (optional)
-    except ImportError as error:
-        raise Failure("these digits take scikit-learn: pip install -e '.[lessons]'; or add --mnist") from error
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
     order = np.random.default_rng(0).permutation(len(labels))  # their writers come one after the other
     images, labels = pixels[order] / 16, labels[order].astype(np.uint8)

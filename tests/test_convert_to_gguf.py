@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(Failure, match=r"^writing GGUF takes a package: pip install 'glyphgpt\[gguf\]'$"):
+    with pytest.raises(Failure, match=r"^writing GGUF needs gguf: pip install gguf$"):
         to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
 
 

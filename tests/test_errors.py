@@ -91,8 +91,8 @@ def run(code: str, *, close_output: bool = False, encoding: str = "utf-8") -> tu
 
 
 @pytest.mark.parametrize("text", ["'x'", "'x' * 10**6", "'x', flush=True"])
-def test_a_reader_that_has_seen_enough_is_no_error(text: str) -> None:
-    assert run(f"print({text})", close_output=True) == (0, "")
+def test_a_reader_that_has_seen_enough_ends_the_script_as_in_other_programs(text: str) -> None:
+    assert run(f"print({text})", close_output=True) == (141, "")
 
 
 @pytest.mark.parametrize(

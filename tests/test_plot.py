@@ -38,7 +38,7 @@ def test_without_matplotlib_training_ends_as_ever(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train.main(tiny_settings(data_dir, tmp_path, picture=True))
     assert not (tmp_path / PICTURE).exists()
-    with pytest.raises(Failure, match=r"^drawing takes matplotlib: pip install 'glyphgpt\[plot\]'$"):
+    with pytest.raises(Failure, match=r"^drawing needs matplotlib: pip install matplotlib$"):
         draw([tmp_path], tmp_path / PICTURE)
 
 

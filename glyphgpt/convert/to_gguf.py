@@ -16,7 +16,7 @@ from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_l
 from glyphgpt.convert.nanogpt import new_file
 from glyphgpt.corpus import GPT2_MERGES, fetch
 from glyphgpt.decoder import EPSILON, Form
-from glyphgpt.errors import Failure, warn
+from glyphgpt.errors import Failure, importing, warn
 from glyphgpt.folder import whole
 from glyphgpt.settings import ConvertSettings
 from glyphgpt.tokenizer import Tokenizer
@@ -48,10 +48,8 @@ def model(path: Path, settings: ConvertSettings) -> str:
     Raises:
         Failure: it is no checkpoint, llama.cpp has no such network, or the file cannot be written.
     """
-    try:
+    with importing("gguf", "writing GGUF"):
         from gguf import GGUFWriter  # noqa: PLC0415  (optional)
-    except ImportError as error:
-        raise Failure("writing GGUF takes a package: pip install 'glyphgpt[gguf]'") from error
     out = new_file(settings.out, "--out=model.gguf", settings)
     data_dir = Path(settings.data_dir)
     checkpoint, form, tokenizer = load(path, data_dir)
