@@ -2,7 +2,7 @@
 
     python train.py config/quick.toml                        one or more TOML files of settings
     python train.py config/quick.toml --batch_size=32        flags come last and win
-    python train.py out/quick/config.toml --resume           go on with a run, exactly
+    python train.py --resume out/quick                       resume the run in a folder, exactly
     torchrun --standalone --nproc_per_node=2 train.py ...    several processes share each batch
 
 Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.html into out_dir.
@@ -10,27 +10,26 @@ Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.
 
 import sys
 
-from glyphgpt.errors import Failure, UsageError, end_at_ctrl_c, plain_errors, warn
+from glyphgpt.errors import LOST_READER, Failure, UsageError, plain_errors, reader_is_lost, start_script, warn
 
 if __name__ == "__main__":  # while the rest is imported
-    end_at_ctrl_c()
+    start_script()
 
-from glyphgpt.commandline import parse, printable
+from glyphgpt.commandline import CONFIG, command, parse, printable
 from glyphgpt.settings import Action, Network, Optimization, TrainSettings
 
-JOB = ".job"  # in a run's folder: which torchrun it belongs to
+PATHS = ("out_dir", "data_dir", "init_from")  # settings that are paths, absolute in a run's config.toml
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
-USAGE = "python train.py [CONFIG.toml ...] [--key=value ...]"
+USAGE = "python train.py [CONFIG.toml | RUN ...] [--key=value ...]"
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
     with plain_errors():
         SETTINGS, _ = parse(TrainSettings, sys.argv[1:], USAGE, __doc__ or "", files=True)
 
 import math
-import shlex
 import signal
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,13 @@ from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Progress
 from glyphgpt.convert import from_huggingface
 from glyphgpt.decoder import Decoder
 from glyphgpt.evaluate import Score, evaluate
-from glyphgpt.folder import locked, write_whole
+from glyphgpt.folder import READY, finish_replacing, locked, replacing, write_whole
 from glyphgpt.generate import LanguageModel, SamplingRule, generate
 from glyphgpt.metrics import Metrics, check_trackers
 from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from glyphgpt.parallel import checkpoint_activations, exchanging, replicate, shard
 from glyphgpt.runtime import OnDevice, Runtime, StopRequest
-from glyphgpt.shards import Dataset, load_dataset
+from glyphgpt.shards import Dataset, find_dataset, load_dataset
 from glyphgpt.state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
 from glyphgpt.tokenizer import decode, first_token
 from glyphgpt.walk import Walk
@@ -66,9 +65,10 @@ from model import GPT, GPTConfig
 def main(settings: TrainSettings) -> None:
     """Do what the settings ask for: train, or only evaluate, or only show the network."""
     with runtimes.start(settings.device, settings.dtype) as runtime:
-        settings = after_restart(settings, runtime)
-        data_dir = Path(settings.data_dir)
-        dataset = load_dataset(data_dir / settings.dataset, data_dir)
+        settings = resume_after_restart(settings, runtime)
+        folder = find_dataset(settings.dataset, Path(settings.data_dir))
+        settings = settings.model_copy(update={"dataset": folder.name, "data_dir": str(folder.parent)})
+        dataset = load_dataset(folder, folder.parent)
         settings, first = begin_with(settings, dataset)
         check_text(settings, dataset)
         check_trackers(settings)
@@ -85,21 +85,32 @@ def main(settings: TrainSettings) -> None:
                 Trainer(settings, dataset, runtime, first).train()
 
 
-def after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
-    """Where the same torchrun began this run and started all again, go on from its last checkpoint, if there is one."""
-    out_dir, job = Path(settings.out_dir), runtimes.job()
-    mark = out_dir / JOB
-    ours = runtime.is_main and job and mark.is_file() and mark.read_bytes() == job.encode()
-    begun, saved = runtime.sum(bool(ours), bool(ours and (out_dir / LAST).exists()))  # the first one decides for all
-    return settings.model_copy(update={"resume": saved > 0, "overwrite": not saved}) if begun else settings
+def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
+    """Complete what a killed process left half done; resume where the torchrun that began this run has restarted it."""
+    out_dir, ours = Path(settings.out_dir), False
+    if runtime.is_main:
+        if (out_dir / READY).exists():
+            with locked(out_dir, "--out_dir=ANOTHER"):
+                finish_replacing(out_dir)
+        torchrun = runtimes.torchrun_id()
+        with suppress(Failure):
+            ours = bool(torchrun) and checkpoints.peek(out_dir / LAST).torchrun == torchrun
+    (begun,) = runtime.sum(float(ours))  # the first process decides for all
+    return settings.model_copy(update={"resume": True, "overwrite": False}) if begun else settings
 
 
 def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings, GPT | None]:
     """Load the model to begin with, if there is one, and take its network over into the settings.
 
     Raises:
-        UsageError: the settings name another network.
+        UsageError: the settings name another network, or a model as nanoGPT does.
     """
+    if settings.init_from.startswith("gpt2") and not Path(settings.init_from).exists():
+        raise UsageError(
+            f"init_from = '{settings.init_from}' is nanoGPT's way; here it is a folder with config.json and "
+            "model.safetensors: download them from Hugging Face (hf download "
+            f"openai-community/{settings.init_from} --local-dir FOLDER), then --init_from=FOLDER"
+        )
     last = Path(settings.out_dir) / LAST
     if not settings.init_from or (settings.resume and not last.exists()):
         return settings, None
@@ -160,8 +171,8 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """
     if checkpoint.info.tokenizer != dataset.meta.tokenizer:
         raise Failure(
-            f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the data set of that run, or "
-            "prepare one with its tokenizer"
+            f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the dataset of that run, or "
+            f"prepare yours for it: {command('prepare.py', 'FILE', '--name=NAME', f'--vocabulary={checkpoint.path}')}"
         )
 
 
@@ -220,6 +231,9 @@ class Trainer:
         self.train_windows = Windows(dataset.train, runtime.device)
         self.val_windows = Windows(dataset.val, runtime.device)
         self.progress = Progress()
+        self.wandb_id = ""
+        self.begun = settings.resume
+        self.stop = StopRequest()
 
     def train(self) -> None:
         """Train from where the run stands until max_steps, until patience runs out, or until asked to stop."""
@@ -229,37 +243,38 @@ class Trainer:
             )
             raise Failure(f"{self.out_dir}: no run to resume here; {instead}")
         with locked(self.out_dir, "--out_dir=ANOTHER") if self.runtime.is_main else nullcontext():
-            resumed = self.open_run()
+            self.open_run()
             self.preflight()
-            stopped_by = self.loop(resumed=resumed)
+            stopped_by = self.loop()
         self.runtime.wait()  # none leaves while another still receives what it sent
         self.farewell(stopped_by)
 
-    def loop(self, *, resumed: bool) -> signal.Signals | None:
+    def loop(self) -> signal.Signals | None:
         """Update, evaluate and save until the end; return the signal that stopped it before."""
         settings, progress = self.settings, self.progress
         self.started = time.perf_counter() - progress.seconds
-        stop, stopping = StopRequest(), False
-        metrics = Metrics(settings, keep_steps=progress.step if resumed else -1, silent=not self.runtime.is_main)
+        stopping = False
         hidden = None if self.runtime.is_main else True  # None hides the bar where there is no terminal
         bar = tqdm(total=settings.max_steps, initial=progress.step, unit="step", disable=hidden)
-        with stop.listening(), closing(metrics), bar:
+        self.metrics = Metrics(settings, wandb_id=self.wandb_id, silent=not self.runtime.is_main)
+        with closing(self.metrics), self.stop.listening(), bar:
+            if settings.resume:
+                self.write_config(self.out_dir)
+                self.metrics.open(keep_steps=progress.step)
             self.forward = self.make_forward()
-            if not resumed:
-                self.evaluate_and_save(metrics)
+            if not settings.resume:
+                self.evaluate_and_save()
             while progress.step < settings.max_steps and not stopping and not self.out_of_patience():
-                update, stopping = self.update(stop)
-                self.tell(update, bar, metrics)
+                update, stopping = self.update()
+                self.tell(update, bar)
                 if progress.step % settings.eval_every == 0 or progress.step == settings.max_steps:
-                    self.evaluate_and_save(metrics)
+                    self.evaluate_and_save()
                 elif stopping or (settings.save_every and progress.step % settings.save_every == 0):
-                    self.save(LAST, self.weights())
-        return stop.signal or signal.SIGTERM if stopping else None
+                    self.save(self.weights())
+        return self.stop.signal or signal.SIGTERM if stopping else None
 
-    def open_run(self) -> bool:
-        """Make the run's folder ready, never over another run's files; load its last checkpoint to resume.
-
-        Returns whether the run is resumed.
+    def open_run(self) -> None:
+        """Load the last checkpoint to resume, or make sure that the folder may take a new run; write nothing.
 
         Raises:
             UsageError: the folder holds a run, and neither resume nor overwrite is set.
@@ -268,23 +283,32 @@ class Trainer:
         settings, out_dir = self.settings, self.out_dir
         if settings.resume:
             self.restore(checkpoints.load(out_dir / LAST))
-        elif any((out_dir / name).exists() for name in (BEST, LAST)):
-            if not settings.overwrite:
-                resume = "--resume to go on with it, " if (out_dir / LAST).exists() else ""
-                raise UsageError(
-                    f"{out_dir} holds a run already; add {resume}--overwrite to replace it, or --out_dir=ANOTHER"
-                )
-            self.runtime.wait()
-            if self.runtime.is_main:
-                for name in (BEST, LAST):
-                    (out_dir / name).unlink(missing_ok=True)
+        elif any((out_dir / name).exists() for name in (BEST, LAST)) and not settings.overwrite:
+            resume = "--resume to continue it, " if (out_dir / LAST).exists() else ""
+            raise UsageError(
+                f"{out_dir} holds a run already; add {resume}--overwrite to replace it, or --out_dir=ANOTHER"
+            )
         self.runtime.wait()  # every process has looked before one writes
+
+    def begin_run(self, files: dict[str, Checkpoint]) -> None:
+        """Put a new run into its folder with its first checkpoints, and take away what an earlier one left there.
+
+        An earlier run stays whole until now, when there is something to put in its place.
+        """
+        with replacing(self.out_dir, stale=(report.PAGE, plot.PICTURE)) as new:
+            for name, checkpoint in files.items():
+                checkpoints.save(checkpoint, new / name)
+            self.metrics.write_held(new)
+            self.write_config(new)
+        self.metrics.open(keep_steps=math.inf)
+        self.begun = True
+
+    def write_config(self, folder: Path) -> None:
+        """Write the settings that this run can be resumed or repeated with, from any working directory."""
         if self.runtime.is_main:
-            lasting = settings.model_dump(exclude=set(Action.model_fields))
-            write_whole(out_dir / "config.toml", tomli_w.dumps(lasting).encode())
-            if job := runtimes.job():
-                write_whole(out_dir / JOB, job.encode())
-        return settings.resume
+            settings = self.settings.model_dump(exclude=set(Action.model_fields))
+            absolute = {key: str(Path(settings[key]).absolute()) for key in PATHS if settings[key]}
+            write_whole(folder / CONFIG, tomli_w.dumps(settings | absolute).encode())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's weights, optimizer state and progress.
@@ -313,7 +337,7 @@ class Trainer:
         restore_optimizers(self.model, self.optimizers, checkpoint)
         if checkpoint.info.scaler:  # the run may have begun in another precision
             self.scaler.load_state_dict(checkpoint.info.scaler)
-        self.progress = checkpoint.info.progress
+        self.progress, self.wandb_id = checkpoint.info.progress, checkpoint.info.wandb_id
 
     def preflight(self) -> None:
         """Say what the run means before it starts."""
@@ -349,7 +373,7 @@ class Trainer:
         first = step * self.sequences + self.runtime.rank * share
         return window_starts(self.dataset.train.tokens, settings.block_size, settings.seed, first, share)
 
-    def update(self, stop: StopRequest) -> tuple[Update, bool]:
+    def update(self) -> tuple[Update, bool]:
         """Do one update; return how it went, and whether any process was asked to stop.
 
         Raises:
@@ -365,7 +389,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         grad_norm = clip_gradients(self.parameters, settings.grad_clip)
-        loss_sum, stops = runtime.sum(share_loss, float(stop.signal is not None))
+        loss_sum, stops = runtime.sum(share_loss, float(self.stop.signal is not None))
         loss = loss_sum / runtime.world_size
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled())):  # it skips such steps
             raise diverged(step + 1, f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", "before the update")
@@ -391,7 +415,7 @@ class Trainer:
             total += loss.detach()
         return total.item()
 
-    def tell(self, update: Update, bar: "tqdm[Any]", metrics: Metrics) -> None:
+    def tell(self, update: Update, bar: "tqdm[Any]") -> None:
         """Show an update on the progress bar, and log it when it is time."""
         step, tokens = self.progress.step, self.sequences * self.settings.block_size
         speed = bar.format_dict["rate"] or 0.0
@@ -400,13 +424,13 @@ class Trainer:
         if bar.disable and time.perf_counter() - self.told > SILENCE_SECONDS:
             self.say(f"step {step:,}: training loss {update.loss:.3f}")
         if step % self.settings.log_every == 0:
-            metrics.write("train", step, **asdict(update), tokens=step * tokens, seconds=self.seconds())
+            self.metrics.write("train", step, **asdict(update), tokens=step * tokens, seconds=self.seconds())
 
     def seconds(self) -> float:
         """Return the time spent on this run, in this process and those before it."""
         return round(time.perf_counter() - self.started, 3)
 
-    def evaluate_and_save(self, metrics: Metrics) -> None:
+    def evaluate_and_save(self) -> None:
         """Score the validation split, log it, keep the best weights, save the last, and show a sample.
 
         Raises:
@@ -424,17 +448,16 @@ class Trainer:
         if not math.isfinite(score.loss):
             raise diverged(progress.step, f"validation loss {score.loss}", "before saving")
         tokens = progress.step * self.sequences * settings.block_size
-        metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
+        self.metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
         better = score.loss < progress.best_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         weights, sample = self.weights(), ""
         if settings.sample_tokens and (self.runtime.is_main or self.runtime.device.type != "cpu"):
             sample = self.sample(weights)
-            metrics.write_sample(progress.step, sample)  # before the checkpoint, from which it would not come again
-        if better:  # before last.safetensors, which would otherwise promise a best that is not there
+            self.metrics.write_sample(progress.step, sample)  # before the checkpoint, after which it would not come
+        if better:
             progress.best_loss = score.loss
-            self.save(BEST, weights, score)
-        self.save(LAST, weights, score)
+        self.save(weights, score, best=better)
         self.say(f"step {progress.step:,}: validation {score}{', the best so far' if better else ''}")
         if sample:
             self.say("".join(f"  | {line}\n" for line in sample.splitlines()))
@@ -443,24 +466,33 @@ class Trainer:
         """Return the model's weights, or nothing in processes that do not write; every one must ask."""
         return model_arrays(self.model, keep=self.runtime.is_main)
 
-    def save(self, name: str, weights: Arrays, score: Score | None = None) -> None:
-        """Write a checkpoint: best.safetensors holds the model alone, last.safetensors all that resuming needs."""
-        optimizer: Arrays = {}
-        if name == LAST:
-            optimizer = optimizer_arrays(self.model, self.optimizers, keep=self.runtime.is_main)
+    def save(self, weights: Arrays, score: Score | None = None, *, best: bool = False) -> None:
+        """Write last.safetensors, all that resuming needs, and before it best.safetensors, the model alone, if asked.
+
+        In the other order a killed run would promise a best that is not there.
+        """
+        optimizer = optimizer_arrays(self.model, self.optimizers, keep=self.runtime.is_main)
         if not self.runtime.is_main:
             return
         self.progress.seconds = self.seconds()
         info = checkpoints.Info(
             model=asdict(self.config),
             tokenizer=self.dataset.meta.tokenizer,
-            settings=self.settings.model_dump(),
+            settings=self.settings.model_dump(exclude=set(PATHS)),  # which are nobody else's business
             data=self.dataset.meta.fingerprint,
             val_loss=score.loss if score else None,
             progress=self.progress,
             scaler=self.scaler.state_dict(),
+            torchrun=runtimes.torchrun_id(),
+            wandb_id=self.metrics.wandb_id,
         )
-        checkpoints.save(Checkpoint(info, weights, optimizer), self.out_dir / name)
+        files = {BEST: Checkpoint(info, weights)} if best else {}
+        files[LAST] = Checkpoint(info, weights, optimizer)
+        if not self.begun:
+            self.begin_run(files)
+            return
+        for name, checkpoint in files.items():
+            checkpoints.save(checkpoint, self.out_dir / name)
 
     def sample(self, weights: Arrays) -> str:
         """Generate a little text, the same way each time; on GPUs in every process, which may hold but a shard."""
@@ -489,15 +521,15 @@ class Trainer:
     def farewell(self, stopped_by: signal.Signals | None) -> None:
         """Say how the run ended and what to do next; a signal becomes the exit status."""
         settings, progress, out_dir = self.settings, self.progress, self.out_dir
-        resume = f"python train.py {shlex.quote(str(out_dir / 'config.toml'))} --resume"
+        resume = self.resume_command()
         if stopped_by and progress.step < settings.max_steps:
-            self.say(f"stopped by {stopped_by.name} at step {progress.step:,}, saved; go on with: {resume}")
+            self.say(f"stopped by {stopped_by.name} at step {progress.step:,}, saved; resume it: {resume}")
             self.report()
             raise SystemExit(128 + stopped_by)
         if self.out_of_patience():
             self.say(f"stopped at step {progress.step:,}: no better loss in {settings.patience} evaluations")
-            self.say(f"go on all the same: {resume} --patience=0")
-        sample = f"python sample.py {shlex.quote(str(out_dir))}"
+            self.say(f"train on all the same: {resume} --patience=0")
+        sample = command("sample.py", out_dir)
         self.say(f"best validation loss {progress.best_loss:.4f}; sample it: {sample}")
         if progress.step >= settings.max_steps:
             self.say(f"train longer: {resume} --max_steps={2 * progress.step or 1000}")
@@ -506,8 +538,14 @@ class Trainer:
             try:
                 plot.draw([out_dir], out_dir / plot.PICTURE)
                 self.say(f"losses and speed as a picture: {out_dir / plot.PICTURE}")
-            except Failure as failure:  # the run itself is safe
-                warn(str(failure))
+            except Exception as error:  # matplotlib's, say, that finds no room for its cache; the run itself is safe
+                warn(f"no picture of the losses: {error}")
+        if self.stop.lost_reader:
+            raise SystemExit(LOST_READER)
+
+    def resume_command(self) -> str:
+        """Return the command that resumes this run."""
+        return command("train.py", "--resume", self.out_dir)
 
     def report(self) -> None:
         """Tell the run in a page, if that is asked for; what goes wrong there is no more than a warning."""
@@ -521,10 +559,14 @@ class Trainer:
             warn(str(error))
 
     def say(self, text: str) -> None:
-        """Print, from one process only, without breaking the progress bar."""
+        """Print, from one process only, without breaking the progress bar; a reader that has gone stops the run."""
         self.told = time.perf_counter()
         if self.runtime.is_main:
-            tqdm.write(text)
+            try:
+                tqdm.write(text)
+            except OSError as error:
+                if reader_is_lost(error):
+                    self.stop.take_lost_reader()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from glyphgpt.commandline import command
 from glyphgpt.errors import Failure
+from glyphgpt.folder import copy_mode, sync, sync_folder
 from glyphgpt.settings import CountOrZero, NotNegative
 
 FORMAT = 1
@@ -69,6 +71,10 @@ class Info(BaseModel):
     progress: Progress
     scaler: dict[str, int | float]
     """State of float16's gradient scaler."""
+    torchrun: str = ""
+    """Fingerprint of the torchrun that wrote this, which resumes it after a restart."""
+    wandb_id: str = ""
+    """Of the run at Weights & Biases, which a resumed run continues."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,16 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, unfinished, header)
-        unfinished.chmod(path.parent.stat().st_mode & 0o666)  # as open as its folder; safetensors makes it private
+        copy_mode(path.parent, unfinished)  # safetensors makes it private
         with unfinished.open("r+b") as file:
             place = _digest_place(file, path)
             digest = _digest(file, place)
             file.seek(place)
             file.write(digest)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         unfinished.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             unfinished.unlink()
@@ -175,7 +181,8 @@ def find(place: Path) -> Path:
     for name in (BEST, LAST):
         if (place / name).is_file():
             return place / name
-    raise Failure(f"{place}: no checkpoint in this folder; train first: python train.py CONFIG --out_dir={place}")
+    train = command("train.py", "config/quick.toml", f"--out_dir={place}")
+    raise Failure(f"{place}: no checkpoint in this folder; train first, for example: {train}")
 
 
 def _read_info(text: str, path: Path) -> Info:
@@ -212,15 +219,6 @@ def _digest(file: BinaryIO, place: int) -> bytes:
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
     return digest.hexdigest().encode()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; only POSIX knows how."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some network file systems refuse
-            os.fsync(handle)
-        os.close(handle)
 
 
 def _reason(error: Exception) -> str:

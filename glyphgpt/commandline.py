@@ -6,7 +6,9 @@ Order: defaults, files from left to right, flags. Nothing is executed, and all p
 import argparse
 import difflib
 import inspect
+import os.path
 import reprlib
+import shlex
 import tomllib
 import types
 from collections import deque
@@ -24,6 +26,10 @@ S = TypeVar("S", bound=Settings)
 Values = dict[str, Any]
 
 COMMAND_LINE = "command line"
+CONFIG = "config.toml"
+"""The settings of a run, in its folder."""
+ROOT = Path(__file__).parent.parent
+"""Where the scripts are."""
 ACTIONS = Action.model_fields.keys()
 BEYOND_WORDS = 10**6
 """Bounds from here on are there for the sake of arithmetic."""
@@ -83,11 +89,59 @@ def read_toml(path: str) -> Values:
             f"{Path(path).with_suffix('.toml')}, with true and false in small letters and products worked out"
         )
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # PowerShell writes a byte order mark
     except OSError as error:
         raise UsageError(f"{path}: cannot read this settings file: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UsageError(f"{path}: not a TOML file: {error}") from error
+
+
+def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
+    """Read a settings file, or the config.toml of a run's folder; return its path and its values.
+
+    The config.toml of a run, which is the one beside a checkpoint, belongs to the folder that it is in now, wherever
+    that has been moved or copied from. With `resume`, any config.toml does.
+
+    Raises:
+        UsageError: as `read_toml`; or the folder holds no run.
+    """
+    path = Path(word)
+    if path.is_dir():
+        path /= CONFIG
+        if not path.exists():
+            raise UsageError(f"{word}: this folder holds no run; its {CONFIG} is missing")
+    values = read_toml(str(path))
+    if path.name == CONFIG and (resume or any(path.parent.glob("*.safetensors"))):
+        values = relocated(values, path.parent)
+    return str(path), values
+
+
+def relocated(values: Values, folder: Path) -> Values:
+    """Return the settings of the run that is in `folder` now.
+
+    Data that is no longer where it was is expected where it was as seen from the run: both may have moved together.
+    """
+    data_dir, out_dir = values.get("data_dir"), values.get("out_dir")
+    if isinstance(data_dir, str) and isinstance(out_dir, str) and not Path(data_dir).exists():
+        moved = os.path.normpath(folder / os.path.relpath(data_dir, out_dir))
+        if Path(moved).exists():
+            values = {**values, "data_dir": moved}
+    return {**values, "out_dir": str(folder)}
+
+
+def command(script: str, *words: str | Path) -> str:
+    """Return a command that runs one of the scripts from here, to be pasted into a shell.
+
+    >>> command("sample.py", "out/my run")
+    "python sample.py 'out/my run'"
+    """
+    return shlex.join(["python", from_here(ROOT / script), *map(str, words)])
+
+
+def from_here(path: Path) -> str:
+    """Return a path as seen from the working directory, if it is below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S:
@@ -229,12 +283,14 @@ def parse(
 ) -> tuple[S, list[str]]:
     """Read a script's command line into its settings and its plain words.
 
-    Where `files` is true, the plain words are TOML files of settings. `-h` or `--help` among the words prints
-    the help and exits.
+    Where `files` is true, the plain words are TOML files of settings, or folders of runs. `-h` or `--help` among the
+    words prints the help and exits.
     """
     if {"-h", "--help"} & set(words):
         print(help_text(settings_class, usage, description), flush=True)
         raise SystemExit(0)
     plain, flags = read_words(settings_class, words)
-    sources = [(path, read_toml(path)) for path in plain] if files else []
+    plain = [os.path.expanduser(word) for word in plain]  # noqa: PTH111  (which keeps what is no path as it is)
+    resume = flags.get("resume") not in (None, "false", "False")
+    sources = [read_config(word, resume=resume) for word in plain] if files else []
     return resolve(settings_class, [*sources, (COMMAND_LINE, flags)]), plain

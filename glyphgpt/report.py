@@ -97,7 +97,7 @@ def ending(run: Path, settings: TrainSettings, step: int, evaluations: list[Row]
     """Say how a run ended, as far as its files tell, and which commands go on from there, each with its purpose."""
     losses = [row["loss"] for row in evaluations]
     since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-    resume = f"python train.py {shlex.quote(str(run / 'config.toml'))} --resume"
+    resume = f"python train.py --resume {shlex.quote(str(run))}"
     if step >= settings.max_steps:
         ended, further = f"All {settings.max_steps:,} steps are done.", f"{resume} --max_steps={2 * step or 1000}"
     elif 0 < settings.patience <= since_best:

@@ -1,5 +1,6 @@
 """The machine a script runs on: device, precision, compilation, processes, and requests to stop."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -81,6 +82,7 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     else:
         keep_freed_memory()
+        be_deterministic()
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
     if world_size == 1:
         yield runtime
@@ -102,10 +104,19 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
             time.sleep(GLOO_SECONDS)
 
 
-def job() -> str:
-    """Name the torchrun that started this process, the same after each of its restarts; empty if none did."""
+def be_deterministic() -> None:
+    """Have compiled code sum in a fixed order: its backward pass of embeddings otherwise adds atomically, from threads.
+
+    GPUs are left alone: there it takes slower kernels, and some operations have none.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+
+
+def torchrun_id() -> str:
+    """Return a fingerprint of the torchrun that started this process, the same after restarts; empty if none did."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""
+    return hashlib.sha256(f"{run} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16] if run else ""
 
 
 def meeting_place() -> Any:
@@ -199,6 +210,7 @@ class StopRequest:
     def __init__(self) -> None:
         """Begin with no request."""
         self.signal: signal.Signals | None = None
+        self.lost_reader = False
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -212,6 +224,11 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def take_lost_reader(self) -> None:
+        """Take the loss of who read the output, `head` say, as a request to stop, as a closed terminal is one."""
+        self.lost_reader = True
+        self.signal = self.signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)

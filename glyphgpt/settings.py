@@ -4,10 +4,11 @@ The class a setting stands in is its heading in `--help`; the line below a setti
 `glyphgpt/commandline.py` turns TOML files and flags into these classes.
 """
 
+import os.path
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Size = Annotated[int, Field(ge=1, le=10**6)]  # beyond any machine, and small enough that products stay numbers
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -17,6 +18,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
+Place = Annotated[Name, AfterValidator(os.path.expanduser)]
+"""A file or folder; ~ is the home folder, which shells expand neither in quotes nor after --key=."""
 
 
 class Settings(BaseModel):
@@ -34,13 +37,13 @@ class Settings(BaseModel):
 class Files(Settings):
     """Data and results"""
 
-    dataset: Name = "shakespeare_char"
-    """Name of a prepared data set: the folder that prepare.py wrote in data_dir."""
-    data_dir: Name = "data"
+    dataset: Place = "shakespeare_char"
+    """Name of a prepared dataset in data_dir, or the path of its folder."""
+    data_dir: Place = "data"
     """Folder of the data sets."""
-    out_dir: Name = "out/run"
+    out_dir: Place = "out/run"
     """Folder of this run: checkpoints, metrics and settings."""
-    init_from: Name = ""
+    init_from: Place = ""
     """A run, a checkpoint, or a Hugging Face GPT-2's folder, whose weights and network to begin with; block_size may
     be less, dropout another."""
 
@@ -164,7 +167,7 @@ class Action(Settings):
     """What to do (on the command line only)"""
 
     resume: bool = False
-    """Go on from out_dir/last.safetensors, exactly."""
+    """Continue from out_dir/last.safetensors, exactly. `train.py --resume FOLDER` resumes the run in that folder."""
     overwrite: bool = False
     """Replace the run that out_dir holds."""
     eval_only: bool = False
@@ -201,7 +204,7 @@ class SampleSettings(Settings):
 
     prompt: str = ""
     """Text to go on from; when empty, a new line."""
-    prompt_file: str = ""
+    prompt_file: Place = ""
     """Read the prompt from this UTF-8 file; - is standard input."""
     num_samples: Size = 1
     """Samples to draw, all in one batch."""
@@ -223,16 +226,16 @@ class SampleSettings(Settings):
     """What to do with characters that the model has never seen."""
     interactive: bool = False
     """Ask for prompts in a loop; the text so far is kept as context."""
-    score: str = ""
+    score: Place = ""
     """Instead of sampling, tell the loss of this text file, or of this data set's validation split, under the model;
     - is standard input."""
     attention: str = ""
     """Instead of sampling, draw into picture where each token of this text looks, in every layer and head; computed in
     float32 on the CPU."""
-    picture: Name = ""
+    picture: Place = ""
     """File to draw attention into: a page for a browser if it ends in .html, or a picture for papers if in .png
     (pip install 'glyphgpt[plot]')."""
-    data_dir: str = "data"
+    data_dir: Place = "data"
     """Folder of data sets, and of GPT-2's vocabulary for models that use it."""
     cache: bool = True
     """Keep keys and values between tokens: the same text, sooner."""
@@ -279,7 +282,7 @@ class PrepareSettings(Settings):
     """Threads that encode; 0 takes one for each core for gpt2, else one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
     """Tokens per shard file."""
-    data_dir: str = "data"
+    data_dir: Place = "data"
     """Folder of recipes and data sets."""
     overwrite: bool = False
     """Replace the data set of that name."""
@@ -288,13 +291,13 @@ class PrepareSettings(Settings):
 class ConvertSettings(Settings):
     """Settings of glyphgpt.convert"""
 
-    out: Name = ""
+    out: Place = ""
     """File or folder to write."""
-    meta: Name = ""
+    meta: Place = ""
     """nanoGPT's meta.pkl, for a checkpoint of characters."""
     name: Name = ""
     """Name of the data set; the folder's own when left out."""
-    data_dir: Name = "data"
+    data_dir: Place = "data"
     """Folder of the data sets."""
     overwrite: bool = False
     """Replace what is there."""
@@ -303,7 +306,7 @@ class ConvertSettings(Settings):
 class PlotSettings(Settings):
     """Settings of glyphgpt.plot"""
 
-    out: Name = ""
+    out: Place = ""
     """PNG file to draw; metrics.png in the run's folder when left out."""
 
 
@@ -314,13 +317,13 @@ class TranslateSettings(Settings):
     """How many ways to translate a line are kept in view; 1 always takes the likeliest token, which is faster."""
     batch_size: Size = 32
     """Lines translated at once, of those that are equally long."""
-    reference: str = ""
+    reference: Place = ""
     """File of right translations, line by line, to tell the BLEU of ours (pip install 'glyphgpt[translate]')."""
-    out: Name = ""
+    out: Place = ""
     """File to write the translations to; printed when left out."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with characters that the model has never seen."""
-    data_dir: str = "data"
+    data_dir: Place = "data"
     """Folder of GPT-2's vocabulary, for models that use it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
@@ -331,5 +334,5 @@ class TranslateSettings(Settings):
 class ReportSettings(Settings):
     """Settings of glyphgpt.report"""
 
-    out: Name = ""
+    out: Place = ""
     """HTML file to write; report.html in the run's folder when left out."""

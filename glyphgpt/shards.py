@@ -9,7 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -18,13 +18,18 @@ from typing import Annotated, Any, BinaryIO
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from glyphgpt.commandline import command
 from glyphgpt.corpus import file_sha256
-from glyphgpt.errors import Failure, writing
+from glyphgpt.errors import Failure, describe, writing
 from glyphgpt.helper import Helper
 from glyphgpt.tokenizer import Tokenizer, Tokens, from_plain, token_dtype
 
 FORMAT = 1
 META = "meta.json"
+OPEN_SHARDS = 64
+"""Shards open at once, at most: systems allow a process a few hundred files."""
+
+FileStat = tuple[int, int, int, int]
 
 
 class _Plain(BaseModel):
@@ -44,6 +49,8 @@ class SplitMeta(_Plain):
 
     tokens: Annotated[int, Field(ge=0)]
     characters: Annotated[int, Field(ge=0)]
+    sha256: str
+    """Of the tokens, as their bytes stand in the shards, however they are cut into these."""
     shards: list[Shard]
 
 
@@ -70,8 +77,8 @@ class Meta(_Plain):
     @property
     def fingerprint(self) -> str:
         """Return a name for the very tokens, in their order."""
-        shards = [shard.sha256 for shard in (*self.train.shards, *self.val.shards)]
-        return hashlib.sha256(json.dumps([self.tokenizer, shards]).encode()).hexdigest()
+        facts = [self.tokenizer, self.train.sha256, self.val.sha256]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class ShardWriter:
@@ -87,7 +94,10 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._count = 0  # tokens in the file
         self._digest = hashlib.sha256()  # of the file, should it become full
+        self._all = hashlib.sha256()  # of the tokens
         self._hasher = Helper()
+        for shard in self.shards:
+            self._all.update(np.lib.format.open_memmap(folder / shard.file, mode="r").data)
 
     def write(self, tokens: Tokens) -> None:
         """Append tokens, shape (n,)."""
@@ -96,6 +106,7 @@ class ShardWriter:
             part = tokens[: self.shard_tokens - self._count]
             data = np.ascontiguousarray(part, dtype=self.dtype).data
             self._hasher.do(self._digest.update, data)
+            self._hasher.do(self._all.update, data)
             with writing(self._path):
                 file.write(data)
             self._count += part.size
@@ -107,11 +118,12 @@ class ShardWriter:
         """Finish the last file, if it was begun."""
         if self._file:
             self._end(self._file)
+        self._hasher.wait()
         self._hasher.close()
 
     def meta(self, characters: int) -> SplitMeta:
         """Tell what the finished files hold, which came from so many characters."""
-        return SplitMeta(tokens=self.tokens, characters=characters, shards=self.shards)
+        return SplitMeta(tokens=self.tokens, characters=characters, sha256=self._all.hexdigest(), shards=self.shards)
 
     @property
     def tokens(self) -> int:
@@ -152,10 +164,46 @@ class ShardWriter:
 
 
 @dataclass(frozen=True)
-class Split:
-    """One split's tokens, memory-mapped."""
+class ShardFile:
+    """The tokens of a shard on disk, mapped into memory while they are read: a slice of it is an array."""
 
-    shards: tuple[Tokens, ...]
+    path: Path
+    stat: FileStat
+    size: int
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, place: slice) -> Tokens:
+        return mapped(self.path, self.stat)[place]
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def mapped(path: Path, stat: FileStat) -> Tokens:
+    """Map a shard into memory, if it still is the file that was verified.
+
+    Raises:
+        Failure: it is not, or cannot be read.
+    """
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+        unchanged = file_stat(path) == stat
+    except OSError as error:
+        raise Failure(describe(error)) from error
+    if not unchanged:
+        raise Failure(f"{path}: changed since it was opened; start again, on the new data")
+    return tokens.view(np.ndarray)  # whose slices, unlike a memmap's, cost next to nothing
+
+
+def file_stat(path: Path) -> FileStat:
+    """Return what changes when a file is replaced or written to."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's tokens."""
+
+    shards: tuple[Tokens | ShardFile, ...]
     characters: int
 
     @cached_property
@@ -175,13 +223,21 @@ class Split:
 
     def slice(self, start: int, stop: int) -> Tokens:
         """Return the tokens from `start` up to `stop`, shape (stop - start,), across shards."""
-        parts = []
-        for number in range(bisect_right(self.ends, start), len(self.shards)):
-            begin = self.ends[number] - self.shards[number].size
-            if begin >= stop:
-                break
-            parts.append(self.shards[number][max(start - begin, 0) : stop - begin])
-        return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
+        number = bisect_right(self.ends, start)
+        if number < len(self.shards) and stop <= self.ends[number]:
+            return self._part(number, start, stop)
+        tokens = np.empty(max(0, min(stop, self.tokens) - start), dtype=self.dtype)
+        done = 0
+        while done < tokens.size:  # copied one by one, so that few files are open at once
+            part = self._part(number, start + done, stop)
+            tokens[done : done + part.size] = part
+            done, number = done + part.size, number + 1
+        return tokens
+
+    def _part(self, number: int, start: int, stop: int) -> Tokens:
+        """Return those of the tokens from `start` up to `stop` that are in a shard, which reaches `start`."""
+        begin = self.ends[number] - self.shards[number].size
+        return self.shards[number][start - begin : stop - begin]
 
 
 @dataclass(frozen=True)
@@ -205,21 +261,27 @@ def read_meta(folder: Path) -> Meta:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        name = folder.name
-        where = "" if folder.parent == Path("data") else f" --data_dir={folder.parent}"
-        raise Failure(
-            f"{folder}: no data set here; prepare it first: python prepare.py {name}{where}"
-            f" (a recipe) or python prepare.py FILE --name={name}{where}"
-        ) from error
+        where = [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
+        recipe = command("prepare.py", folder.name, *where)
+        own = command("prepare.py", "FILE", f"--name={folder.name}", *where)
+        raise Failure(f"{folder}: no dataset here; prepare it first: {recipe} (a recipe) or {own}") from error
+    except OSError as error:
+        raise Failure(describe(error)) from error
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{path}: damaged ({error}); prepare the data set again") from error
+        raise Failure(f"{path}: damaged ({error}); prepare the dataset again") from error
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise Failure(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
     try:
         return Meta.model_validate(data)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise Failure(f"{path}: damaged at '{place}'; prepare the data set again") from error
+        raise Failure(f"{path}: damaged at '{place}'; prepare the dataset again") from error
+
+
+def find_dataset(name: str, data_dir: Path) -> Path:
+    """Return the folder of a dataset that is named as one in `data_dir`, or by its path."""
+    inside, path = data_dir / name, Path(name)
+    return inside if (inside / META).is_file() or path.parent == Path() else path
 
 
 def load_dataset(folder: Path, data_dir: Path) -> Dataset:
@@ -231,7 +293,7 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
     meta = read_meta(folder)
     tokenizer = from_plain(meta.tokenizer, data_dir)
     if tokenizer.vocab_size != meta.vocab_size:
-        raise Failure(f"{folder / META}: tokenizer and vocab_size disagree; prepare the data set again")
+        raise Failure(f"{folder / META}: tokenizer and vocab_size disagree; prepare the dataset again")
     train, val = (_load_split(folder, split, meta.vocab_size) for split in (meta.train, meta.val))
     return Dataset(folder, meta, tokenizer, train, val)
 
@@ -239,22 +301,28 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
 def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:
     shards = tuple(_load_shard(folder / shard.file, shard, vocab_size) for shard in split.shards)
     if sum(shard.size for shard in shards) != split.tokens or split.tokens < 2 or split.characters < 1:
-        raise Failure(f"{folder / META}: the counts of tokens disagree; prepare the data set again")
+        raise Failure(f"{folder / META}: the counts of tokens disagree; prepare the dataset again")
     return Split(shards, split.characters)
 
 
-def _load_shard(path: Path, shard: Shard, vocab_size: int) -> Tokens:
+def _load_shard(path: Path, shard: Shard, vocab_size: int) -> ShardFile:
     try:
-        intact = file_sha256(path) == shard.sha256
-        tokens = np.lib.format.open_memmap(path, mode="r") if intact else None  # never unpickles
+        stat, intact = file_stat(path), file_sha256(path) == shard.sha256
+        tokens = mapped(path, stat) if intact else None
+    except FileNotFoundError as error:
+        raise Failure(f"{path}: is missing; prepare the dataset again") from error
+    except OSError as error:
+        raise Failure(describe(error)) from error
+    except Failure:
+        raise
     except Exception as error:  # a crafted header can make numpy raise anything
-        raise Failure(f"{path}: cannot be read ({error}); prepare the data set again") from error
+        raise Failure(f"{path}: damaged ({error}); prepare the dataset again") from error
     if tokens is None:
-        raise Failure(f"{path}: damaged, its checksum is another; prepare the data set again")
+        raise Failure(f"{path}: damaged, its checksum is another; prepare the dataset again")
     fits = tokens.ndim == 1 and tokens.dtype == token_dtype(vocab_size) and tokens.size == shard.tokens
     if not fits or (tokens.size and int(tokens.max()) >= vocab_size):
-        raise Failure(f"{path}: does not hold what {META} tells; prepare the data set again")
-    return tokens.view(np.ndarray)  # whose slices, unlike a memmap's, cost next to nothing
+        raise Failure(f"{path}: does not hold what {META} tells; prepare the dataset again")
+    return ShardFile(path, stat, tokens.size, tokens.dtype)
 
 
 def write_dataset(folder: Path, meta: Meta) -> None:

@@ -27,7 +27,6 @@ from glyphgpt import runtime as runtimes
 from glyphgpt.commandline import parse, printable, read_toml
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.generate import SamplingRule, generate
-from glyphgpt.metrics import Metrics
 from glyphgpt.runtime import OnDevice, Runtime
 from glyphgpt.settings import CountOrZero, Name, Settings, TrainSettings
 from glyphgpt.shards import Dataset, load_dataset
@@ -121,10 +120,10 @@ class WhatIfTrainer(Trainer):
         """Leave it to the table."""
         self.told = time.perf_counter()
 
-    def evaluate_and_save(self, metrics: Metrics) -> None:
+    def evaluate_and_save(self) -> None:
         """Score the validation split at the end."""
         if self.progress.step == self.settings.max_steps:
-            super().evaluate_and_save(metrics)
+            super().evaluate_and_save()
 
     @torch.no_grad()
     def loss_in_writing(self) -> float:

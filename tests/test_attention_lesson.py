@@ -298,7 +298,7 @@ def test_the_page_has_a_row_for_each_what_if_and_names_what_is_there() -> None:
     ("settings", "said"),
     [
         ({"only": "dot,cross"}, "^there is no what-if 'cross'; here: plain, dot, "),
-        ({"data_dir": "missing"}, "^missing/shakespeare_char: no data set here; prepare it first: python prepare.py"),
+        ({"data_dir": "missing"}, "^missing/shakespeare_char: no dataset here; prepare it first: python prepare.py"),
     ],
 )
 def test_settings_that_will_not_do_are_told(settings: dict[str, str], said: str) -> None:

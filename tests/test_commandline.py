@@ -236,7 +236,7 @@ def test_a_file_that_is_missing_and_a_folder(folder: Path) -> None:
     missing = folder / "missing.toml"
     line = f"{missing}: cannot read this settings file: No such file or directory"
     assert problems(TrainSettings, str(missing)) == [line]
-    assert problems(TrainSettings, str(folder)) == [f"{folder}: cannot read this settings file: Is a directory"]
+    assert problems(TrainSettings, str(folder)) == [f"{folder}: this folder holds no run; its config.toml is missing"]
 
 
 def test_a_python_config_is_never_executed(folder: Path) -> None:

@@ -13,7 +13,8 @@ from glyphgpt.metrics import METRICS, SAMPLES, Metrics, RowsFile, check_trackers
 
 
 def test_rows_are_written_at_once(tmp_path: Path) -> None:
-    metrics = Metrics(tiny_settings(tmp_path, tmp_path), keep_steps=-1)
+    metrics = Metrics(tiny_settings(tmp_path, tmp_path))
+    metrics.open(keep_steps=-1)
     metrics.write("val", 0, loss=2.5)
     assert read_metrics(tmp_path) == [{"kind": "val", "step": 0, "loss": 2.5}]
     metrics.write("train", 1, loss=1 / 3, learning_rate=1e-300)
@@ -70,7 +71,8 @@ def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_a_silent_process_writes_nothing(tmp_path: Path) -> None:
-    metrics = Metrics(tiny_settings(tmp_path, tmp_path), keep_steps=-1, silent=True)
+    metrics = Metrics(tiny_settings(tmp_path, tmp_path), silent=True)
+    metrics.open(keep_steps=-1)
     metrics.write("val", 0, loss=2.5)
     metrics.write_sample(0, "to be")
     metrics.close()
@@ -96,13 +98,13 @@ def test_a_tracker_that_is_not_installed_names_the_command(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError) as error:
         check_trackers(tiny_settings(tmp_path, tmp_path, **{package: True}))
-    assert str(error.value) == f"{package} = true needs: pip install 'glyphgpt[{package}]'"
+    assert str(error.value) == f"{package} = true needs {package}: pip install {package}"
     check_trackers(tiny_settings(tmp_path, tmp_path))
 
 
 def test_weights_and_biases_gets_settings_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    run = SimpleNamespace(log=lambda row, step: told.append((step, row)), finish=lambda: told.append("end"))
+    run = SimpleNamespace(id="abc", log=lambda row, step: told.append((step, row)), finish=lambda: told.append("end"))
 
     def init(**about: Any) -> SimpleNamespace:
         told.append((about["project"], about["name"], about["config"]["n_embd"]))
@@ -111,7 +113,8 @@ def test_weights_and_biases_gets_settings_and_rows(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     settings = tiny_settings(tmp_path, tmp_path / "my_run", wandb=True, wandb_project="mine")
     (tmp_path / "my_run").mkdir()
-    metrics = Metrics(settings, keep_steps=-1)
+    metrics = Metrics(settings)
+    metrics.open(keep_steps=-1)
     metrics.write("val", 3, loss=1.5, perplexity=4.0)
     metrics.close()
     assert told == [("mine", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
@@ -122,7 +125,8 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
-    metrics = Metrics(tiny_settings(tmp_path, tmp_path, tensorboard=True), keep_steps=-1)
+    metrics = Metrics(tiny_settings(tmp_path, tmp_path, tensorboard=True))
+    metrics.open(keep_steps=-1)
     metrics.write("train", 1, loss=2.0)
     metrics.write("train", 2, loss=1.5)
     metrics.write("val", 2, loss=1.75)

@@ -67,7 +67,7 @@ def test_training_writes_the_page_and_says_where(
     assert shown["rows"]["val"]["step"] == [0, 10, 20]
     assert shown["rows"]["train"]["step"] == list(range(1, 21))
     assert (told(tmp_path)["Parameters"], told(tmp_path)["Tokens"]) == ("6,880", "1,280")
-    assert shown["commands"][1][1].endswith("config.toml --resume --max_steps=40")
+    assert shown["commands"][1][1].endswith(f"--resume {tmp_path} --max_steps=40")
 
 
 def test_it_can_be_turned_off(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +92,7 @@ def test_a_stopped_run_has_its_page_too_with_the_command_to_go_on(
     assert (tmp_path / PAGE).exists()
     shown = content(tmp_path)
     assert shown["ended"] == "Not at its end: step 7 of 20.", "which is told by the checkpoint alone"
-    assert shown["commands"][1] == ("Train it further", f"python train.py {tmp_path / 'config.toml'} --resume")
+    assert shown["commands"][1] == ("Train it further", f"python train.py --resume {tmp_path}")
 
 
 def test_a_page_that_cannot_be_written_costs_a_warning_only(
@@ -110,7 +110,7 @@ def test_patience_and_its_command_are_told(tmp_path: Path) -> None:
     run = written(tmp_path / "run", [val(0, 3.0), val(10, 2.0), val(20, 2.5), val(30, 2.0)], patience=2, max_steps=99)
     shown = content(run)
     assert shown["ended"] == "Stopped early, at step 30: no better loss in 2 evaluations."
-    assert shown["commands"][1][1].endswith("--resume --patience=0")
+    assert shown["commands"][1][1].endswith(" --patience=0")
     assert shown["figures"][0] == ("Best validation loss", "2.0000", "nats per token, at step 10")
 
 

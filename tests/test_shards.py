@@ -95,10 +95,10 @@ def shard_of_another_data_set(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut_file, "damaged, its checksum is another; prepare the data set again"),
-        (longer_file, "damaged, its checksum is another; prepare the data set again"),
-        (shard_of_another_data_set, "damaged, its checksum is another; prepare the data set again"),
-        (missing_file, "cannot be read ("),
+        (cut_file, "damaged, its checksum is another; prepare the dataset again"),
+        (longer_file, "damaged, its checksum is another; prepare the dataset again"),
+        (shard_of_another_data_set, "damaged, its checksum is another; prepare the dataset again"),
+        (missing_file, "is missing; prepare the dataset again"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -267,7 +267,7 @@ def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(Failure) as caught:
         load(tmp_path / "mine")
     assert str(caught.value) == (
-        f"{tmp_path / 'mine'}: no data set here; prepare it first: python prepare.py mine --data_dir={tmp_path} "
+        f"{tmp_path / 'mine'}: no dataset here; prepare it first: python prepare.py mine --data_dir={tmp_path} "
         f"(a recipe) or python prepare.py FILE --name=mine --data_dir={tmp_path}"
     )
 

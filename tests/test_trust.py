@@ -48,7 +48,7 @@ def test_a_run_that_is_there_is_refused_and_left_as_it_was(straight: Path, data_
     done = script("train.py", *as_flags(tiny_settings(data_dir, straight, seed=2, n_layer=1)))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: {straight} holds a run already; add --resume to go on with it, --overwrite to replace it, "
+        f"error: {straight} holds a run already; add --resume to continue it, --overwrite to replace it, "
         "or --out_dir=ANOTHER\n"
     )
     assert contents(straight) == before
@@ -153,7 +153,7 @@ def test_an_out_dir_that_cannot_be_one_is_one_line(
 def test_a_data_set_that_is_not_there_tells_how_to_prepare_it(tmp_path: Path) -> None:
     done = script("train.py", *as_flags(tiny_settings(tmp_path, tmp_path / "run", dataset="mine")))
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: .*mine: no data set here; .*python prepare\.py .*--name=mine.*\n", done.stderr)
+    assert re.fullmatch(r"error: .*mine: no dataset here; .*python prepare\.py .*--name=mine.*\n", done.stderr)
     assert contents(tmp_path) == {}
 
 
@@ -174,7 +174,7 @@ def damage(folder: Path) -> dict[str, Callable[[], object]]:
 def test_a_damaged_data_set_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     folder = prepare_text(some_text(500), tmp_path)
     damage(folder)[kind]()
-    with pytest.raises(Failure, match=rf"^{folder}.*(prepare the data set again|update glyphgpt)$") as failure:
+    with pytest.raises(Failure, match=rf"^{folder}.*(prepare the dataset again|update glyphgpt)$") as failure:
         train.main(tiny_settings(tmp_path, tmp_path / "run"))
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from glyphgpt.convert.nanogpt import OURS
 from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.decoder import EPSILON, Form
 from glyphgpt.errors import Failure, UsageError, writing
-from glyphgpt.folder import exchange
+from glyphgpt.folder import copy_mode, exchange
 from glyphgpt.settings import ConvertSettings
 from glyphgpt.tokenizer import CharTokenizer, Tokenizer
 
@@ -246,7 +246,7 @@ def write_weights(path: Path, weights: Arrays) -> None:
         save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path, {"format": "pt"})
     except SafetensorError as error:  # a full disk, say
         raise OSError(str(error)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    copy_mode(path.parent, path)
 
 
 @contextmanager
