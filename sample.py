@@ -10,6 +10,7 @@ A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is al
 to the model's block_size tokens; then its older half is let go of, and it grows again.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -116,6 +117,10 @@ class Sampler:
         """Take the model and what belongs to it."""
         self.model, self.block_size, self.tokenizer, self.settings = model, block_size, tokenizer, settings
         self.rule = SamplingRule(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+        self.stops = list(map(unescape, settings.stop))
+        for stop in self.stops:
+            if unknown := tokenizer.unknown(stop):
+                warn(f"stop = {stop!r} never comes: the model has never seen {unknown[0]!r}")
 
     def show_samples(self) -> None:
         """Print samples: the first one as it is generated, the others after it."""
@@ -123,7 +128,7 @@ class Sampler:
         tokens = self.encode(prompt)
         if not tokens.size:
             tokens = np.array([first_token(self.tokenizer)])
-        streams = [TextStream(self.tokenizer, self.settings.stop) for _ in range(self.settings.num_samples)]
+        streams = [TextStream(self.tokenizer, self.stops) for _ in range(self.settings.num_samples)]
         print(prompt, end="", flush=True)
         for drawn in self.generate(tokens, self.settings.seed):
             for number, (stream, token) in enumerate(zip(streams, drawn, strict=True)):
@@ -161,7 +166,7 @@ class Sampler:
 
     def reply(self, history: Tokens, seed: int) -> Tokens:
         """Print one sample after the history, and return its tokens."""
-        stream, tokens = TextStream(self.tokenizer, self.settings.stop), []
+        stream, tokens = TextStream(self.tokenizer, self.stops), []
         try:
             for (token,) in self.generate(history, seed):
                 tokens.append(token)
@@ -196,6 +201,15 @@ class Sampler:
         if self.settings.prompt_file:
             return read_text(self.settings.prompt_file)
         return self.settings.prompt
+
+
+def unescape(text: str) -> str:
+    r"""Return a text with the escapes of new lines and tabs, which shells leave as they are, replaced.
+
+    >>> unescape(r"one\ntwo\\three")
+    'one\ntwo\\three'
+    """
+    return re.sub(r"\\([\\nrt])", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(escape[1], "\\"), text)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ class SampleSettings(Settings):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Draw from tokens at least this share as likely as the likeliest."""
     stop: tuple[str, ...] = ()
-    """End a sample before this text; may be given several times."""
+    """End a sample before this text, in which \\n stands for a new line; may be given several times."""
     seed: Seed = 1337
     """Same seed, same samples."""
     unknown: Literal["error", "skip"] = "error"

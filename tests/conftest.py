@@ -190,8 +190,8 @@ def gpt2_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

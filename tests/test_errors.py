@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-from glyphgpt.errors import Failure, UsageError, describe, plain_errors, report, warn
+from conftest import ROOT, as_flags, read_metrics, tiny_settings
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.errors import Failure, UsageError, describe, importing, plain_errors, report, warn
 
 
 @pytest.mark.parametrize(
@@ -141,3 +142,78 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     assert done.returncode == (1 if words == ["--help"] else 2)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+CLOSED = [(0,), (1,), (2,), (0, 1, 2)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by their numbers")
+@pytest.mark.parametrize("numbers", CLOSED)
+def test_scripts_work_with_closed_streams(numbers: tuple[int, ...], data_dir: Path, tmp_path: Path) -> None:
+    """Daemons and some schedulers start processes so (<&- >&- 2>&- in a shell)."""
+
+    def shut() -> None:
+        for number in numbers:
+            os.close(number)
+
+    flags = as_flags(tiny_settings(data_dir, tmp_path / "run", max_steps=2))
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question", encoding="utf-8")
+    for words in (
+        ["prepare.py", str(tmp_path / "a.txt"), f"--data_dir={tmp_path}"],
+        ["train.py", *flags],
+        ["sample.py", str(tmp_path / "run"), "--max_new_tokens=5", "--device=cpu"],
+        ["sample.py", str(tmp_path / "run"), "--interactive", "--device=cpu"],
+        ["train.py", "--help"],
+    ):
+        if words[-2:] != ["--interactive", "--device=cpu"] or 0 in numbers:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / words[0]), *words[1:]], preexec_fn=shut, cwd=ROOT, check=False,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            assert (done.returncode, "Traceback" in done.stderr) == (0, False), (words, done.stderr)
+    assert (tmp_path / "a" / "meta.json").exists()
+    assert checkpoints.load(tmp_path / "run" / "last.safetensors").info.progress.step == 2
+
+
+def test_files_never_get_the_number_of_a_closed_stream() -> None:
+    code = "import os; from glyphgpt.errors import *; start_script(); print(os.open('/dev/null', 0) > 2)"
+    command = ["bash", "-c", f'"{sys.executable}" -c "{code}" 2>&- <&-']
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout == "True\n"
+
+
+def test_a_training_whose_reader_has_gone_saves_and_ends(data_dir: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data_dir, tmp_path, max_steps=10**6, eval_every=10, save_every=0)
+    command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
+    step = checkpoints.load(tmp_path / "last.safetensors").info.progress.step
+    assert read_metrics(tmp_path)[-1]["step"] == step > 0
+
+
+def test_no_more_threads_is_one_line() -> None:
+    status, said = run('raise RuntimeError("can\'t start new thread")')
+    assert (status, said) == (
+        1,
+        "error: the system allows no more threads or processes; raise its limit (ulimit -u)\n",
+    )
+    assert "Traceback" in run('raise RuntimeError("a fault of ours")')[1]
+
+
+@pytest.mark.parametrize("error", [ImportError("bad binary"), ValueError("numpy.dtype size changed"), OSError("libx")])
+def test_a_package_that_is_broken_is_not_called_missing(error: Exception) -> None:
+    with (
+        pytest.raises(UsageError, match=rf"^it needs pyarrow, which is installed but cannot .*\({error}\); install it"),
+        importing("pyarrow", "it"),
+    ):
+        raise error
+
+
+def test_a_package_that_lacks_another_one_is_not_called_missing() -> None:
+    reason = r"^it needs wandb, which is installed but .*\(No module named 'xxhash'\)"
+    with pytest.raises(UsageError, match=reason), importing("wandb", "it"):
+        raise ModuleNotFoundError("No module named 'xxhash'", name="xxhash")

@@ -1,16 +1,19 @@
 """A run's folder: one training at a time, and files that are never there in part."""
 
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import train
-from conftest import as_flags, contents, script, tiny_settings
+from conftest import ROOT, as_flags, contents, script, tiny_settings
 from glyphgpt.errors import Failure, UsageError
-from glyphgpt.folder import LOCK, locked, write_whole
+from glyphgpt.folder import LOCK, locked, replacing, sync_folder, write_whole
 
 
 def test_a_folder_is_made_and_locked_for_others(tmp_path: Path) -> None:
@@ -71,3 +74,85 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "a").read_bytes() == b"first"
     write_whole(tmp_path / "a", b"third")
     assert contents(tmp_path) == {"a": b"third"}
+
+
+LOCK_ONCE_MORE = """
+import errno, fcntl, sys
+from pathlib import Path
+from glyphgpt.errors import plain_errors
+from glyphgpt.folder import locked
+
+def no_flock(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+fcntl.flock = no_flock
+with plain_errors(), locked(Path(sys.argv[1]), "another"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_file_system_without_flock_is_locked_another_way(tmp_path: Path) -> None:
+    def lock() -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", LOCK_ONCE_MORE, str(tmp_path)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, **pipes, text=True, cwd=ROOT)  # type: ignore[call-overload]
+
+    first = lock()
+    assert first.stdout
+    assert first.stdout.readline() == "locked\n"
+    assert (
+        lock().communicate()[1] == f"error: {tmp_path}: in use by another process; wait for its end, or use another\n"
+    )
+    first.kill()
+    first.communicate()
+    assert lock().communicate() == ("locked\n", ""), "a process that was killed holds no lock"
+
+
+class Refusal:
+    """Has a call of the system fail, as file systems without it do."""
+
+    def __init__(self, really: Callable[..., Any], error: int) -> None:
+        self.really, self.error, self.calls = really, error, 0
+
+    def __call__(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("chmod", errno.EPERM), ("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP)],
+)
+def test_what_a_file_system_lacks_does_not_stop_the_work(
+    call: str, error: int, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = Refusal(getattr(os, call), error)
+    monkeypatch.setattr(os, call, refusal)
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+    assert refusal.calls
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=3, resume=True))
+
+
+def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", Refusal(os.open, errno.EACCES))
+    sync_folder(tmp_path)
+
+
+def test_data_that_could_not_be_written_to_the_disk_is_a_failure(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", Refusal(os.fsync, errno.EIO))
+    with pytest.raises(Failure, match="could not be written: Input/output error"):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+
+
+def test_new_files_take_their_places_together_and_others_stay(tmp_path: Path) -> None:
+    for name in ("a", "old page", "notes"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    with replacing(tmp_path, stale=("old page", "no such page")) as new:
+        (new / "a").write_text("new", encoding="utf-8")
+        (new / "b").write_text("new", encoding="utf-8")
+        assert contents(tmp_path) == {"a": b"a", "old page": b"old page", "notes": b"notes"}
+    assert contents(tmp_path) == {"a": b"new", "b": b"new", "notes": b"notes"}
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []

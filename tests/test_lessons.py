@@ -202,8 +202,9 @@ def test_the_network_reads_digits(
 
 
 def test_without_scikit_learn_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    for name in [name for name in sys.modules if name.startswith("sklearn")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [])
     with pytest.raises(Failure, match=r"^this lesson without --mnist needs scikit-learn: pip install scikit-learn$"):
         digits.small_digits()
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from conftest import read_metrics, tiny_settings
+import train
+from conftest import contents, read_metrics, tiny_settings
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.metrics import METRICS, SAMPLES, Metrics, RowsFile, check_trackers, read_rows
 
@@ -135,3 +136,54 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
     assert [(event.step, event.value) for event in events.Scalars("val/loss")] == [(2, 1.75)]
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, **run: Any) -> list[dict[str, Any]]:
+    """Put a package in the place of wandb; return what runs are started with."""
+    started: list[dict[str, Any]] = []
+
+    def init(**about: Any) -> SimpleNamespace:
+        started.append(about)
+        return SimpleNamespace(**{"id": about["id"] or "fresh", "log": print, "finish": print, **run})
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return started
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("api_key not configured\nand more")
+
+
+def test_a_tracker_that_cannot_start_is_one_line_before_anything_is_touched(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+    before = contents(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
+    for how in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(Failure, match=r"^Weights & Biases cannot start: api_key not configured; log in"):
+            train.main(tiny_settings(data_dir, tmp_path, max_steps=4, wandb=True, **how))
+        assert contents(tmp_path) == before
+
+
+def test_a_resumed_run_continues_at_weights_and_biases_and_a_new_one_begins_there(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = fake_wandb(monkeypatch)
+    for steps, how in ((2, {}), (4, {"resume": True}), (2, {"overwrite": True})):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, wandb=True, **how))
+    assert [(about["id"], about["resume"]) for about in started] == [
+        (None, "allow"),
+        ("fresh", "allow"),
+        (None, "allow"),
+    ]
+
+
+@pytest.mark.parametrize("call", ["log", "finish"])
+def test_a_tracker_that_fails_later_costs_a_warning_only(
+    call: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_wandb(monkeypatch, **{call: fail})
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2, wandb=True))
+    assert capsys.readouterr().err.count("warning: WeightsAndBiases ") == 1
+    assert read_metrics(tmp_path)[-1]["step"] == 2

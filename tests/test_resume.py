@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,19 @@ import pytest
 import torch
 
 import train
-from conftest import MODERN, ROOT, as_flags, prepare_text, read_metrics, same_tensors, some_text, tiny_settings
+from conftest import (
+    MODERN,
+    ROOT,
+    as_flags,
+    contents,
+    prepare_text,
+    read_metrics,
+    same_tensors,
+    some_text,
+    tiny_settings,
+)
 from glyphgpt import checkpoint as checkpoints
+from glyphgpt.commandline import parse
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.settings import TrainSettings
 
@@ -323,3 +335,74 @@ def test_a_run_goes_on_by_itself_only_under_the_torchrun_that_began_it(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
     with pytest.raises(UsageError, match="holds a run already"):
         train.main(tiny_settings(data_dir, tmp_path / "broken"))
+
+
+def parsed(*words: str) -> TrainSettings:
+    """The settings that train.py reads from a command line."""
+    return parse(TrainSettings, words, "", "", files=True)[0]
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock."""
+    return {name: content for name, content in contents(folder).items() if name != ".lock"}
+
+
+@pytest.fixture
+def project(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with data/small and out/one, a run of 4 steps that was given relative paths."""
+    shutil.copytree(data_dir / "small", tmp_path / "project" / "data" / "small")
+    monkeypatch.chdir(tmp_path / "project")
+    train.main(tiny_settings(Path("data"), Path("out/one"), max_steps=4))
+    return tmp_path / "project"
+
+
+def steps(folder: Path) -> int:
+    return checkpoints.load(folder / "last.safetensors").info.progress.step
+
+
+@pytest.mark.parametrize("words", [["{}/config.toml", "--resume"], ["--resume", "{}"], ["{}", "--resume=true"]])
+def test_a_copied_run_is_resumed_in_its_own_folder(project: Path, words: list[str]) -> None:
+    shutil.copytree(project / "out/one", project / "out/copy")
+    before = bits(project / "out/one")
+    train.main(parsed(*(word.format("out/copy") for word in words), "--max_steps=6"))
+    assert (steps(project / "out/copy"), bits(project / "out/one")) == (6, before)
+
+
+def test_a_moved_run_is_resumed_where_it_is_from_any_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "out/one").rename(project.parent / "moved")
+    monkeypatch.chdir(project.parent / "moved")
+    train.main(parsed("config.toml", "--resume", "--max_steps=6"))
+    assert steps(project.parent / "moved") == 6
+    assert not (project / "out/one").exists()
+
+
+def test_a_run_that_moved_with_its_data_is_resumed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.rename(project.parent / "renamed")
+    monkeypatch.chdir("/")
+    train.main(parsed("--resume", str(project.parent / "renamed/out/one"), "--max_steps=6"))
+    assert steps(project.parent / "renamed/out/one") == 6
+    assert not project.exists()
+
+
+def test_the_config_of_a_copied_run_never_means_the_original(project: Path) -> None:
+    shutil.copytree(project / "out/one", project / "out/copy")
+    before = bits(project / "out/one")
+    train.main(parsed("out/copy/config.toml", "--overwrite", "--max_steps=2"))
+    assert (steps(project / "out/copy"), bits(project / "out/one")) == (2, before)
+    (project / "out/alone").mkdir()
+    shutil.copy("out/one/config.toml", "out/alone")
+    with pytest.raises(Failure, match=r"^out/alone: no run to resume here"):
+        train.main(parsed("out/alone/config.toml", "--resume"))
+
+
+def test_a_config_file_of_the_users_own_keeps_its_out_dir(project: Path) -> None:
+    (project / "config.toml").write_text('out_dir = "out/mine"\n', encoding="utf-8")
+    assert parsed("config.toml").out_dir == "out/mine"
+    assert parsed("out/one/config.toml", "--resume", "--out_dir=out/other").out_dir == "out/other"
+
+
+def test_a_dataset_may_be_named_by_its_path(project: Path) -> None:
+    for place in ("data/small", "data/small/", str(project / "data/small"), "./data/small"):
+        train.main(tiny_settings(Path("data"), Path("out/two"), dataset=place, max_steps=1, overwrite=True))
+    train.main(parsed("--resume", "out/two", "--max_steps=2"))
+    assert steps(project / "out/two") == 2

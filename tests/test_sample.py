@@ -380,3 +380,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(run: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 0
+
+
+def test_a_stop_may_name_a_new_line_and_one_that_never_comes_is_told(run: Path, ask: Ask, capsys: Capture) -> None:
+    whole = ask(max_new_tokens=200)
+    assert ask(max_new_tokens=200, stop=("\\n",)) == whole.partition("\n")[0] + "\n"
+    sample.main(settings(stop=("%",)), str(run))
+    assert capsys.readouterr().err == "warning: stop = '%' never comes: the model has never seen '%'\n"

@@ -1,7 +1,9 @@
 """Token shards: what was written comes back, and every damage is noticed."""
 
+import errno
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,10 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from conftest import prepare_text, some_text
+from glyphgpt import shards
 from glyphgpt.corpus import file_sha256
 from glyphgpt.errors import Failure
-from glyphgpt.shards import META, Dataset, ShardWriter, Split, load_dataset, read_meta
+from glyphgpt.shards import META, OPEN_SHARDS, Dataset, ShardWriter, Split, load_dataset, mapped, read_meta
 
 SHARD = "train-00001.npy"
 
@@ -326,3 +329,44 @@ def test_the_fingerprint_is_that_of_the_tokens(tmp_path: Path) -> None:
         fingerprint("bytes", text, tokenizer="byte"),
     ]
     assert len({same, *others}) == 6
+    assert fingerprint("cut", text, shard_tokens=37) == same
+
+
+def test_many_shards_take_few_open_files(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    text = some_text(3000)
+    folder = prepare_text(text, tmp_path, shard_tokens=5, tokenizer="byte")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + OPEN_SHARDS + 10, hard))
+    try:
+        dataset = load(folder)
+        assert len(dataset.train.shards) == 540
+        windows = [dataset.train.slice(start, start + 64).tobytes() for start in range(0, 2600, 13)]
+        assert dataset.train.slice(0, 2700).tobytes() == text[:2700].encode()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert windows == [text[start : start + 64].encode() for start in range(0, 2600, 13)]
+
+
+def test_a_shard_that_changed_after_it_was_verified_is_not_read(folder: Path) -> None:
+    dataset = load(folder)
+    mapped.cache_clear()
+    (folder / SHARD).touch()
+    with pytest.raises(
+        Failure, match=rf"^{folder / SHARD}: changed since it was opened; start again, on the new data$"
+    ):
+        dataset.train.slice(90, 150)
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_an_error_of_the_system_is_not_taken_for_damage(
+    folder: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(shards, "file_sha256", fail)
+    with pytest.raises(Failure) as caught:
+        load(folder)
+    assert str(caught.value) == f"{folder / 'train-00000.npy'}: {os.strerror(error)}"

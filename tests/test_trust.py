@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,20 @@ import torch
 from safetensors.numpy import save_file
 
 import train
-from conftest import ROOT, as_flags, contents, prepare_text, same_tensors, script, some_text, tiny_settings
+from conftest import (
+    ROOT,
+    as_flags,
+    contents,
+    prepare_text,
+    read_metrics,
+    same_tensors,
+    script,
+    some_text,
+    tiny_settings,
+)
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.folder import LOCK, READY
 from glyphgpt.settings import TrainSettings
 
 CHECKPOINTS = ("best.safetensors", "last.safetensors")
@@ -238,3 +250,66 @@ def test_a_nanogpt_config_is_not_executed(tmp_path: Path) -> None:
     config.write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\nn_layer = 3\n", encoding="utf-8")
     assert without_torch(str(config)).returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+def broken(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "train.Metrics",  # a tracker that cannot start
+        "train.Trainer.make_forward",
+        "train.evaluate",
+        "train.Trainer.sample",
+        "glyphgpt.checkpoint.save_file",
+        "glyphgpt.checkpoint.sync",
+        "train.Trainer.write_config",
+        "train.Metrics.write_held",
+        "glyphgpt.folder.finish_replacing",
+    ],
+)
+def test_a_run_is_whole_until_another_one_takes_its_place(
+    place: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, report=True, max_steps=2))
+    before = contents(tmp_path)
+    monkeypatch.setattr(place, broken)
+    with pytest.raises((Failure, OSError)):
+        train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=1))
+    monkeypatch.undo()
+    assert {name: content for name, content in before.items() if name != LOCK}.items() <= contents(tmp_path).items()
+    train.main(tiny_settings(data_dir, tmp_path, resume=True, max_steps=3))
+    told = [row["step"] for row in read_metrics(tmp_path)]
+    assert told[-2:] == [3, 3]
+
+
+def test_a_run_killed_while_it_takes_its_place_is_complete_afterwards(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill it before each of its renames in turn."""
+    settings = tiny_settings(data_dir, tmp_path / "run", max_steps=2, overwrite=True)
+    really, ended = Path.replace, False
+    for at in range(100):
+        train.main(tiny_settings(data_dir, tmp_path / "run", max_steps=4, report=True, overwrite=True, seed=7))
+        calls = iter(range(at))
+
+        def replace(path: Path, to: Path, calls: "Iterator[int]" = calls) -> Path:
+            if path.parent.name == READY and next(calls, None) is None:
+                raise KeyboardInterrupt
+            return really(path, to)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", replace)
+            train.main(settings)
+            ended = True
+        if ended:
+            break
+        train.main(settings.model_copy(update={"overwrite": False, "resume": True}))
+        assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 2]
+        assert checkpoints.load(tmp_path / "run" / "best.safetensors").info.settings["seed"] == settings.seed
+        assert sorted(contents(tmp_path / "run")) == sorted(
+            [LOCK, "best.safetensors", "config.toml", "last.safetensors", "metrics.jsonl", "samples.jsonl"]
+        )
+    assert at == 5, "files take their places one by one"
