@@ -23,6 +23,7 @@ import torch
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST
 from glyphgpt.errors import Failure
+from glyphgpt.folder import READY
 from glyphgpt.metrics import SAMPLES
 from glyphgpt.settings import TrainSettings
 
@@ -124,7 +125,7 @@ class Arena:
 
     def whatever_is_there(self, out_dir: Path) -> dict[str, bool]:
         """Return the flag with which a user would go on after a mishap; a best model alone is of step 0."""
-        if (out_dir / LAST).exists():
+        if (out_dir / LAST).exists() or (out_dir / READY / LAST).exists():
             return {"resume": True}
         return {"overwrite": True} if (out_dir / BEST).exists() else {}
 

@@ -35,6 +35,7 @@ import hostile
 from attack import PATIENCE, ROOT, STEPS, Arena, Program, Tally, difference, lost, metrics
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import LAST
+from glyphgpt.folder import NEW, READY
 
 RESULTS = ROOT / "bench" / "RESULTS.md"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -293,6 +294,131 @@ def full_disks(arena: Arena, count: int) -> Tally:
     return tally
 
 
+def wait_for(path: Path, running: Callable[[], bool]) -> None:
+    """Wait until a file or folder is there, or the program that makes it has ended."""
+    while not path.exists() and running():
+        time.sleep(0.001)
+
+
+def overwriting(arena: Arena, count: int) -> Tally:
+    """SIGKILL a run that overwrites another: the folder holds all of the old one, or all of the new one."""
+    tally, new = Tally(), {"seed": 7}
+    straight = {1337: arena.straight, 7: arena.new_run()}
+    arena.train(straight[7], **new).wait()
+    for _ in tqdm(range(count), desc="overwriting", leave=False):
+        out_dir = arena.new_run()
+        shutil.copytree(arena.straight, out_dir)
+        before = {file.name: file.read_bytes() for file in out_dir.iterdir()}
+        program = Program(arena, "train.py", arena.flags(out_dir, overwrite=True, **new))
+        if arena.random.random() < 0.8:  # most when it is about to happen
+            wait_for(out_dir / NEW, program.running)
+        time.sleep(arena.random.uniform(0, 0.05))
+        program.send(signal.SIGKILL)
+        program.wait()
+        if (out_dir / READY).exists() or before[LAST] != (out_dir / LAST).read_bytes():
+            tally.note("new")
+            tally.add(lost(out_dir) or arena.train(out_dir, **new).complaint(0) or difference(straight[7], out_dir))
+        else:
+            tally.note("old")
+            changed = [name for name, content in before.items() if (out_dir / name).read_bytes() != content]
+            tally.add(", ".join(changed) and f"changed: {', '.join(changed)}")
+        shutil.rmtree(out_dir)
+    return tally
+
+
+def copies(arena: Arena, count: int) -> Tally:
+    """Kill a run, copy or move its folder, and resume it there from any directory: exact, the original untouched."""
+    tally, straight = Tally(), arena.straight
+    for number in tqdm(range(count), desc="copies", leave=False):
+        out_dir, other = arena.new_run(), arena.new_run() / "deeper" / "run"
+        program = arena.train(out_dir)
+        wait_for(out_dir / LAST, program.running)
+        time.sleep(arena.random.uniform(0, 0.5) * arena.seconds)
+        program.send(signal.SIGKILL)
+        program.wait()
+        before = {file.name: file.read_bytes() for file in out_dir.iterdir() if file.is_file()}
+        other.parent.mkdir(parents=True)
+        (shutil.copytree if number % 2 else shutil.move)(out_dir, other)
+        tally.note("copied" if number % 2 else "moved")
+        directory = arena.random.choice([other, other.parent, arena.scratch, Path("/")])
+        place = os.path.relpath(other, directory) if arena.random.random() < 0.5 else str(other)
+        words = arena.random.choice([[f"{place}/config.toml", "--resume"], ["--resume", place]])
+        found = Program(arena, "train.py", words, before=os.chdir, path=directory).complaint(expect=0)
+        if number % 2 and before != {file.name: file.read_bytes() for file in out_dir.iterdir() if file.is_file()}:
+            found = "the original was touched"
+        if not number % 2 and out_dir.exists():
+            found = "something was written where the run had been"
+        tally.add(found or difference(straight, other))
+        shutil.rmtree(other.parent.parent)
+    return tally
+
+
+def close_streams(numbers: list[int]) -> None:
+    """Close standard streams of this process, as daemons do."""
+    sys.stdin, sys.stdout, sys.stderr = (
+        None if number in numbers else stream for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr))
+    )
+    for number in numbers:
+        os.close(number)
+
+
+def streams(arena: Arena, count: int) -> Tally:
+    """Close some standard streams before a training, or its output's reader at a random moment: nothing is lost."""
+    tally = Tally()
+    for number in tqdm(range(count), desc="streams", leave=False):
+        out_dir = arena.new_run()
+        if number % 2:
+            closed = arena.random.sample(range(3), arena.random.randint(1, 3))
+            words = arena.flags(out_dir)
+            found = Program(arena, "train.py", words, before=close_streams, numbers=closed).complaint(expect=0)
+            tally.note("closed")
+        else:
+            reading, writing = os.pipe()
+            process = subprocess.Popen(
+                [sys.executable, "train.py", *arena.flags(out_dir)], stdout=writing, stderr=subprocess.PIPE, text=True,
+                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            os.close(writing)
+            while not (out_dir / LAST).exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(arena.random.uniform(0, 0.3))
+            os.close(reading)
+            said, status = process.communicate(timeout=PATIENCE)[1], process.returncode
+            tally.note({0: "had ended before", 141: "reader gone"}.get(status, f"status {status}"))
+            found = f"status {status}: {said[-2000:]}" if said or status not in (0, 141) else ""
+        tally.add(found or lost(out_dir) or arena.finished(out_dir))
+        shutil.rmtree(out_dir)
+    return tally
+
+
+COSMETIC = ("chmod", "fchmod", "fsync", "utime", "get_terminal_size")
+
+
+def refuse(calls: list[str], error: int) -> None:
+    """Have calls fail that only make things nicer, as on file systems that lack them."""
+
+    def refusal(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    for call in calls:
+        setattr(os, call, refusal)
+
+
+def cosmetic_calls(arena: Arena, count: int) -> Tally:
+    """Have calls that are not the purpose fail all the time: the same bits, and no complaint."""
+    tally = Tally()
+    for _ in tqdm(range(count), desc="cosmetic calls", leave=False):
+        out_dir, error = arena.new_run(), arena.random.choice([errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+        calls = arena.random.sample(COSMETIC, arena.random.randint(1, len(COSMETIC)))
+        calls = [call for call in calls if call != "fsync" or error != errno.EPERM]  # which is no answer of fsync
+        words = arena.flags(out_dir)
+        found = Program(arena, "train.py", words, before=refuse, calls=calls, error=error).complaint(expect=0)
+        tally.note(errno.errorcode[error])
+        tally.add((found and f"{calls}: {found}") or difference(arena.straight, out_dir))
+        shutil.rmtree(out_dir)
+    return tally
+
+
 def rivals(arena: Arena, count: int) -> Tally:
     """Start two trainings into one folder at once: one is refused, and the other is as if it had been alone."""
     tally = Tally()
@@ -442,6 +568,10 @@ ATTACKS = {
     "lost-process": Attack("SIGKILL of one of two processes under torchrun", lost_process, 20),
     "failed-writes": Attack("each write call in turn fails: disk full, read-only, gone, broken", failed_writes, 10**4),
     "full-disks": Attack("the system refuses to write, or the folder is taken away", full_disks, 100),
+    "overwriting": Attack("SIGKILL of a run that overwrites another", overwriting, 100),
+    "copies": Attack("a killed run copied or moved, and resumed there", copies, 100),
+    "streams": Attack("closed standard streams, and readers that go away", streams, 100),
+    "cosmetic-calls": Attack("chmod, fsync and others refused throughout", cosmetic_calls, 100),
     "rivals": Attack("two trainings started into one folder", rivals, 50),
     "moving-data": Attack("prepare while training reads", moving_data, 50),
     "cuts": Attack("checkpoints cut at random lengths, and with random bytes changed", hostile.cuts, 1000),

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from conftest import ROOT, script
 from glyphgpt.commandline import NANOGPT_NAMES, help_text, parse, resolve
 from glyphgpt.errors import UsageError
-from glyphgpt.settings import Action, PrepareSettings, SampleSettings, Settings, TrainSettings
+from glyphgpt.settings import (
+    Action,
+    ConvertSettings,
+    PlotSettings,
+    PrepareSettings,
+    ReportSettings,
+    SampleSettings,
+    Settings,
+    TrainSettings,
+    TranslateSettings,
+)
 
 CLASSES: list[type[Settings]] = [TrainSettings, SampleSettings, PrepareSettings]
 SCRIPTS = ["prepare.py", "train.py", "sample.py"]
@@ -439,3 +449,31 @@ def test_a_name_that_could_be_no_line_is_refused(name: str) -> None:
 def test_numbers_beyond_any_machine_are_refused(key: str) -> None:
     with pytest.raises(UsageError, match=rf"--{key} must be a whole number, at least [01], not so large a one$"):
         resolve(TrainSettings, [("command line", {key: "9" * 30})])
+
+
+def path_settings() -> list[tuple[type[Settings], str]]:
+    """Every setting of every script whose help or name says that it is a file or folder."""
+    classes = (TrainSettings, SampleSettings, PrepareSettings, ConvertSettings, PlotSettings, ReportSettings)
+    words = ("dir", "out", "file", "picture", "meta", "reference", "init_from", "score", "dataset", "vocabulary")
+    return [
+        (settings_class, key)
+        for settings_class in (*classes, TranslateSettings)
+        for key, field in settings_class.model_fields.items()
+        if field.annotation is str and any(word in key for word in words) and key != "dropout"
+    ]
+
+
+@pytest.mark.parametrize(("settings_class", "key"), path_settings())
+def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(
+    settings_class: type[Settings], key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/jane")
+    assert getattr(read(settings_class, f"--{key}=~/x"), key) == "/home/jane/x"
+    if settings_class is TrainSettings:
+        assert getattr(read(settings_class, write_toml(folder, f'{key} = "~/x"')), key) == "/home/jane/x"
+    assert parse(settings_class, ["~/a/*.txt"], "", "", files=False)[1] == ["/home/jane/a/*.txt"]
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    """As PowerShell writes them."""
+    assert read(TrainSettings, write_toml(folder, "\ufeffmax_steps = 7")).max_steps == 7

@@ -8,7 +8,8 @@ from attack import Arena
 from faults import ATTACKS
 
 FEW = {
-    "kill": 4, "signals": 9, "early-signals": 2, "lost-process": 1, "failed-writes": 24, "full-disks": 4, "rivals": 2,
+    "kill": 4, "signals": 9, "early-signals": 2, "lost-process": 1, "failed-writes": 24, "full-disks": 4,
+    "overwriting": 2, "copies": 2, "streams": 2, "cosmetic-calls": 2, "rivals": 2,
     "moving-data": 2, "cuts": 100, "checkpoints": 100, "data-sets": 100, "bytes": 100, "unicode": 200, "toml": 200,
     "command-lines": 200, "prompts": 12,
 }  # fmt: skip

@@ -92,3 +92,13 @@ def test_resume_takes_the_network_from_the_run_and_not_from_what_it_began_with(d
     shutil.rmtree(tmp_path / "one")
     train.main(began.model_copy(update={"resume": True, "max_steps": 20}))
     assert read_metrics(tmp_path / "other")[-1]["step"] == 20
+
+
+def test_nanogpts_names_of_gpt2_are_explained(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UsageError, match=r"^init_from = 'gpt2-xl' is nanoGPT's way; .*openai-community/gpt2-xl --local-dir"
+    ):
+        train.main(settings(data_dir, tmp_path / "run", init_from="gpt2-xl"))
+    train.main(tiny_settings(data_dir, tmp_path / "gpt2"))
+    monkeypatch.chdir(tmp_path)
+    train.main(settings(data_dir, tmp_path / "run", init_from="gpt2"))
