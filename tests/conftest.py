@@ -29,6 +29,14 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and suites may run side by side
 
 
+# A child process inherits ignored signals, but no handlers. Under nohup, or in the background of a script, the suite
+# still ignores SIGHUP or SIGINT, and the programs that it tests start with the system's defaults.
+IGNORED_BY_PYTHON = {getattr(signal, name, None) for name in ("SIGPIPE", "SIGXFSZ")}
+for number in signal.valid_signals() - IGNORED_BY_PYTHON:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_as_before() -> Iterator[None]:
     """Give Ctrl-C back to pytest after each test: scripts let go of it at their end."""
