@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python sample.py out/quick --num_samples=3 --max_new_tokens=300
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -3,14 +3,15 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,9 +25,48 @@ from glyphgpt.settings import PrepareSettings, TrainSettings
 from glyphgpt.state import model_arrays
 from model import GPT, GPTConfig
 
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and suites may run side by side
+
+
+# A child process inherits ignored signals, but no handlers. Under nohup, or in the background of a script, the suite
+# still ignores SIGHUP or SIGINT, and the programs that it tests start with the system's defaults.
+IGNORED_BY_PYTHON = {getattr(signal, name, None) for name in ("SIGPIPE", "SIGXFSZ")}
+for number in signal.valid_signals() - IGNORED_BY_PYTHON:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+
+NO_SKIPS = os.environ.get("GLYPHGPT_NO_SKIPS") == "1"
+"""Whether a skipped test fails, but for those that need a GPU: CI installs what all others need."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a skipped test where none may be."""
+    report = yield
+    if NO_SKIPS and report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
+        refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Fail a skipped file of tests where none may be."""
+    report = yield
+    if NO_SKIPS and report.skipped:
+        refuse_skip(report)
+    return report
+
+
+def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip into a failure that names its reason."""
+    *_, reason = report.longrepr if isinstance(report.longrepr, tuple) else (report.longrepr,)
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid}: no test may be skipped here (GLYPHGPT_NO_SKIPS=1). {reason}"
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +227,28 @@ def gpt2_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(str(failure))
         (folder / "downloads" / source.file).write_bytes(found.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Chrome]":
+    """Chromium without a window, with a profile of its own, for all tests of a file; skip where it is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("Chromium with its driver is not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        "headless", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+        "no-sandbox",  # root cannot have one; all pages are our own
+        "disable-dev-shm-usage",  # it is small in containers
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
+        yield chrome
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from torch import Tensor
 import attention as lesson
 import model as network
 import what_ifs
-from conftest import MODERN, ROOT, script, some_text, tiny_config, tiny_model, tiny_settings
+from conftest import MODERN, ROOT, prepare_text, script, some_text, tiny_config, tiny_model, tiny_settings
 from glyphgpt.errors import Failure
 from glyphgpt.runtime import Runtime
 from glyphgpt.shards import load_dataset
@@ -270,10 +270,7 @@ def test_seeing_the_future_pays_in_training_only(data_dir: Path, tmp_path: Path)
 
 
 def test_the_program_prints_a_table_for_each_form(tmp_path: Path) -> None:
-    prepared = script(
-        "prepare.py", "-", "--name=shakespeare_char", "--data_dir=data", text=some_text(3000), cwd=tmp_path
-    )
-    assert prepared.returncode == 0
+    prepare_text(some_text(3000), tmp_path / "data", name="shakespeare_char")
     done = script("lessons/what_ifs.py", "--only=dot,other_half", "--max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| (dot|other_half) \| \d\.\d{3} \| \d+\.\d\d \| `.{80}` \|$", done.stdout, re.MULTILINE)

@@ -31,12 +31,13 @@ def test_another_training_is_refused_and_touches_nothing(data_dir: Path, tmp_pat
     train.main(settings)
     with locked(tmp_path, "x"):
         before = contents(tmp_path)
+        refusal = f"{tmp_path}: in use by another process; wait for its end, or use --out_dir=ANOTHER"
+        done = script("train.py", *as_flags(settings), "--resume")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {refusal}")
         for changes in ({"resume": True}, {"overwrite": True}, {}):
-            done = script("train.py", *as_flags(settings.model_copy(update=changes)), *map("--{}".format, changes))
-            assert (done.returncode, done.stdout) == (2, "")
-            assert done.stderr.startswith(
-                f"error: {tmp_path}: in use by another process; wait for its end, or use --out_dir=ANOTHER"
-            )
+            with pytest.raises(UsageError, match=f"^{refusal}"):
+                train.main(settings.model_copy(update=changes))
         assert contents(tmp_path) == before
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import MODERN, as_flags, prepare_text, read_metrics, script, some_text, tiny_settings
+from conftest import MODERN, prepare_text, read_metrics, some_text, tiny_settings
+from glyphgpt.commandline import parse
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.settings import TrainSettings
 
@@ -40,13 +41,13 @@ def test_the_first_loss_is_the_best_of_that_run(data_dir: Path, tmp_path: Path, 
 
 def test_a_run_that_began_so_is_resumed_from_its_own_checkpoint(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one"))
-    flags = ["--init_from", str(tmp_path / "one"), "--block_size=16"]
+    began = {"init_from": str(tmp_path / "one"), "schedule": "constant", "named": "block_size"}
     for name, steps in (("straight", 20), ("resumed", 10)):
-        words = as_flags(settings(data_dir, tmp_path / name, max_steps=steps, schedule="constant"))
-        assert script("train.py", *words, *flags).returncode == 0
+        train.main(settings(data_dir, tmp_path / name, max_steps=steps, **began))
     (tmp_path / "one" / "best.safetensors").unlink()
-    done = script("train.py", str(tmp_path / "resumed" / "config.toml"), "--resume", "--max_steps=20")
-    assert (done.returncode, done.stderr.count("error")) == (0, 0)
+    words = [str(tmp_path / "resumed" / "config.toml"), "--resume", "--max_steps=20"]
+    again, _ = parse(TrainSettings, words, "", "", files=True)
+    train.main(again)
     straight, resumed = (load_file(tmp_path / name / "last.safetensors") for name in ("straight", "resumed"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 

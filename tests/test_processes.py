@@ -1,6 +1,5 @@
 """Several processes, with copies or shards of the model, do what one does alone, and go on with each other's runs."""
 
-import json
 import os
 import signal
 import time
@@ -9,19 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
+from attack import FORKS
 from conftest import MODERN, ROOT, as_flags, read_metrics, same_tensors, tiny_settings, torchrun
 from faults import children
 from glyphgpt import checkpoint as checkpoints
+from glyphgpt import runtime
 from glyphgpt.checkpoint import LAST
 from glyphgpt.errors import UsageError
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.shards import load_dataset
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without processes")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without processes")
 
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -30,22 +32,22 @@ FORMS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 3, "activation_checkpointing": True,  # 12 sequences, so 6 or 3 for each
     },
 }  # fmt: skip
-TRAIN_EACH = """
-import json, os, sys, time
-from pathlib import Path
-import torch.distributed as dist
-import train
-from glyphgpt import runtime
-from glyphgpt.settings import TrainSettings
 
-runtime.GLOO_SECONDS, at_the_end = 0, runtime.GLOO_SECONDS
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-for number, settings in enumerate(json.loads(sys.argv[1])):  # torchrun's own store is good for one meeting
-    store = dist.FileStore(str(Path(__file__).with_name(f"meeting-{world_size}-{number}")), world_size)
-    dist.rendezvous = lambda _: iter([(store, rank, world_size)])
-    train.main(TrainSettings.model_validate(settings))
-time.sleep(at_the_end)
-"""
+
+def train_each(rank: int, world_size: int, folder: Path, work: list[TrainSettings]) -> None:
+    """Do one run after another as one of several processes, as if torchrun had started it."""
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{world_size}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "GLOO_SECONDS", 0)
+        for number, settings in enumerate(work):
+            file = str(folder / f"meeting-{world_size}-{number}")
+            meeting = dist.FileStore(file, world_size), rank, world_size  # type: ignore[attr-defined]
+            patch.setattr(dist, "rendezvous", lambda _, meeting=meeting: iter([meeting]))
+            train.main(settings)
+    time.sleep(runtime.GLOO_SECONDS)
 
 
 class Runs:
@@ -88,13 +90,16 @@ class Runs:
         work = [settings for form in FORMS for settings in self.stretches(processes, form)]
         if processes == 2:
             work += [self.half_precise("bfloat16-two"), self.long("undisturbed")]
-        plain = json.dumps([settings.model_dump() for settings in work])
-        script = self.folder / "train_each.py"
-        script.write_text(TRAIN_EACH)
-        with torchrun(processes, str(script), plain) as process:
-            said, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-        self.said[processes] = said, errors
+        started = [
+            FORKS.Process(target=train_each, args=(rank, processes, self.folder, work)) for rank in range(processes)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(240)
+        out, err = ((self.folder / f"{processes}.{name}").read_text() for name in ("out", "err"))
+        assert [process.exitcode for process in started] == [0] * processes, err
+        self.said[processes] = out, err
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +179,11 @@ def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(data_dir: Path, tmp_path: Path) -> None:
     settings = tiny_settings(data_dir, tmp_path / "run", batch_size=3)
-    runtime = Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2)
+    second = Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2)
     said = (
         "^2 processes cannot share 3 sequences evenly; change batch_size or gradient_accumulation_steps "
         "so that their product is a multiple of 2$"
     )
     with pytest.raises(UsageError, match=said):
-        train.Trainer(settings, load_dataset(data_dir / "small", data_dir), runtime)
+        train.Trainer(settings, load_dataset(data_dir / "small", data_dir), second)
     assert not (tmp_path / "run").exists()

@@ -4,10 +4,8 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -208,22 +206,10 @@ def test_words_that_will_not_do(words: list[str], said: str) -> None:
 
 
 class Browser:
-    """Chromium without a window."""
+    """Chromium, which shows pages of runs."""
 
-    def __init__(self, profile: Path) -> None:
-        webdriver = pytest.importorskip("selenium.webdriver")
-        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-        if not (chromium and driver):
-            pytest.skip("no Chromium with its driver here")
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for flag in (
-            "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-            "disable-component-update", "disable-sync", f"user-data-dir={profile}",
-        ):  # fmt: skip
-            options.add_argument(f"--{flag}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
 
     def open(self, run: Path, width: int = 1200) -> None:
         """Write a run's page and open it in a window of that width, in pixels."""
@@ -257,11 +243,9 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A browser for all tests of this file."""
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.driver.quit()
+def browser(browser: Any) -> Browser:
+    """The same browser, which shows pages of runs."""
+    return Browser(browser)
 
 
 @pytest.fixture(scope="module")
