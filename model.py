@@ -165,8 +165,8 @@ class SinusoidalPosition(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        angle = angles(config.block_size, config.n_embd)  # (T, C / 2)
-        waves = torch.stack((angle.sin(), angle.cos()), dim=-1).float()  # (T, C / 2, 2)
+        cos, sin = position_waves(config.block_size, config.n_embd)  # (T, C / 2) each
+        waves = torch.stack((sin, cos), dim=-1)  # (T, C / 2, 2)
         self.scale = math.sqrt(config.n_embd) if config.small_embeddings else 1.0
         self.register_buffer("waves", waves.flatten(1), persistent=False)  # (T, C)
 
@@ -190,9 +190,9 @@ class Rotary(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        angle = angles(config.block_size, config.head_size)  # (T, D / 2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        cos, sin = position_waves(config.block_size, config.head_size)  # (T, D / 2) each
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     cos: Tensor
     sin: Tensor
@@ -213,15 +213,17 @@ class NoRotation(nn.Module):
         return x
 
 
-def angles(length: int, channels: int) -> Tensor:
-    """Return t / 10000^(2i / channels) for each position t and pair i, shape (length, channels / 2), in float64.
+def position_waves(length: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the cosine and sine of t / 10000^(2i / channels) for position t and pair i, (length, channels / 2) each.
 
-    Sines and cosines are taken in float64 too, and rounded then: in float32, torch's first ones in a process differ
-    from those of other processes in the last bit, now and then, and with them all that is trained.
+    They come from torch.polar: the first call of torch.cos in a process is less exact now and then, where MKL computes
+    it, and a resumed run would not get the same bits.
     """
     pair = torch.arange(channels // 2, dtype=torch.float64)
     frequency = 10000.0 ** (-2 * pair / channels)
-    return torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    waves = torch.polar(torch.ones_like(angle), angle)  # e^(i angle)
+    return waves.real.float(), waves.imag.float()
 
 
 class ReLUSquared(nn.Module):

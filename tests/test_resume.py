@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -406,3 +407,24 @@ def test_a_dataset_may_be_named_by_its_path(project: Path) -> None:
         train.main(tiny_settings(Path("data"), Path("out/two"), dataset=place, max_steps=1, overwrite=True))
     train.main(parsed("--resume", "out/two", "--max_steps=2"))
     assert steps(project / "out/two") == 2
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_compiled_run_on_several_threads_is_exact_too(data_dir: Path, tmp_path: Path) -> None:
+    """Compiled backward passes of embeddings add atomically by default: runs part within a few steps."""
+    form = {**MODERN, "n_layer": 1, "n_embd": 32, "block_size": 64, "batch_size": 32, "dtype": "auto", "compile": True}
+    schedule = {"schedule": "constant", "learning_rate": 0.01}  # which does not depend on where the run ends
+    for name, steps in (("straight", 16), ("broken", 6), ("broken", 16)):
+        settings = tiny_settings(data_dir, tmp_path / name, **form, **schedule, max_steps=steps)
+        train.main(resumed(settings) if (tmp_path / name).exists() else settings)
+    for name in ("best.safetensors", "last.safetensors"):
+        assert same_tensors(tmp_path / "straight", tmp_path / "broken", name)
+    assert rows(tmp_path / "straight")[-1] == rows(tmp_path / "broken")[-1]
