@@ -86,13 +86,13 @@ def stopped_well(program: Program, number: signal.Signals, tally: Tally) -> str:
     return ""
 
 
-def command_line(arena: Arena, *words: str) -> "subprocess.Popen[str]":
+def command_line(arena: Arena, *words: str, **environment: str) -> "subprocess.Popen[str]":
     """Start Python as a user does, in a process group of its own, as a terminal would."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(arena.scratch / f"cache-{time.monotonic_ns()}")}  # cold
     return subprocess.Popen(
         [sys.executable, *words], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         encoding="utf-8", cwd=ROOT,
-        env={**os.environ, **cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
 
@@ -292,6 +292,58 @@ def full_disks(arena: Arena, count: int) -> Tally:
         tally.add(found and f"{'disk full' if number % 2 else 'folder taken away'}: {found}")
         shutil.rmtree(out_dir, ignore_errors=True)
     return tally
+
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+LIGHTER = {
+    "gpt2": {"batch_size": 1, "gradient_accumulation_steps": 2, "block_size": 128, "max_steps": 4},
+    "nanogpt_gpu": {"batch_size": 6, "max_steps": 6},
+}
+"""What of a config is more than a CPU can do; the others run as they are, for fewer steps."""
+
+
+def configs(arena: Arena, count: int) -> Tally:
+    """SIGKILL each committed config, compiled if it says so, on two threads, in each precision: the same bits again."""
+    tally, straight = Tally(), {}
+    files = sorted((ROOT / "config").glob("*.toml"))
+    few = {"dataset": "small", "data_dir": arena.data_dir, "device": "cpu", "save_every": 1, "eval_every": 10**6}
+    few |= {"max_steps": 12, "log_every": 1, "eval_tokens": 500, "report": False, "picture": False}
+    cache = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_CACHE_DIR": str(arena.scratch / "compiled")}
+
+    def start(file: Path, out_dir: Path, **changes: object) -> "subprocess.Popen[str]":
+        settings = {**few, **LIGHTER.get(file.stem, {}), "out_dir": out_dir, **changes}
+        flags = [f"--{key}={value}" for key, value in settings.items()]
+        return command_line(arena, "train.py", str(file), *flags, **cache)
+
+    for number in tqdm(range(count), desc="configs", leave=False):
+        file, dtype, out_dir = files[number % len(files)], PRECISIONS[number // len(files) % 4], arena.new_run()
+        if (file, dtype) not in straight:
+            straight[file, dtype] = arena.new_run()
+            if said := finished_badly(start(file, straight[file, dtype], dtype=dtype)):
+                tally.add(f"{file.stem}, {dtype}: {said}")
+                continue
+        process, began = start(file, out_dir, dtype=dtype), None
+        while process.poll() is None:
+            if (out_dir / LAST).exists():
+                began = began or time.monotonic()
+                if time.monotonic() - began > 0.5 * arena.random.random():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
+            time.sleep(0.01)
+        process.communicate()
+        tally.note(f"at step {checkpoints.peek(out_dir / LAST).progress.step}" if process.returncode else "had ended")
+        found = finished_badly(start(file, out_dir, dtype=dtype, resume=True)) or difference(
+            straight[file, dtype], out_dir
+        )
+        tally.add(found and f"{file.stem}, {dtype}: {found}")
+        shutil.rmtree(out_dir)
+    return tally
+
+
+def finished_badly(process: "subprocess.Popen[str]") -> str:
+    """Wait for a program, and return what it wrote on standard error if it failed; at most the end of it."""
+    said = process.communicate(timeout=10 * PATIENCE)[1]
+    return f"status {process.returncode}: {said[-2000:]}" if process.returncode else ""
 
 
 def wait_for(path: Path, running: Callable[[], bool]) -> None:
@@ -572,6 +624,7 @@ ATTACKS = {
     "copies": Attack("a killed run copied or moved, and resumed there", copies, 100),
     "streams": Attack("closed standard streams, and readers that go away", streams, 100),
     "cosmetic-calls": Attack("chmod, fsync and others refused throughout", cosmetic_calls, 100),
+    "configs": Attack("each committed config as it is, on two threads, in each precision", configs, 32),
     "rivals": Attack("two trainings started into one folder", rivals, 50),
     "moving-data": Attack("prepare while training reads", moving_data, 50),
     "cuts": Attack("checkpoints cut at random lengths, and with random bytes changed", hostile.cuts, 1000),
