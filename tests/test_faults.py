@@ -8,16 +8,15 @@ from attack import Arena
 from faults import ATTACKS
 
 FEW = {
-    "kill": 4, "signals": 9, "early-signals": 2, "lost-process": 1, "failed-writes": 24, "full-disks": 4,
-    "overwriting": 2, "copies": 2, "streams": 2, "cosmetic-calls": 2, "rivals": 2,
-    "moving-data": 2, "cuts": 100, "checkpoints": 100, "data-sets": 100, "bytes": 100, "unicode": 200, "toml": 200,
-    "command-lines": 200, "prompts": 12,
+    "kill": 4, "signals": 9, "early-signals": 2, "failed-writes": 24, "full-disks": 4, "overwriting": 2, "copies": 2,
+    "streams": 2, "cosmetic-calls": 2, "rivals": 2, "moving-data": 2, "cuts": 100, "checkpoints": 100,
+    "data-sets": 100, "bytes": 100, "unicode": 200, "toml": 200, "command-lines": 200, "prompts": 12,
 }  # fmt: skip
-"""Tries of each; the three that take long by their nature are left to bench/faults.py."""
+"""Tries of each; long ones are left to bench/faults.py, and lost processes to tests/test_processes.py."""
 
 
 def test_every_attack_has_its_few_tries() -> None:
-    assert ATTACKS.keys() - FEW.keys() == {"long-run", "day", "configs"}
+    assert ATTACKS.keys() - FEW.keys() == {"long-run", "day", "configs", "lost-process"}
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,28 @@ FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def train_each(rank: int, world_size: int, folder: Path, work: list[TrainSettings]) -> None:
+def train_each(rank: int, world_size: int, log: Path, work: list[TrainSettings]) -> None:
     """Do one run after another as one of several processes, as if torchrun had started it."""
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{world_size}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "GLOO_SECONDS", 0)
         for number, settings in enumerate(work):
-            file = str(folder / f"meeting-{world_size}-{number}")
-            meeting = dist.FileStore(file, world_size), rank, world_size  # type: ignore[attr-defined]
+            store = dist.FileStore(f"{log}.store-{number}", world_size)  # type: ignore[attr-defined]
+            meeting = store, rank, world_size
             patch.setattr(dist, "rendezvous", lambda _, meeting=meeting: iter([meeting]))
             train.main(settings)
     time.sleep(runtime.GLOO_SECONDS)
+
+
+def start_each(processes: int, log: Path, work: list[TrainSettings]) -> list[ForkServerProcess]:
+    """Start so many of them, which write to `log`.out and `log`.err."""
+    started = [FORKS.Process(target=train_each, args=(rank, processes, log, work)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
 
 
 class Runs:
@@ -90,14 +99,11 @@ class Runs:
         work = [settings for form in FORMS for settings in self.stretches(processes, form)]
         if processes == 2:
             work += [self.half_precise("bfloat16-two"), self.long("undisturbed")]
-        started = [
-            FORKS.Process(target=train_each, args=(rank, processes, self.folder, work)) for rank in range(processes)
-        ]
-        for process in started:
-            process.start()
+        log = self.folder / f"log-{processes}"
+        started = start_each(processes, log, work)
         for process in started:
             process.join(240)
-        out, err = ((self.folder / f"{processes}.{name}").read_text() for name in ("out", "err"))
+        out, err = (Path(f"{log}.{name}").read_text(encoding="utf-8") for name in ("out", "err"))
         assert [process.exitcode for process in started] == [0] * processes, err
         self.said[processes] = out, err
 
@@ -112,6 +118,11 @@ def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     made.all_with(2)
     made.all_with(4)
     return made
+
+
+def rows_written(out_dir: Path) -> int:
+    metrics = out_dir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def losses(out_dir: Path) -> dict[tuple[str, int], float]:
@@ -164,10 +175,10 @@ def test_one_process_speaks_for_all(runs: Runs) -> None:
 
 def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(runs: Runs) -> None:
     killed, undisturbed = runs.folder / "killed", runs.folder / "undisturbed"
-    metrics, patience = killed / "metrics.jsonl", time.monotonic() + 60
+    patience = time.monotonic() + 120
     flags = as_flags(runs.long("killed"))
     with torchrun(2, str(ROOT / "train.py"), *flags, flags=("--max-restarts=1",)) as process:
-        while not (metrics.exists() and metrics.read_text().count("\n") > 20) and time.monotonic() < patience:
+        while rows_written(killed) < 20 and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.01)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         said, errors = process.communicate(timeout=120)
@@ -175,6 +186,20 @@ def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint
     assert said.count("step 0: validation") == 1, "it did not begin anew"
     assert same_tensors(undisturbed, killed)
     assert losses(undisturbed) == losses(killed)
+
+
+def test_the_others_end_when_a_process_is_lost_and_name_the_reason(runs: Runs) -> None:
+    settings = runs.long("lost").model_copy(update={"max_steps": 10**6})
+    log, out_dir, patience = runs.folder / "log-lost", Path(settings.out_dir), time.monotonic() + 120
+    first, second = start_each(2, log, [settings])
+    while rows_written(out_dir) < 20 and first.is_alive() and time.monotonic() < patience:
+        time.sleep(0.01)
+    second.kill()
+    first.join(60)
+    said = Path(f"{log}.err").read_text(encoding="utf-8")
+    assert first.exitcode == 1, said
+    assert "lost another process of this run, which ended or hangs; go on with --resume" in said
+    assert checkpoints.load(out_dir / LAST).info.progress.step > 0
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(data_dir: Path, tmp_path: Path) -> None:
