@@ -272,12 +272,16 @@ class PrepareSettings(Settings):
     """Name of the data set; a recipe's or a single file's own name when left out."""
     tokenizer: Literal["char", "byte", "gpt2"] = "char"
     """char: one token per character of the text; byte: per UTF-8 byte; gpt2: GPT-2's 50,257 word pieces."""
+    vocabulary: Place = ""
+    """A run, a checkpoint or a prepared data set, whose tokenizer to take: for train.py --init_from."""
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with characters that vocabulary lacks."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the text, at its end, that is kept for validation."""
     encoding: str = "utf-8"
     """How the files' bytes spell characters."""
     text_field: str = "text"
-    """Where the text is in each record of a JSON Lines or Parquet file."""
+    """Where the text is in each record of a JSON, JSON Lines, CSV or Parquet file."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
     """Threads that encode; 0 takes one for each core for gpt2, else one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
@@ -286,6 +290,11 @@ class PrepareSettings(Settings):
     """Folder of recipes and data sets."""
     overwrite: bool = False
     """Replace the data set of that name."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Say, a line each, which values do not go together."""
+        if self.unknown == "skip" and not self.vocabulary:
+            yield "unknown = 'skip' needs a vocabulary that lacks characters: --vocabulary=RUN"
 
 
 class ConvertSettings(Settings):

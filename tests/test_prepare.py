@@ -193,7 +193,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "the text is empty; there is nothing to learn from"),
+        (b"", "FILE: the text is empty; there is nothing to learn from"),
         (
             b"a",
             "FILE: too short: 1 characters leave too few tokens for training (0, and predicting takes 2); "
@@ -299,9 +299,12 @@ def test_a_failing_replacement_keeps_the_old_data_set(run: Run, tmp_path: Path) 
 def test_a_folder_that_is_no_data_set_is_never_replaced(run: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.txt", TEXT)
     write(tmp_path / "data" / "mine" / "precious.txt", "precious")
-    said = refusal(run, tmp_path / "data", file, "--overwrite")
-    assert said == f"{tmp_path / 'data' / 'mine'} is no data set, so it is not replaced; choose another --name"
-    assert "mine holds" in refusal(run, tmp_path / "data", file)
+    for flags in ([], ["--overwrite"]):
+        said = refusal(run, tmp_path / "data", file, *flags)
+        assert said == (
+            f"{tmp_path / 'data' / 'mine'} holds other files (precious.txt), which are never replaced; "
+            "choose another --name"
+        )
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])

@@ -17,7 +17,10 @@ from pyarrow import parquet
 
 from glyphgpt import text as texts
 from glyphgpt.errors import Failure, UsageError
-from glyphgpt.text import Documents, Text, files_named, json_records, open_text, zstandard
+from glyphgpt.formats import zstandard
+from glyphgpt.records import Documents, json_records
+from glyphgpt.sources import find_files
+from glyphgpt.text import Text, open_text
 
 LINES = ["one", "zwei\ndrei", "", "\u2028quatre 🙂 \0"]
 
@@ -103,8 +106,8 @@ def test_json_lines_come_in_any_pieces(records: list[str], size: int, last_line_
     [
         ('{"text": ', "line 3 is not JSON ("),
         ("[" * 100_000, "line 3 is not JSON ("),
-        ('"text"', "line 3 is not a JSON object with a field 'text'"),
-        ('{"body": "x", "id": 1}', "line 3 has no field 'text'; name another: --text_field=..., of body, id"),
+        ("[1]", "line 3 is neither text nor a JSON object with a field 'text'"),
+        ('{"body": "x", "id": 1}', "line 3 has no field 'text'; there are: body, id; prepare.py reads another with --text_field=NAME"),
         ('{"text": null}', "line 3: 'text' is not text but null"),
         ('{"text": ["a", "b"]}', """line 3: 'text' is not text but ["a", "b"]"""),
         ('{"text": "\\ud83d"}', "line 3: 'text' holds half a surrogate pair, which is no character"),
@@ -127,7 +130,7 @@ def test_another_field_can_be_named(tmp_path: Path) -> None:
 
 def test_columns_that_will_not_do_are_named(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.parquet", LINES)
-    for field, said in (("body", "has no column 'body'; name another: --text_field=..., of id, text"),):
+    for field, said in (("body", "has no column 'body'; there are: id, text; prepare.py reads another with --text_field=NAME"),):
         with pytest.raises(Failure, match=f"^{path}: {said}$"):
             read(path, field=field)
     with pytest.raises(Failure, match=f"^{path}: row 1: 'id' is not text but 0$"):
@@ -154,7 +157,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_records(tmp_path / "a.parquet", LINES)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(Failure, match=r"reading Parquet takes pyarrow: pip install 'glyphgpt\[parquet\]'$"):
+    with pytest.raises(Failure, match=r"a.parquet: reading Parquet needs pyarrow: pip install pyarrow$"):
         read(path)
 
 
@@ -164,7 +167,7 @@ def test_patterns_name_the_files_that_fit_sorted(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
 
     def found(word: str) -> list[str]:
-        return [str(path.relative_to(tmp_path)) for path in files_named(str(tmp_path / word))]
+        return [str(path.relative_to(tmp_path)) for path in find_files([str(tmp_path / word)]).files if path]
 
     assert found("*.txt") == ["[x].txt", "a.txt", "b.txt"]
     assert found("**/*.txt") == ["[x].txt", "a.txt", "b.txt", "deep/er/d.txt"]
