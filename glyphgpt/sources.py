@@ -65,11 +65,10 @@ class FileFinder:
         files = [match for match in matches if not is_folder(match)]
         for _, children in self._walk(filter(is_folder, matches)):
             files += [child for child in children if not is_folder(child)]
-        known = len(self._left_out.get(AGAIN, ()))
-        found = self._readable(files, special=explicit)
+        found, again = self._readable(files, special=explicit and not is_folder(path))
         self._seen.update(found)
         self.files += sorted(found.values())
-        if not found and len(self._left_out.get(AGAIN, ())) == known:
+        if not found and not again:
             if explicit and not is_folder(path):
                 raise UsageError(f"{shown}: neither a file nor a folder")
             others = f" that can be read; left out: {self.left_out()}" if self._left_out else ""
@@ -83,9 +82,13 @@ class FileFinder:
     def _leave_out(self, reason: str, path: Path) -> None:
         self._left_out.setdefault(reason, {})[path] = None
 
-    def _readable(self, files: Iterable[Path], *, special: bool) -> dict[Identity, Path]:
-        """Return which of the files are to be read, each under the name that leads through the fewest links."""
+    def _readable(self, files: Iterable[Path], *, special: bool) -> tuple[dict[Identity, Path], bool]:
+        """Return which files are to be read, each by the name through the fewest links, and whether some are already.
+
+        `special` is whether pipes and terminals are to be read too.
+        """
         found: dict[Identity, Path] = {}
+        again = False
         for file in dict.fromkeys(files):
             try:
                 status = file.stat()
@@ -97,13 +100,14 @@ class FileFinder:
             if not (stat.S_ISREG(status.st_mode) or (special and stream)):
                 self._leave_out(SPECIAL, file)
             elif key in self._seen:
+                again = True
                 self._leave_out(AGAIN, file)
             elif key in found:
                 found[key], other = sorted((found[key], file), key=nearness)
                 self._leave_out(AGAIN, other)
             else:
                 found[key] = file
-        return found
+        return found, again
 
     def _matching(self, pattern: Path) -> list[Path]:
         """Return what matches a pattern, as glob.glob does, but each folder once, so that loops of links end."""

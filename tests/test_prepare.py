@@ -282,7 +282,7 @@ def test_a_data_set_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> Non
     folder = tmp_path / "data" / "mine"
     run(first, "--name=mine")
     assert refusal(run, tmp_path / "data", second, "--name=mine") == (
-        f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER"
+        f"{folder} holds a dataset already; add --overwrite to replace it, or --name=ANOTHER"
     )
     run(second, "--name=mine", "--overwrite", "--shard_tokens=50")
     assert "".join(splits(load(tmp_path / "data", "mine"))) == TEXT[::-1]
@@ -417,7 +417,7 @@ def test_a_recipe_that_is_prepared_already_is_left_alone(
 
 def test_a_recipe_does_not_replace_another_text_of_its_name(run: Run, tmp_path: Path, recipe: Path) -> None:
     run(write(tmp_path / "mine.txt", TEXT[::-1]), "--name=known")
-    assert "holds a data set already" in refusal(run, tmp_path / "data", recipe.stem)
+    assert "holds a dataset already" in refusal(run, tmp_path / "data", recipe.stem)
     run(recipe.stem, "--overwrite")
     assert read_meta(tmp_path / "data" / "known").recipe == "known"
 
@@ -446,5 +446,5 @@ def test_the_script_from_a_pipe_to_a_line_on_standard_error(tmp_path: Path) -> N
     again = script("prepare.py", *words, text=TEXT)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr == (
-        f"error: {tmp_path / 'typed'} holds a data set already; add --overwrite to replace it, or --name=ANOTHER\n"
+        f"error: {tmp_path / 'typed'} holds a dataset already; add --overwrite to replace it, or --name=ANOTHER\n"
     )
