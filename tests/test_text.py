@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pytest
@@ -366,16 +366,20 @@ def test_records_are_read_in_bounded_memory(name: str) -> None:
     record = {"a.json": '{"text": "%s"},', "a.jsonl": '{"text": "%s"}\n', "a.csv": '"%s"\n'}[name] % ("word " * 200)
     begin, end = {"a.json": ("[", '"the end"]'), "a.jsonl": ("", '"the end"'), "a.csv": ("text\n", "the end\n")}[name]
     pieces = chain([begin], (record * 20 for _ in range(1500)), [end])
-    read_records = {"a.json": json_values, "a.jsonl": json_records, "a.csv": partial(csv_rows, delimiter=",")}[name]
+    readers: dict[str, Any] = {
+        "a.json": json_values,
+        "a.jsonl": json_records,
+        "a.csv": partial(csv_rows, delimiter=","),
+    }
     tracemalloc.start()
-    count = sum(map(len, read_records(pieces, name, "text")))
+    count = sum(map(len, readers[name](pieces, name, "text")))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 1500 * 20 + 1
     assert peak < 5_000_000  # of 30 million characters
 
 
-def tar_of(path: Path, mode: str) -> None:
+def tar_of(path: Path, mode: Literal["w", "w:gz"]) -> None:
     with tarfile.open(path, mode) as archive:
         archive.add(__file__, "x.txt")
 

@@ -104,7 +104,8 @@ def test_what_was_left_out_is_reported_after_an_interruption(job: Job, capsys: p
     out = capsys.readouterr().out
     text = job.file.read_text(encoding="utf-8")
     assert "going on where this was broken off" in out
-    assert f"left out: {len(re.sub(r'[abcdefgh \n]', '', text))} characters that {job.data_dir / 'few'} lacks\n" in out
+    left_out = len(re.sub(r"[abcdefgh \n]", "", text))
+    assert f"left out: {left_out} characters that {job.data_dir / 'few'} lacks\n" in out
 
 
 @pytest.mark.parametrize("other", ["text", "settings", "vocabulary", "damage", "missing", "notes"])
