@@ -35,7 +35,7 @@ from glyphgpt.errors import Failure, UsageError
 from glyphgpt.formats import zstandard
 from glyphgpt.records import Documents, csv_rows, json_records, json_values
 from glyphgpt.sources import find_files, list_names, sanitize, shell_word
-from glyphgpt.text import Text, open_text, read_text
+from glyphgpt.text import Tee, Text, open_text, read_text
 
 LINES = ["one", "zwei\ndrei", "", "\u2028quatre 🙂 \0"]
 
@@ -332,7 +332,7 @@ def test_a_column_of_a_table_holds_documents(
     tmp_path: Path, suffix: str, dialect: str, pack: Callable[[bytes], bytes]
 ) -> None:
     table, records = io.StringIO(newline=""), [*LINES, 'with "quotes", commas\tand\r\nlines']
-    csv.writer(table, dialect).writerows([["id", "text"], *([1, record] for record in records)])
+    csv.writer(table, dialect).writerows([["text", "id"], *([record, 1] for record in records)])
     path = tmp_path / f"a{suffix}{suffix_of(pack)}"
     path.write_bytes(pack(b"\xef\xbb\xbf" + table.getvalue().encode()))
     assert read(path, separate=True) == records
@@ -482,3 +482,13 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(Failure, match=r"a\\n\.txt: Permission denied$"):
         read_text(str(tmp_path / "a\n.txt"))
+
+
+def test_bytes_read_elsewhere_are_told_up_to_where_reading_has_come() -> None:
+    seen = bytearray()
+    content = bytes(range(250)) * 4
+    file = Tee(io.BytesIO(content), seen.extend)
+    file.peek(512)
+    for fraction, told in ((0.1, 512), (0.6, 600), (1, 1000)):
+        file.read_up_to(fraction)
+        assert seen == content[:told]

@@ -1,5 +1,6 @@
 """A preparation that was broken off goes on where it stopped, and ends as if nothing had been."""
 
+import io
 import os
 import random
 import re
@@ -221,6 +222,13 @@ def test_of_standard_input_nothing_is_kept(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "too short" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_an_interrupted_pipe_nothing_is_kept(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(job.file.read_bytes())))
+    job.file = Path("-")
+    job.break_off(10, "--shard_tokens=50")
+    assert list(job.data_dir.iterdir()) == []
 
 
 def test_two_at_once_are_one_too_many(job: Job) -> None:
