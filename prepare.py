@@ -3,20 +3,23 @@
     python prepare.py shakespeare_char                      a recipe: a TOML file in data/
     python prepare.py my.txt more/*.txt --name=mine         your own files
     python prepare.py folder/ --tokenizer=gpt2              every file in a folder
-    python prepare.py 'wiki/*.jsonl.zst' --name=wiki        a pattern; packed files; records
+    python prepare.py 'wiki/*.jsonl.zst' --name=wiki        a pattern; packed files; records (JSON, CSV, Parquet)
     cat my.txt | python prepare.py - --name=mine            standard input
+    python prepare.py my.txt --vocabulary=out/quick         with the tokenizer of a run, for train.py --init_from
 
 The text is streamed, so it may be larger than memory. It is read twice: to count and check it, then to encode
-it. The first part trains, the last (val_fraction) validates; decoding both gives back the very text. What is broken
-off goes on where it stopped, once it is started again.
+it. The first part trains, the last (val_fraction) validates; decoding both gives back the very text. A preparation that
+was interrupted continues where it stopped, once it is started again.
 """
 
+import codecs
 import hashlib
 import os
 import re
 import shlex
 import sys
-from collections import deque
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,14 +34,17 @@ if __name__ == "__main__":  # while the rest is imported
 
 from tqdm import tqdm
 
+from glyphgpt.checkpoint import find, peek
 from glyphgpt.commandline import parse
 from glyphgpt.corpus import QUICK, read_recipe, text_file
 from glyphgpt.helper import Helper
 from glyphgpt.memory import keep_freed_memory
+from glyphgpt.records import Documents
 from glyphgpt.settings import PrepareSettings
-from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
-from glyphgpt.text import Documents, Text, open_text
-from glyphgpt.tokenizer import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain
+from glyphgpt.shards import FORMAT, META, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
+from glyphgpt.sources import is_stream, list_names, sanitize
+from glyphgpt.text import MARKED, NUL, Text, open_text
+from glyphgpt.tokenizer import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain, list_characters
 from glyphgpt.unfinished import Progress, earlier, forget, job_name, keep, place_of, workshop
 
 USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]"
@@ -50,26 +56,26 @@ def main() -> None:
     keep_freed_memory()
     data_dir = Path(settings.data_dir)
     if not words:
-        raise UsageError(f"name a recipe or a text: {USAGE}; recipes here: {', '.join(recipe_names(data_dir))}")
+        raise UsageError(f"name a recipe or a text: {USAGE}; recipes here: {recipe_names(data_dir)}")
     recipe_path = data_dir / f"{words[0]}.toml"
     if len(words) == 1 and recipe_path.is_file() and not Path(words[0]).is_file():
         prepare_recipe(recipe_path, settings)
     else:
         if len(words) == 1 and re.fullmatch(r"\w+", words[0]) and not Path(words[0]).exists():
-            known = ", ".join(recipe_names(data_dir))
+            known = recipe_names(data_dir)
             raise UsageError(f"{words[0]}: no such file, folder or recipe; recipes in {data_dir}: {known}")
         prepare_files(words, settings)
 
 
-def recipe_names(data_dir: Path) -> list[str]:
+def recipe_names(data_dir: Path) -> str:
     """List the recipes in the data folder."""
-    return sorted(path.stem for path in data_dir.glob("*.toml")) or ["none"]
+    return list_names(sorted(path.stem for path in data_dir.glob("*.toml")), shown=10) or "none"
 
 
 def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     """Prepare a well-known text as its recipe says; a data set that is there already is left alone."""
     recipe, name = read_recipe(path), path.stem
-    for key in ("name", "tokenizer", "val_fraction", "encoding", "text_field"):
+    for key in ("name", "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "unknown"):
         if key in settings.model_fields_set:
             raise UsageError(f"--{key} goes with your own text; the recipe {path} decides it here")
     folder = Path(settings.data_dir) / name
@@ -80,60 +86,90 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
             return
     file = text_file(recipe, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
-    text = Text((file,), (str(file),))
+    text = Text((file,), (sanitize(file),), flags=False)
     chosen = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
-    with workshop(folder, overwrite=settings.overwrite) as scratch:
+    with workshop(folder, overwrite=settings.overwrite, named=False) as scratch:
         meta = prepare(text, scratch, chosen, recipe=name)
     report(meta, folder, recipe.config)
 
 
 def prepare_files(words: list[str], settings: PrepareSettings) -> None:
     """Prepare the user's own text."""
-    name = settings.name or (Path(words[0]).stem if len(words) == 1 and words[0] != "-" else "")
-    folder = place_of(name, Path(settings.data_dir))
+    single = len(words) == 1 and not is_stream(words[0])
+    folder = place_of(settings.name or (Path(words[0]).stem if single else ""), Path(settings.data_dir))
+    vocabulary = read_vocabulary(settings) if settings.vocabulary else None
+    if vocabulary:
+        settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
     with workshop(folder, overwrite=settings.overwrite) as scratch:
         separate = settings.tokenizer == "gpt2"  # which has a token to stand between documents
         text = open_text(words, scratch.parent, settings.encoding, field=settings.text_field, separate=separate)
-        meta = prepare(text, scratch, settings, recipe="")
+        meta = prepare(text, scratch, settings, recipe="", vocabulary=vocabulary)
     report(meta, folder, QUICK)
 
 
-def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) -> Meta:
-    """Read a text twice and write its shards and meta.json into a folder; go on where an earlier run was broken off.
+def read_vocabulary(settings: PrepareSettings) -> Tokenizer:
+    """Return the tokenizer of the run, checkpoint or dataset that the settings name.
+
+    Raises:
+        UsageError: the settings name another tokenizer.
+        Failure: there is none.
+    """
+    data_dir = Path(settings.data_dir)
+    path = Path(settings.vocabulary)
+    if not path.exists():
+        raise UsageError(f"--vocabulary={settings.vocabulary}: no such run, checkpoint or dataset")
+    plain = read_meta(path).tokenizer if (path / META).is_file() else peek(find(path)).tokenizer
+    tokenizer = from_plain(plain, data_dir)
+    if "tokenizer" in settings.model_fields_set and settings.tokenizer != tokenizer.kind:
+        raise UsageError(
+            f"--tokenizer={settings.tokenizer} contradicts --vocabulary={settings.vocabulary}, whose tokenizer is "
+            f"{tokenizer.kind}; leave one of them out"
+        )
+    return tokenizer
+
+
+def prepare(
+    text: Text, folder: Path, settings: PrepareSettings, recipe: str, vocabulary: Tokenizer | None = None
+) -> Meta:
+    """Read a text twice and write its shards and meta.json into a folder; continue an interrupted preparation.
 
     Raises:
         Failure: the text cannot be read or is too short to split.
     """
     stamps = text.stamps()
     total_bytes = sum(size for size, _ in stamps)
-    form = settings.model_dump(include={"tokenizer", "val_fraction", "encoding", "text_field", "shard_tokens"})
-    job = job_name(names=text.names, stamps=stamps, form=form, recipe=recipe) if text.stays else ""
+    kept = {"tokenizer", "val_fraction", "encoding", "text_field", "shard_tokens", "unknown"}
+    form = {**settings.model_dump(include=kept), "vocabulary": vocabulary.to_plain() if vocabulary else None}
+    job = job_name(paths=list(map(str, text.paths)), stamps=stamps, form=form, recipe=recipe) if text.stays else ""
     progress = earlier(folder, job)
     if progress:
         finished = sum(map(len, progress.shards.values()))
         print(f"going on where this was broken off; finished files: {finished}")
     else:
-        progress = survey(text, settings, job, total_bytes)
+        progress = survey(text, settings, job, total_bytes, vocabulary)
     tokenizer = from_plain(progress.tokenizer, Path(settings.data_dir))
     train_characters = int(progress.characters * (1 - settings.val_fraction))
     lengths = {"train": train_characters, "val": progress.characters - train_characters}
     workers = ThreadPoolExecutor(settings.workers or (os.cpu_count() if settings.tokenizer == "gpt2" else 1))
     with bar("encoding", total_bytes) as reading, Helper() as helper, workers:
         output = Output(folder, lengths, tokenizer.vocab_size, settings.shard_tokens, progress)
-        pieces = cut(text.read(lambda chunk: reading.update(len(chunk))), lengths, tokenizer, progress)
+        stream = text.read(lambda chunk: reading.update(len(chunk)))
+        if progress.skipped:
+            stream = known_only(stream, tokenizer, Counter())
+        pieces = cut(stream, lengths, tokenizer, progress)
         for piece, tokens in in_order(workers, lambda piece: encode_documents(tokenizer, piece.documents), pieces):
             helper.do(output.write, piece, tokens)
         helper.wait()
     if output.unfinished or text.stamps() != stamps:
         forget(folder)
-        raise Failure(f"{', '.join(text.names)}: the text changed while it was read; try again")
+        raise Failure(f"{list_names(text.names)}: the text changed while it was read; try again")
     train, val = (output.writers[split].meta(characters) for split, characters in lengths.items())
-    for name, split in (("training", train), ("validation", val)):
+    for purpose, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
             forget(folder)
             raise Failure(
-                f"{', '.join(text.names)}: too short: {progress.characters} characters leave too few tokens for {name} "
-                f"({split.tokens}, and predicting takes 2); use more text"
+                f"{list_names(text.names)}: too short: {progress.characters} characters leave too few tokens for "
+                f"{purpose} ({split.tokens}, and predicting takes 2); use more text"
             )
     meta = Meta(
         format=FORMAT,
@@ -146,6 +182,8 @@ def prepare(text: Text, folder: Path, settings: PrepareSettings, recipe: str) ->
         val=val,
     )
     write_dataset(folder, meta)
+    if progress.skipped:
+        print(f"left out: {progress.skipped:,} characters that {settings.vocabulary} lacks")
     return meta
 
 
@@ -154,13 +192,15 @@ def bar(what: str, total_bytes: int) -> "tqdm[Any]":
     return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=None)
 
 
-def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int) -> Progress:
+def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int, vocabulary: Tokenizer | None) -> Progress:
     """Read a text for the first time: how long it is, its checksum, and the tokenizer that it asks for.
 
     Raises:
-        Failure: there is no text at all.
+        Failure: there is no text at all, or it has characters that the vocabulary lacks.
     """
     characters, digest = 0, hashlib.sha256()
+    noticed: dict[str, dict[str, None]] = {MARKED: {}, NUL: {}}  # names of files
+    unknown: Counter[str] = Counter()
     with bar("counting", total_bytes) as reading, Helper() as helper:
 
         def on_chunk(chunk: bytes) -> None:
@@ -169,21 +209,69 @@ def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int) ->
 
         def pieces() -> Iterator[str]:
             nonlocal characters
-            for piece in chain.from_iterable(text.read(on_chunk)):
-                if characters == 0 and piece.startswith("\ufeff"):
-                    warn("the text begins with a byte order mark; --encoding=utf-8-sig leaves it out")
+            stream = text.read(on_chunk, lambda what, name: noticed[what].setdefault(name))
+            for piece in chain.from_iterable(known_only(stream, vocabulary, unknown)):
                 characters += len(piece)
                 yield piece
-            if not characters:
-                raise Failure("the text is empty; there is nothing to learn from")
+            check_characters(text, characters, unknown, settings)
 
-        if settings.tokenizer == "char":
-            tokenizer = CharTokenizer.learn(pieces()).to_plain()
+        if settings.tokenizer == "char" and not vocabulary:
+            learned = CharTokenizer.learn(pieces())
+            tokenizer, controls = learned.to_plain(), control_characters(learned.characters)
         else:
             deque(pieces(), maxlen=0)  # counted and checked, though nothing is learned from them
-            tokenizer = {"kind": settings.tokenizer}
+            tokenizer, controls = vocabulary.to_plain() if vocabulary else {"kind": settings.tokenizer}, []
         helper.wait()
-    return Progress(job=job, characters=characters, sha256=digest.hexdigest(), tokenizer=tokenizer)
+    if marked := list(noticed[MARKED]):
+        remedy = f"; --encoding={unmarked(text.encoding)} leaves it out" if text.flags else ""
+        warn(f"a byte order mark begins {list_names(marked)} and stays in the text{remedy}")
+    if nul := list(noticed[NUL]):
+        warn(f"NUL characters (U+0000) in {list_names(nul)}: is this text, and in the right encoding?")
+    if controls:
+        warn(f"control characters become part of the vocabulary: {list_names(controls, shown=10)}")
+    return Progress(
+        job=job, characters=characters, sha256=digest.hexdigest(), tokenizer=tokenizer, skipped=unknown.total()
+    )
+
+
+def known_only(stream: Iterator[Documents], tokenizer: Tokenizer | None, unknown: Counter[str]) -> Iterator[Documents]:
+    """Leave characters that a tokenizer lacks out of a text, and count them in `unknown`."""
+    if not isinstance(tokenizer, CharTokenizer):  # the others lack none
+        yield from stream
+        return
+    for documents in stream:
+        parts = [tokenizer.split_unknown(document) for document in documents]
+        unknown.update("".join(others for _, others in parts))
+        yield [known for known, _ in parts]
+
+
+def check_characters(text: Text, characters: int, unknown: Counter[str], settings: PrepareSettings) -> None:
+    """Make sure that a text has characters, and none that the vocabulary lacks.
+
+    Raises:
+        Failure: it has not, or has some that are not to be left out.
+    """
+    if unknown and settings.unknown == "error":
+        lacks = list_characters([character for character, _ in unknown.most_common()], unknown)
+        raise Failure(
+            f"{list_names(text.names)}: {settings.vocabulary} lacks {lacks}; change the text, or leave them out: "
+            "--unknown=skip"
+        )
+    if not characters:
+        what = f"all of its characters are unknown to {settings.vocabulary}" if unknown else "the text is empty"
+        raise Failure(f"{list_names(text.names)}: {what}; there is nothing to learn from")
+
+
+def control_characters(characters: str) -> list[str]:
+    """Name the control characters among some, but for NUL and those that lay out text."""
+    controls = (c for c in characters if unicodedata.category(c) == "Cc" and c not in "\0\t\n\r")
+    return [f"U+{ord(character):04X}" for character in controls]
+
+
+def unmarked(encoding: str) -> str:
+    """Return the encoding that is the same but for a byte order mark, which it takes off."""
+    utf = re.match(r"utf-(?:16|32)", codecs.lookup(encoding).name)
+    return utf[0] if utf else "utf-8-sig"
 
 
 @dataclass(frozen=True)

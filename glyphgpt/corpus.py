@@ -124,7 +124,7 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: it is not a recipe; one line per problem.
     """
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     except ValidationError as error:

@@ -269,23 +269,32 @@ class PrepareSettings(Settings):
     """Settings of prepare.py"""
 
     name: str = ""
-    """Name of the data set; a recipe's or a single file's own name when left out."""
+    """Name of the dataset; a recipe's or a single file's own name when left out."""
     tokenizer: Literal["char", "byte", "gpt2"] = "char"
-    """char: one token per character of the text; byte: per UTF-8 byte; gpt2: GPT-2's 50,257 word pieces."""
+    """char: one token per character of the text; byte: per UTF-8 byte; gpt2: GPT-2's 50,257 BPE tokens."""
+    vocabulary: Place = ""
+    """Run, checkpoint file or folder of a prepared dataset whose tokenizer to take over, for train.py --init_from."""
+    unknown: Literal["error", "skip"] = "error"
+    """Whether characters that are not in vocabulary are an error, or are left out."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the text, at its end, that is kept for validation."""
+    """Fraction of the text, at its end, that is kept for validation."""
     encoding: str = "utf-8"
     """How the files' bytes spell characters."""
     text_field: str = "text"
-    """Where the text is in each record of a JSON Lines or Parquet file."""
+    """Field or column that holds the text in JSON, JSON Lines, CSV and Parquet files."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
     """Threads that encode; 0 takes one for each core for gpt2, else one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
     """Tokens per shard file."""
     data_dir: Place = "data"
-    """Folder of recipes and data sets."""
+    """Folder of recipes and datasets."""
     overwrite: bool = False
-    """Replace the data set of that name."""
+    """Replace the dataset of that name."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield, a line each, which values do not go together."""
+        if self.unknown == "skip" and not self.vocabulary:
+            yield "unknown = 'skip' needs a vocabulary that lacks characters: --vocabulary=RUN"
 
 
 class ConvertSettings(Settings):

@@ -1,146 +1,192 @@
 """The texts that you name: files, folders, patterns and standard input, plain or packed, as documents.
 
-A file is one document, or, if it is JSON Lines or Parquet, as many as it has records. What is read is a stream of
-lists of documents, cut anywhere: the last of a list and the first of the next are parts of the same document. So
-["a", "b"] and then ["c"] are the documents "a" and "bc".
+A file is one document, or, if it holds records (JSON, CSV, Parquet), as many as it has of them. What is read is a
+stream of lists of documents, cut anywhere: the last of a list and the first of the next are parts of the same document.
+So ["a", "b"] and then ["c"] are the documents "a" and "bc".
 """
 
 import codecs
-import glob
-import gzip
-import json
 import shutil
 import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, count
+from io import SEEK_END, BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import Failure, UsageError, warn, writing
+from glyphgpt.formats import (
+    HEAD_BYTES,
+    encoding_remedy,
+    is_parquet,
+    record_kind,
+    refuse,
+    unpacker,
+    unpacking,
+)
+from glyphgpt.records import Documents, csv_rows, json_records, json_values, parquet_rows
+from glyphgpt.sources import STANDARD_INPUT, FileFinder, find_files, is_stream, sanitize
 
 CHUNK_BYTES = 1 << 18
-STANDARD_INPUT = "standard input"
-Documents = list[str]
+BYTE_ORDER_MARK = "\ufeff"
+MARKED, NUL = "begin with a byte order mark", "hold NUL characters"
+"""What is noticed of files."""
 OnChunk = Callable[[bytes], object]
+OnNotice = Callable[[str, str], object]
 
 
 @dataclass(frozen=True)
 class Text:
     """A text in one or more files, read in pieces so that its length does not matter."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | None, ...]
+    """None is standard input, which can be read only once."""
     names: tuple[str, ...]
-    """As the user knows the files."""
+    """The files' names as messages show them."""
     encoding: str = "utf-8"
     field: str = "text"
     """Of a record, which holds its text."""
     separate: bool = False
-    """Whether documents are told apart; else all is one, and each record ends with a new line."""
-
-    @property
-    def stays(self) -> bool:
-        """Whether it can be read again in another process."""
-        return STANDARD_INPUT not in self.names
+    """Whether documents are kept apart; else all is one, and each record ends with a new line."""
+    stays: bool = True
+    """Whether it can be read again in another process."""
+    flags: bool = True
+    """Whether the user can name the encoding, so that messages may advise that."""
 
     def stamps(self) -> list[tuple[int, int]]:
         """Return each file's size and the time of its last change: other stamps, another text."""
-        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths)]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths if path)]
 
-    def read(self, on_chunk: OnChunk) -> Iterator[Documents]:
+    def read(self, on_chunk: OnChunk, on_notice: OnNotice | None = None) -> Iterator[Documents]:
         """Yield the documents, one file after the other, and call `on_chunk` with all bytes of the files on the way.
+
+        `on_notice` is called with MARKED or NUL and the name of a file of which that is so, and may be called again.
 
         Raises:
             Failure: bytes that are no text, or a damaged file; names the file and the place.
         """
         begun = False
         for path, name in zip(self.paths, self.names, strict=True):
-            if is_parquet(path):
-                lists = parquet_records(path, name, self.field, on_chunk)
-            else:
-                pieces = decoded(byte_chunks(path, name, on_chunk), name, self.encoding)
-                lists = json_records(pieces, name, self.field) if is_json_lines(path) else one_document(pieces)
-            for number, documents in enumerate(lists):
-                if self.separate:
-                    new = is_record_file(path) or number == 0
-                    yield ["", *documents] if begun and new else documents
-                else:
-                    yield ["".join(f"{record}\n" for record in documents)] if is_record_file(path) else documents
-                begun = True
+            with ExitStack() as stack:
+                file = Tee(stack.enter_context(opened(path, name)) if path else sys.stdin.buffer, on_chunk)
+                records, lists = self._documents(file, path, name, stack)
+                for number, documents in enumerate(lists):
+                    if on_notice:
+                        if number == 0 and not records and documents[0].startswith(BYTE_ORDER_MARK):
+                            on_notice(MARKED, name)
+                        if any("\0" in document for document in documents):
+                            on_notice(NUL, name)
+                    if self.separate:
+                        new = records or number == 0
+                        yield ["", *documents] if begun and new else documents
+                    else:
+                        yield ["".join(f"{record}\n" for record in documents)] if records else documents
+                    begun = True
+
+    def _documents(
+        self, file: "Tee", path: Path | None, name: str, stack: ExitStack
+    ) -> tuple[bool, Iterator[Documents]]:
+        """Return whether a file holds records, and its documents."""
+        head = file.peek(HEAD_BYTES)
+        if is_parquet(head, name):
+            random_access = stack.enter_context(opened(path, name)) if path and path.is_file() else BytesIO(file.read())
+            return True, parquet_rows(random_access, name, self.field, file.read_up_to)
+        unpack = unpacking(head, name)
+        head, chunks = with_head(byte_chunks(cast(BinaryIO, file), name, unpack))
+        refuse(head, name, unpack)
+        pieces = decoded(chunks, name, self.encoding, encoding_remedy(head, name, unpack, flags=self.flags))
+        match record_kind(name):
+            case "jsonl":
+                return True, json_records(without_mark(pieces), name, self.field)
+            case "json":
+                return True, json_values(without_mark(pieces), name, self.field)
+            case "csv" | "tsv" as kind:
+                return True, csv_rows(without_mark(pieces), name, self.field, "," if kind == "csv" else "\t")
+        return False, ([piece] for piece in pieces)
 
 
-def is_parquet(path: Path) -> bool:
-    """Tell whether a file's name is that of a Parquet file."""
-    return path.suffix.lower() == ".parquet"
-
-
-def is_json_lines(path: Path) -> bool:
-    """Tell whether a file's name is that of JSON Lines, packed or not."""
-    plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
-    return plain.suffix.lower() in (".jsonl", ".ndjson")
-
-
-def is_record_file(path: Path) -> bool:
-    """Tell whether a file holds records, each a document of its own."""
-    return is_parquet(path) or is_json_lines(path)
-
-
-class Watched:
-    """A file that tells of each chunk read from it."""
+class Tee:
+    """A file whose bytes go to a function too as they are read, and into which one may look ahead."""
 
     def __init__(self, file: BinaryIO, on_chunk: OnChunk) -> None:
-        """Stand before an open file."""
+        """Begin at the beginning of an open file."""
         self._file, self._on_chunk = file, on_chunk
+        self._ahead = b""
 
     def read(self, size: int = -1) -> bytes:
         """Read up to so many bytes."""
+        if size < 0:
+            return self._pop(len(self._ahead)) + self._take(size)
+        return self._pop(size) if self._ahead else self._take(size)
+
+    def peek(self, size: int) -> bytes:
+        """Return the next bytes, so many unless the file ends before, and leave them to be read."""
+        while len(self._ahead) < size and (chunk := self._take(size - len(self._ahead))):
+            self._ahead += chunk
+        return self._ahead
+
+    def read_up_to(self, fraction: float) -> None:
+        """Read up to a fraction of the file: its bytes stand for those that were read elsewhere, scattered."""
+        if self._file.seekable():
+            at = self._file.tell()
+            end = int(self._file.seek(0, SEEK_END) * fraction)
+            self._file.seek(at)
+            while chunk := self._take(min(CHUNK_BYTES, max(0, end - at))):
+                at += len(chunk)
+
+    def _pop(self, size: int) -> bytes:
+        chunk, self._ahead = self._ahead[:size], self._ahead[size:]
+        return chunk
+
+    def _take(self, size: int) -> bytes:
         chunk = self._file.read(size)
         self._on_chunk(chunk)
         return chunk
 
 
-def byte_chunks(path: Path, name: str, on_chunk: OnChunk) -> Iterator[bytes]:
-    """Yield a file's bytes, unpacked if its name ends in .gz or .zst.
+def opened(path: Path, name: str) -> BinaryIO:
+    """Open a file.
+
+    Raises:
+        Failure: it cannot be.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise Failure(f"{name}: {error.strerror or error}") from error
+
+
+def byte_chunks(file: BinaryIO, name: str, unpack: str) -> Iterator[bytes]:
+    """Yield a file's bytes, unpacked as the command `unpack` would, if there is one.
 
     Raises:
         Failure: it cannot be unpacked.
     """
-    with path.open("rb") as file:
-        watched, suffix = cast(BinaryIO, Watched(file, on_chunk)), path.suffix.lower()
-        if suffix not in (".gz", ".zst"):
-            while chunk := watched.read(CHUNK_BYTES):
-                yield chunk
-            return
-        damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
-        if suffix == ".gz":
-            unpacked: Any = gzip.GzipFile(fileobj=watched)
-        else:
-            zstd = zstandard()
-            any_window = {zstd.DecompressionParameter.window_log_max: 31}  # as --long=31 packs
-            unpacked, damage = zstd.ZstdFile(watched, options=any_window), (EOFError, zstd.ZstdError)
-        try:
-            while chunk := unpacked.read(CHUNK_BYTES):
-                yield chunk
-        except damage as error:
-            raise Failure(f"{name}: cannot be unpacked: {error}; get the file anew, or leave it out") from error
+    reader, damage = unpacker(unpack, file) if unpack else (file, ())
+    try:
+        while chunk := reader.read(CHUNK_BYTES):
+            yield chunk
+    except damage as error:
+        raise Failure(f"{name}: cannot be unpacked: {error}; get the file anew, or leave it out") from error
 
 
-def zstandard() -> Any:
-    """Return Python's own module for Zstandard, or for older Pythons the same from PyPI."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd  # noqa: PLC0415  (only for those who use it)
-    else:
-        from backports import zstd  # noqa: PLC0415
-    return zstd
+def with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Return the first bytes of a stream, and the whole stream."""
+    taken: list[bytes] = []
+    for chunk in chunks:
+        taken.append(chunk)
+        if sum(map(len, taken)) >= HEAD_BYTES:
+            break
+    return b"".join(taken), chain(taken, chunks)
 
 
-def decoded(chunks: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
+def decoded(chunks: Iterator[bytes], name: str, encoding: str, remedy: str) -> Iterator[str]:
     """Yield the text that bytes spell, in pieces that are not empty.
 
     Raises:
-        Failure: they are no text of that encoding.
+        Failure: they are no text of that encoding; says the `remedy`.
     """
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     read_bytes = 0
@@ -151,8 +197,7 @@ def decoded(chunks: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             place = read_bytes - held_back + error.start
             raise Failure(
-                f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not "
-                f"{encoding} text; convert the file, leave it out, or name its --encoding"
+                f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not {encoding} text; {remedy}"
             ) from error
         except UnicodeError as error:  # of encodings that begin with a mark of their byte order
             raise Failure(f"{name}: is not {encoding} text: {error}; name its --encoding, utf-16-le say") from error
@@ -161,103 +206,19 @@ def decoded(chunks: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
         read_bytes += len(chunk)
 
 
-def one_document(pieces: Iterator[str]) -> Iterator[Documents]:
-    """Yield the pieces of a single document."""
-    return ([piece] for piece in pieces)
-
-
-def json_records(pieces: Iterator[str], name: str, field: str) -> Iterator[Documents]:
-    """Yield the texts of JSON Lines; blank lines are left out.
-
-    Raises:
-        Failure: a line is not a JSON object with such a field of text.
-    """
-    begun: list[str] = []  # parts of a line
-    numbers = count(1)
-    for piece in chain(pieces, ["\n"]):  # the last line may lack its end
-        *lines, rest = piece.split("\n")
-        if lines:
-            lines[0] = "".join([*begun, lines[0]])
-            begun = []
-        begun.append(rest)
-        numbered = zip(lines, numbers, strict=False)
-        records = [json_text(line, f"{name}: line {number:,}", field) for line, number in numbered if line.strip()]
-        if records:
-            yield records
-
-
-def json_text(line: str, place: str, field: str) -> str:
-    """Return the field of a JSON object in a line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Failure(f"{place} is not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise Failure(f"{place} is not a JSON object with a field '{field}'")
-    if field not in record:
-        raise Failure(f"{place} has no field '{field}'; {fields_hint(list(record))}")
-    return checked(record[field], place, field)
-
-
-def parquet_records(path: Path, name: str, field: str, on_chunk: OnChunk) -> Iterator[Documents]:
-    """Yield the texts of a Parquet file.
-
-    Raises:
-        Failure: pyarrow is not installed, the file is damaged, or a row has no such field of text.
-    """
-    try:
-        import pyarrow  # noqa: PLC0415  (large, and only for those who use it)
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise Failure(f"{name}: reading Parquet takes pyarrow: pip install 'glyphgpt[parquet]'") from error
-    with path.open("rb") as raw:
-        try:
-            table, row = parquet.ParquetFile(path), 0
-            if field not in table.schema_arrow.names:
-                raise Failure(f"{name}: has no column '{field}'; {fields_hint(table.schema_arrow.names)}")
-            for batch in table.iter_batches(batch_size=1000, columns=[field]):
-                values = batch.column(0).to_pylist()
-                records = [checked(v, f"{name}: row {row + i:,}", field) for i, v in enumerate(values, start=1)]
-                row += len(records)
-                # the very bytes that it read lie scattered; those up to the same share of the file stand for them
-                read_up_to(raw, path.stat().st_size * row // table.metadata.num_rows, on_chunk)
-                yield records
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise Failure(f"{name}: cannot be read: {reason}; get the file anew, or leave it out") from error
-        read_up_to(raw, path.stat().st_size, on_chunk)
-
-
-def read_up_to(file: BinaryIO, place: int, on_chunk: OnChunk) -> None:
-    """Tell of the bytes from where a file is up to a place."""
-    while chunk := file.read(min(CHUNK_BYTES, place - file.tell())):
-        on_chunk(chunk)
-
-
-def checked(value: object, place: str, field: str) -> str:
-    """Return a record's text.
-
-    Raises:
-        Failure: it is none.
-    """
-    if not isinstance(value, str):
-        raise Failure(f"{place}: '{field}' is not text but {json.dumps(value, default=str)[:50]}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Failure(f"{place}: '{field}' holds half a surrogate pair, which is no character") from error
-    return value
-
-
-def fields_hint(names: Sequence[str]) -> str:
-    """Say which fields there are."""
-    return f"name another: --text_field=..., of {', '.join(names[:10]) or 'none'}"
+def without_mark(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield pieces without a byte order mark at their beginning."""
+    for piece in pieces:
+        yield piece.removeprefix(BYTE_ORDER_MARK)
+        break
+    yield from pieces
 
 
 def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **form: Any) -> Text:
     """Make one text of files, folders (every file below them, sorted, hidden ones left out), patterns and -.
 
-    Standard input (-) is kept in the folder `scratch`, since it is read twice. `form` are other fields of Text.
+    Standard input and pipes are kept in the folder `scratch`, since they are read twice. `form` are other fields of
+    Text.
 
     Raises:
         UsageError: a file is missing, or the encoding unknown.
@@ -266,21 +227,28 @@ def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **fo
         raise UsageError(
             f"--encoding must be a character set that Python knows, utf-8 or latin-1 say, not {encoding!r}"
         )
-    if list(words).count("-") > 1:
-        raise UsageError("standard input (-) can be read only once")
-    paths: list[Path] = []
-    names: list[str] = []
-    for word in words:
-        if word == "-":
-            copy = scratch / "standard-input"
-            with copy.open("wb") as out:
-                shutil.copyfileobj(sys.stdin.buffer, out)
-            found = [copy]
-        else:
-            found = list(files_named(word))
-        paths += found
-        names += [STANDARD_INPUT] if word == "-" else [str(path) for path in found]
-    return Text(tuple(paths), tuple(names), encoding, **form)
+    files = found_files(words)
+    paths, stays = list(files), True
+    for number, path in enumerate(files):
+        if path is None or is_stream(path):
+            paths[number], stays = scratch / f"input-{number}", False
+            with writing(scratch), (scratch / f"input-{number}").open("wb") as out, ExitStack() as stack:
+                source = stack.enter_context(opened(path, sanitize(path))) if path else sys.stdin.buffer
+                shutil.copyfileobj(source, out)
+    return Text(tuple(paths), shown_names(files), encoding, stays=stays, **form)
+
+
+def found_files(words: Sequence[str]) -> Sequence[Path | None]:
+    """Return the files that words name, and warn of what is left out; None is standard input."""
+    finder: FileFinder = find_files(words)
+    if left_out := finder.left_out():
+        warn(f"left out: {left_out}")
+    return finder.files
+
+
+def shown_names(files: Sequence[Path | None]) -> tuple[str, ...]:
+    """Return the names of files as messages show them."""
+    return tuple(sanitize(file) if file else STANDARD_INPUT for file in files)
 
 
 def read_text(word: str) -> str:
@@ -289,8 +257,9 @@ def read_text(word: str) -> str:
     Raises:
         Failure: it is missing, or no text.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        return "".join(chain.from_iterable(open_text([word], Path(scratch)).read(lambda _: None)))
+    files = found_files([word])
+    text = Text(tuple(files), shown_names(files), flags=False)
+    return "".join(chain.from_iterable(text.read(lambda _: None)))
 
 
 def read_lines(word: str) -> list[str]:
@@ -304,27 +273,10 @@ def read_lines(word: str) -> list[str]:
 
 
 def is_charset(encoding: str) -> bool:
-    """Tell whether Python knows a character set of that name; some of its codecs are something else."""
+    """Return whether Python knows a character set of that name; some of its codecs are something else."""
     try:
         "".encode(encoding)
     except (LookupError, UnicodeError, ValueError):
         return False
     others = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
     return codecs.lookup(encoding).name.replace("_", "-") not in others
-
-
-def files_named(word: str) -> Iterator[Path]:
-    """Yield the files that a word of the command line names: itself, all below a folder, or all that fit a pattern."""
-    path = Path(word)
-    if path.is_dir():
-        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        found = sorted(p for p in inside if p.is_file())
-        if not found:
-            raise UsageError(f"{path}: this folder holds no files")
-        yield from found
-    elif path.exists():
-        yield path
-    elif fitting := sorted(glob.glob(word, recursive=True)):  # noqa: PTH207  (pathlib's takes no absolute patterns)
-        yield from dict.fromkeys(file for name in fitting for file in files_named(name))  # each once
-    else:
-        raise UsageError(f"{path}: no such file or folder")

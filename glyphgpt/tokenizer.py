@@ -6,7 +6,7 @@ A tokenizer turns into plain data (`to_plain`) that travels in meta.json and in 
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,6 +126,15 @@ class CharTokenizer:
         """List the different characters of a text that have no token."""
         return sorted(set(text) - set(self.characters))
 
+    def split_unknown(self, text: str) -> tuple[str, str]:
+        """Return a text's characters that have a token, and those that have none, each in their order."""
+        unknown = self._lookup(text) == self._missing
+        if not unknown.any():
+            return text, ""
+        characters = code_points(text)
+        known, others = (part.tobytes().decode("utf-32-le") for part in (characters[~unknown], characters[unknown]))
+        return known, others
+
     def split_point(self, text: str) -> int:
         """Return the text's end: any place will do."""
         return len(text)
@@ -234,6 +243,13 @@ def from_plain(plain: Any, data_dir: Path) -> Tokenizer:
     raise Failure("this is not a tokenizer that this version knows")
 
 
+def list_characters(characters: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
+    """Name the first ten of some characters, with how often each was counted where that is known."""
+    times = {character: f", {counts[character]:,} times" for character in characters} if counts else {}
+    shown = ", ".join(f"{c!r} (U+{ord(c):04X}{times.get(c, '')})" for c in characters[:10])
+    return f"{shown} and {len(characters) - 10:,} more" if len(characters) > 10 else shown
+
+
 def encode_known(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     """Turn a user's text into ids for a model; what it has never seen is left out if `skip` is true.
 
@@ -242,9 +258,7 @@ def encode_known(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     """
     unknown = tokenizer.unknown(text)
     if unknown and not skip:
-        shown = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in unknown[:10])
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise Failure(f"the model has never seen {shown}{more}; change the text, or add --unknown=skip")
+        raise Failure(f"the model has never seen {list_characters(unknown)}; change the text, or add --unknown=skip")
     return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
 
 

@@ -43,10 +43,11 @@ def main() -> None:
     with language_model(checkpoint, settings.device, settings.dtype, "batch_size or beam") as model:
         translator = Translator(model, tokenizer, checkpoint.info.model["block_size"], settings)
         translations = translator.translate(sources)
+    text = "".join(f"{line}\n" for line in translations)
     if settings.out:
-        write_whole(Path(settings.out), "".join(f"{line}\n" for line in translations).encode())
+        write_whole(Path(settings.out), text.encode())
     else:
-        print("\n".join(translations))
+        sys.stdout.write(text)
     if references:
         print(bleu(translations, references), file=sys.stderr)
 
@@ -114,7 +115,7 @@ class Translator:
         """Translate prompts (B, T), as far as the model's context reaches."""
         room = self.block_size - prompts.shape[1]
         ways = beam.search(self.model, prompts, end=self.end, beam=self.settings.beam, max_new_tokens=room)
-        return [decode(self.tokenizer, way.tolist()) for way in ways]
+        return [decode(self.tokenizer, way.tolist()).removesuffix("\r") for way in ways]  # where lines end in \r\n
 
 
 def read_references(word: str, lines: int) -> list[str]:

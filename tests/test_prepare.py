@@ -4,22 +4,31 @@ import io
 import json
 import os
 import random
+import re
+import shlex
+import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 from hypothesis import example, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import prepare
-from conftest import prepare_text, script, some_text
+from conftest import ROOT, prepare_text, script, some_text
 from glyphgpt import shards
 from glyphgpt import text as texts
+from glyphgpt.checkpoint import BEST, Checkpoint, Info, save
+from glyphgpt.checkpoint import Progress as TrainProgress
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.shards import Dataset, load_dataset, read_meta
 from glyphgpt.tokenizer import decode
@@ -193,7 +202,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "the text is empty; there is nothing to learn from"),
+        (b"", "FILE: the text is empty; there is nothing to learn from"),
         (
             b"a",
             "FILE: too short: 1 characters leave too few tokens for training (0, and predicting takes 2); "
@@ -282,7 +291,7 @@ def test_a_data_set_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> Non
     folder = tmp_path / "data" / "mine"
     run(first, "--name=mine")
     assert refusal(run, tmp_path / "data", second, "--name=mine") == (
-        f"{folder} holds a data set already; add --overwrite to replace it, or --name=ANOTHER"
+        f"{folder} holds a dataset already; add --overwrite to replace it, or --name=ANOTHER"
     )
     run(second, "--name=mine", "--overwrite", "--shard_tokens=50")
     assert "".join(splits(load(tmp_path / "data", "mine"))) == TEXT[::-1]
@@ -294,14 +303,6 @@ def test_a_data_set_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> Non
 def test_a_failing_replacement_keeps_the_old_data_set(run: Run, tmp_path: Path) -> None:
     run(write(tmp_path / "good.txt", TEXT), "--name=mine")
     refusal(run, tmp_path / "data", write(tmp_path / "bad.txt", b"\xff"), "--name=mine", "--overwrite")
-
-
-def test_a_folder_that_is_no_data_set_is_never_replaced(run: Run, tmp_path: Path) -> None:
-    file = write(tmp_path / "mine.txt", TEXT)
-    write(tmp_path / "data" / "mine" / "precious.txt", "precious")
-    said = refusal(run, tmp_path / "data", file, "--overwrite")
-    assert said == f"{tmp_path / 'data' / 'mine'} is no data set, so it is not replaced; choose another --name"
-    assert "mine holds" in refusal(run, tmp_path / "data", file)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
@@ -414,12 +415,14 @@ def test_a_recipe_that_is_prepared_already_is_left_alone(
 
 def test_a_recipe_does_not_replace_another_text_of_its_name(run: Run, tmp_path: Path, recipe: Path) -> None:
     run(write(tmp_path / "mine.txt", TEXT[::-1]), "--name=known")
-    assert "holds a data set already" in refusal(run, tmp_path / "data", recipe.stem)
+    assert "holds a dataset already" in refusal(run, tmp_path / "data", recipe.stem)
     run(recipe.stem, "--overwrite")
     assert read_meta(tmp_path / "data" / "known").recipe == "known"
 
 
-@pytest.mark.parametrize("flag", ["--name=x", "--tokenizer=char", "--val_fraction=0.5", "--encoding=latin-1"])
+@pytest.mark.parametrize(
+    "flag", ["--name=x", "--tokenizer=char", "--val_fraction=0.5", "--encoding=latin-1", "--vocabulary=x"]
+)
 def test_a_recipe_takes_no_settings_of_its_own(run: Run, tmp_path: Path, recipe: Path, flag: str) -> None:
     assert refusal(run, tmp_path / "data", recipe.stem, flag, kind=UsageError) == (
         f"{flag.partition('=')[0]} goes with your own text; the recipe {recipe} decides it here"
@@ -443,5 +446,234 @@ def test_the_script_from_a_pipe_to_a_line_on_standard_error(tmp_path: Path) -> N
     again = script("prepare.py", *words, text=TEXT)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr == (
-        f"error: {tmp_path / 'typed'} holds a data set already; add --overwrite to replace it, or --name=ANOTHER\n"
+        f"error: {tmp_path / 'typed'} holds a dataset already; add --overwrite to replace it, or --name=ANOTHER\n"
     )
+
+
+def test_names_that_are_not_utf8_work(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write(folder / os.fsdecode(b"na\xefve.txt"), TEXT)
+    records = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": [TEXT]}), records)
+    write(folder / os.fsdecode(b"\xff.parquet"), records.getvalue())
+    (folder / "gone").symlink_to(os.fsdecode(b"\xff"))
+    run(folder, "--name=mine", "--shard_tokens=50")
+    names = [rf"{tmp_path}/caf\xe9/{name}" for name in (r"na\xefve.txt", r"\xff.parquet")]
+    assert read_meta(tmp_path / "data" / "mine").source.names == names
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == f"{TEXT}{TEXT}\n"
+    assert r"caf\xe9/gone)" in capsys.readouterr().err
+    write(folder / "bad", b"\xff")
+    assert refusal(run, tmp_path / "data", folder, "--name=x").startswith(rf"{tmp_path}/caf\xe9/bad: byte 0xff")
+    missing = tmp_path / os.fsdecode(b"\xe9.txt")
+    assert refusal(run, tmp_path / "data", missing, "--name=x") == rf"{tmp_path}/\xe9.txt: no such file or folder"
+
+
+def test_pipes_are_standard_input_by_other_names(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('"piped"\n' * 9,))
+    writer.start()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    run("/dev/stdin", pipe, write(tmp_path / "a.txt", "file"), "--name=mine")
+    writer.join()
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == TEXT + "piped\n" * 9 + "file"
+    assert read_meta(tmp_path / "data" / "mine").source.names == ["standard input", str(pipe), str(tmp_path / "a.txt")]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine"]
+    for word in ("/dev/stdin", str(pipe)):
+        assert refusal(run, tmp_path / "data", word) == NO_NAME
+    assert refusal(run, tmp_path / "data", "-", "/dev/stdin", "--name=x") == "standard input (-) can be read only once"
+
+
+def test_process_substitution_is_read(tmp_path: Path) -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} {ROOT / 'prepare.py'} <(printf %s {'ab' * 50}) --name=x --data_dir={tmp_path}"
+    )
+    subprocess.run(["bash", "-c", command], check=True)
+    assert "".join(splits(load(tmp_path, "x"))) == "ab" * 50
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_odd_characters_are_warned_of_once(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
+) -> None:
+    folder = tmp_path / "texts"
+    for number in range(9):
+        write(folder / f"{number}.txt", f"\ufeffplain\t\r\n{number}")
+    write(folder / "a.txt", "nul\0 \x1b[0m \x85\x7f\0")
+    write(folder / "b.jsonl", b"\xef\xbb\xbf" + json.dumps("record\0").encode())
+    run(folder, f"--tokenizer={tokenizer}", "--shard_tokens=9")
+    marked, nul, *others = capsys.readouterr().err.splitlines()
+    assert marked == (
+        f"warning: a byte order mark begins {folder / '0.txt'}, {folder / '1.txt'}, {folder / '2.txt'} and 6 more and "
+        "stays in the text; --encoding=utf-8-sig leaves it out"
+    )
+    assert nul == (
+        f"warning: NUL characters (U+0000) in {folder / 'a.txt'}, {folder / 'b.jsonl'}: is this text, and in the right "
+        "encoding?"
+    )
+    control = "warning: control characters become part of the vocabulary: U+001B, U+007F, U+0085"
+    assert others == [control] * (tokenizer == "char")
+    run(write(tmp_path / "plain.txt", "plain\ttext\r\n" * 9), f"--tokenizer={tokenizer}")
+    run(write(tmp_path / "sig.txt", "\ufeffplain" * 9), "--encoding=utf-8-sig", "--tokenizer=byte")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_remedy_for_a_mark_takes_it_off(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "mine.txt", "\ufeffélan".encode("utf-16-le") * 9)
+    run(file, "--encoding=utf-16-le")
+    assert "--encoding=utf-16 leaves it out" in capsys.readouterr().err
+    run(file, "--encoding=utf-16", "--overwrite")
+    assert "".join(splits(load(tmp_path / "data", "mine"))).startswith("élan")
+    assert capsys.readouterr().err == ""
+
+
+def test_lists_of_names_are_bounded(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(3000):
+        (tmp_path / "many" / f"{number:04}").parent.mkdir(exist_ok=True)
+        (tmp_path / "many" / f"{number:04}").touch()
+        (tmp_path / "data" / f"{number:04}.toml").touch()
+    listed = f"{tmp_path}/many/0000, {tmp_path}/many/0001, {tmp_path}/many/0002 and 2,997 more"
+    folder = tmp_path / "many"
+    assert refusal(run, tmp_path / "data", folder) == f"{listed}: the text is empty; there is nothing to learn from"
+    write(folder / "0000", "a")
+    assert refusal(run, tmp_path / "data", folder).startswith(f"{listed}: too short: 1 characters leave too few ")
+    for words in ([], ["missing"]):
+        assert refusal(run, tmp_path / "data", *words).endswith(" 0007, 0008, 0009 and 2,990 more")
+    assert len(refusal(run, tmp_path / "data", folder, "--name=many", "--tokenizer=byte")) < 700
+
+
+@pytest.mark.parametrize("there", ["nanogpt", "beside", "no meta", "file", "link"])
+def test_only_a_dataset_is_ever_replaced(run: Run, tmp_path: Path, there: str) -> None:
+    file, folder = write(tmp_path / "mine.txt", TEXT), tmp_path / "data" / "mine"
+    others = {
+        "nanogpt": ["input.txt", "meta.pkl", "prepare.py", "train.bin"],
+        "beside": ["notes.txt", "train-1.npy", "x-train-00000.npy"],
+        "no meta": ["train-00000.npy"],
+    }.get(there, [])
+    if there == "beside":
+        run(file)
+    for name in others:
+        write(folder / name, "precious")
+    if there == "file":
+        write(folder, "precious")
+    if there == "link":
+        folder.parent.mkdir()
+        folder.symlink_to("nowhere")
+    shown = ", ".join(others[:3]) + (" and 1 more" if others[3:] else "")
+    why = (
+        f"holds other files ({shown}), which are never replaced"
+        if others
+        else "is not a folder, so it is never replaced"
+    )
+    for flags in ([], ["--overwrite"]):
+        said = refusal(run, tmp_path / "data", file, *flags)
+        assert said == f"{folder} {why}; choose another --name"
+    run(file, "--name=another")
+
+
+def test_a_report_does_not_keep_a_dataset_from_being_replaced(run: Run, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    run(file)
+    write(tmp_path / "data" / "mine" / "report.html", "")
+    run(file, "--overwrite")
+    (tmp_path / "data" / "empty").mkdir()
+    run(file, "--name=empty")
+
+
+def test_a_recipes_place_is_refused_without_a_flag_that_it_refuses(run: Run, tmp_path: Path, recipe: Path) -> None:
+    write(tmp_path / "data" / "known" / "meta.json", "precious")
+    write(tmp_path / "data" / "known" / "input.txt", "precious")
+    assert "--name" not in refusal(run, tmp_path / "data", recipe.stem, "--overwrite")
+
+
+class Vocabularies:
+    """A dataset of the letters of "abcde", and a run and a checkpoint with its tokenizer."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        run(write(folder / "first.txt", "abcde\n" * 9))
+        self.dataset = folder / "data" / "first"
+        self.run = folder / "out"
+        self.run.mkdir()
+        self.checkpoint = self.run / BEST
+        info = Info(
+            model={},
+            tokenizer=read_meta(self.dataset).tokenizer,
+            settings={},
+            data="",
+            val_loss=None,
+            progress=TrainProgress(),
+            scaler={},
+        )
+        save(Checkpoint(info, {"x": np.zeros(1, dtype=np.float32)}), self.checkpoint)
+
+
+@pytest.fixture
+def vocabularies(run: Run, tmp_path: Path) -> Vocabularies:
+    return Vocabularies(run, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "run", "checkpoint"])
+def test_a_vocabulary_is_taken_over(run: Run, tmp_path: Path, vocabularies: Vocabularies, kind: str) -> None:
+    run(write(tmp_path / "mine.txt", "ab\n" * 20), f"--vocabulary={getattr(vocabularies, kind)}")
+    dataset = load(tmp_path / "data", "mine")
+    assert dataset.tokenizer.to_plain() == {"kind": "char", "characters": "\nabcde"}
+    assert "".join(splits(dataset)) == "ab\n" * 20
+
+
+def test_unknown_characters_are_named_with_their_counts(run: Run, tmp_path: Path, vocabularies: Vocabularies) -> None:
+    vocabulary = f"--vocabulary={vocabularies.run}"
+    file = write(tmp_path / "mine.txt", "abé" * 1500 + "zzx" + "ABCDEFGHIJ")
+    assert refusal(run, tmp_path / "data", file, vocabulary) == (
+        f"{file}: {vocabularies.run} lacks 'é' (U+00E9, 1,500 times), 'z' (U+007A, 2 times), 'x' (U+0078, 1 times), "
+        + ", ".join(f"'{c}' (U+{ord(c):04X}, 1 times)" for c in "ABCDEFG")
+        + " and 3 more; change the text, or leave them out: --unknown=skip"
+    )
+    file = write(tmp_path / "none.txt", "xyz" * 9)
+    assert refusal(run, tmp_path / "data", file, vocabulary, "--unknown=skip") == (
+        f"{file}: all of its characters are unknown to {vocabularies.run}; there is nothing to learn from"
+    )
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+def test_unknown_characters_can_be_left_out(
+    run: Run, tmp_path: Path, vocabularies: Vocabularies, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "".join(random.Random(1).choices("abcde\nXé🙂\0", k=500))
+    known = re.sub(r"[^abcde\n]", "", text)
+    run(
+        write(tmp_path / "mine.txt", text),
+        f"--vocabulary={vocabularies.dataset}",
+        "--unknown=skip",
+        "--val_fraction=0.5",
+        "--shard_tokens=9",
+    )
+    assert splits(load(tmp_path / "data", "mine")) == (known[: len(known) // 2], known[len(known) // 2 :])
+    left_out = f"left out: {len(text) - len(known)} characters that {vocabularies.dataset} lacks\n"
+    assert left_out in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--vocabulary=missing"], "--vocabulary=missing: no such run, checkpoint or dataset"),
+        (["--vocabulary=DATASET", "--tokenizer=byte"], "--tokenizer=byte contradicts --vocabulary=DATASET, whose tok"),
+        (["--unknown=skip"], "unknown = 'skip' needs a vocabulary that lacks characters: --vocabulary=RUN"),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_that_will_not_do(
+    run: Run, tmp_path: Path, vocabularies: Vocabularies, flags: list[str], line: str
+) -> None:
+    file = write(tmp_path / "mine.txt", "ab\n" * 20)
+    place = str(vocabularies.dataset)
+    said = refusal(run, tmp_path / "data", file, *(flag.replace("DATASET", place) for flag in flags), kind=UsageError)
+    assert said.startswith(line.replace("DATASET", place))
+
+
+def test_a_vocabulary_of_the_named_tokenizer_will_do(run: Run, tmp_path: Path, vocabularies: Vocabularies) -> None:
+    file = write(tmp_path / "mine.txt", "ab\n" * 20)
+    run(file, f"--vocabulary={vocabularies.dataset}", "--tokenizer=char")
+    run(file, "--name=bytes", "--tokenizer=byte")
+    run(file, "--name=more", f"--vocabulary={tmp_path / 'data' / 'bytes'}")
+    assert load(tmp_path / "data", "more").tokenizer.kind == "byte"

@@ -56,6 +56,16 @@ def test_characters_come_back(pieces: list[str]) -> None:
 
 
 @tries(deadline=None, max_examples=100)
+@given(vocabulary=st.text(min_size=1), text=st.text())
+@example(vocabulary="ab\n", text="a🙂b\nc\0")
+@example(vocabulary="é", text="é" * 300)
+def test_unknown_characters_are_split_off(vocabulary: str, text: str) -> None:
+    known, unknown = CharTokenizer.learn([vocabulary]).split_unknown(text)
+    assert known == "".join(character for character in text if character in vocabulary)
+    assert unknown == "".join(character for character in text if character not in vocabulary)
+
+
+@tries(deadline=None, max_examples=100)
 @given(text=st.text())
 def test_bytes_come_back(text: str) -> None:
     ids = ByteTokenizer().encode(text)

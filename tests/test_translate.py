@@ -1,12 +1,17 @@
 """Translation: a model that learned a small dictionary, asked as a user would."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import train
 from conftest import prepare_text, script, tiny_settings
+from glyphgpt import beam
 from glyphgpt.checkpoint import BEST
+from glyphgpt.settings import TranslateSettings
+from glyphgpt.tokenizer import CharTokenizer
+from glyphgpt.translate import Translator
 
 WORDS = {"rot": "red", "blau": "blue", "ein Hund": "a dog", "zwei Hunde": "two dogs", "ein Mann geht": "a man walks by"}
 SOURCES = "".join(f"{german}\n" for german in WORDS)
@@ -84,6 +89,27 @@ def test_mistakes_get_a_line(run: Path, tmp_path: Path, text: str, flags: list[s
     assert said.replace("EN", references) in told
     assert told.startswith("error: ")
     assert told.count("\n") == 1
+
+
+def test_of_an_empty_file_there_is_nothing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "de.txt").write_text("")
+    assert translate(run, tmp_path / "de.txt") == (0, "", "")
+    assert translate(run, tmp_path / "de.txt", f"--out={tmp_path / 'mine.txt'}") == (0, "", "")
+    assert (tmp_path / "mine.txt").read_text() == ""
+
+
+def test_a_model_of_lines_that_end_in_cr_lf_translates_without_cr(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = CharTokenizer.learn(["red\t\r\n"])
+    monkeypatch.setattr(beam, "search", lambda *_, **__: [tokenizer.encode("red\r")])
+    translator = Translator(cast(Any, None), tokenizer, 40, TranslateSettings())
+    assert translator.translate(["red"]) == ["red"]
+
+
+def test_an_encoding_gets_advice_that_works(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "de.txt").write_bytes("rot\n".encode("utf-16"))
+    status, out, told = translate(run, tmp_path / "de.txt")
+    assert (status, out) == (1, "")
+    assert told.endswith(f"convert it: iconv -f UTF-16 -t UTF-8 {tmp_path / 'de.txt'} > NEW\n")
 
 
 def test_unknown_characters_can_be_left_out(run: Path, tmp_path: Path) -> None:

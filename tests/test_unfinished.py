@@ -1,6 +1,9 @@
 """A preparation that was broken off goes on where it stopped, and ends as if nothing had been."""
 
+import io
+import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 
 import prepare
-from conftest import contents, script, some_text
+from conftest import contents, prepare_text, script, some_text
 from glyphgpt import text as texts
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.folder import locked
@@ -55,7 +58,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 64, 450])
-@pytest.mark.parametrize("form", ["char", "byte", "gpt2", "records"])
+@pytest.mark.parametrize("form", ["char", "byte", "gpt2", "records", "skip"])
 def test_a_broken_run_goes_on_and_ends_with_the_same_bytes(
     job: Job, gpt2_data_dir: Path, form: str, shard_tokens: int
 ) -> None:
@@ -63,7 +66,10 @@ def test_a_broken_run_goes_on_and_ends_with_the_same_bytes(
         job.file = job.file.with_suffix(".jsonl")
         job.file.write_text(json_lines(["", *some_text(900).splitlines(), "", ""]), encoding="utf-8")
     shutil.copytree(gpt2_data_dir / "downloads", job.data_dir / "downloads")
-    words = (f"--tokenizer={'gpt2' if form == 'records' else form}", f"--shard_tokens={shard_tokens}")
+    words = [f"--shard_tokens={shard_tokens}", f"--tokenizer={'gpt2' if form == 'records' else form}"]
+    if form == "skip":
+        prepare_text("abcdefgh \n" * 9, job.data_dir, "few")
+        words[1:] = [f"--vocabulary={job.data_dir / 'few'}", "--unknown=skip"]
     straight = job.run(*words, name="straight")
     chosen = random.Random(shard_tokens)
     for _ in range(3):
@@ -82,7 +88,28 @@ def test_what_is_finished_is_not_made_again(job: Job, capsys: pytest.CaptureFixt
     assert [(job.data_dir / "mine" / path.name).stat().st_mtime_ns for path in finished] == times
 
 
-@pytest.mark.parametrize("other", ["text", "settings", "damage", "missing", "notes"])
+def test_files_of_names_that_are_not_utf8_are_continued(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.file = job.file.rename(job.file.with_name(os.fsdecode(b"caf\xe9.txt")))
+    job.break_off(10, "--shard_tokens=50")
+    resumed = job.run("--shard_tokens=50")
+    assert "going on where this was broken off; finished files: 6\n" in capsys.readouterr().out
+    assert resumed == job.run("--shard_tokens=50", name="straight")
+
+
+def test_what_was_left_out_is_reported_after_an_interruption(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_text("abcdefgh \n" * 9, job.data_dir, "few")
+    words = ["--shard_tokens=20", f"--vocabulary={job.data_dir / 'few'}", "--unknown=skip"]
+    job.break_off(12, *words)
+    capsys.readouterr()
+    job.run(*words)
+    out = capsys.readouterr().out
+    text = job.file.read_text(encoding="utf-8")
+    assert "going on where this was broken off" in out
+    left_out = len(re.sub(r"[abcdefgh \n]", "", text))
+    assert f"left out: {left_out} characters that {job.data_dir / 'few'} lacks\n" in out
+
+
+@pytest.mark.parametrize("other", ["text", "settings", "vocabulary", "damage", "missing", "notes"])
 def test_another_job_or_a_damaged_one_begins_anew(job: Job, capsys: pytest.CaptureFixture[str], other: str) -> None:
     words = ["--shard_tokens=50"]
     job.break_off(10, *words)
@@ -92,6 +119,9 @@ def test_another_job_or_a_damaged_one_begins_anew(job: Job, capsys: pytest.Captu
             job.file.write_text(some_text(500, seed=2))
         case "settings":
             words.append("--tokenizer=byte")
+        case "vocabulary":
+            job.run(name="same")
+            words.append(f"--vocabulary={job.data_dir / 'same'}")
         case "damage":
             (new / "train-00001.npy").write_bytes((new / "train-00000.npy").read_bytes())
         case "missing":
@@ -192,6 +222,13 @@ def test_of_standard_input_nothing_is_kept(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "too short" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_an_interrupted_pipe_nothing_is_kept(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(job.file.read_bytes())))
+    job.file = Path("-")
+    job.break_off(10, "--shard_tokens=50")
+    assert list(job.data_dir.iterdir()) == []
 
 
 def test_two_at_once_are_one_too_many(job: Job) -> None:
