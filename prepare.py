@@ -16,7 +16,6 @@ import codecs
 import hashlib
 import os
 import re
-import shlex
 import sys
 import unicodedata
 from collections import Counter, deque
@@ -35,7 +34,7 @@ if __name__ == "__main__":  # while the rest is imported
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import find, peek
-from glyphgpt.commandline import parse
+from glyphgpt.commandline import ROOT, command, from_here, parse
 from glyphgpt.corpus import QUICK, read_recipe, text_file
 from glyphgpt.helper import Helper
 from glyphgpt.memory import keep_freed_memory
@@ -144,7 +143,7 @@ def prepare(
     progress = earlier(folder, job)
     if progress:
         finished = sum(map(len, progress.shards.values()))
-        print(f"going on where this was broken off; finished files: {finished}")
+        print(f"resuming an interrupted preparation; finished files: {finished}")
     else:
         progress = survey(text, settings, job, total_bytes, vocabulary)
     tokenizer = from_plain(progress.tokenizer, Path(settings.data_dir))
@@ -396,11 +395,11 @@ def report(meta: Meta, folder: Path, config: str) -> None:
 
 
 def next_step(folder: Path, config: str) -> str:
-    """Return the command that trains on a data set."""
+    """Return the command that trains on a dataset."""
     name = folder.name
-    dataset = "" if name == "shakespeare_char" else f" --dataset={name} --out_dir=out/{name}"
-    place = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"python train.py {shlex.quote(config)}{dataset}{place}"
+    dataset = [] if name == "shakespeare_char" else [f"--dataset={name}", f"--out_dir=out/{name}"]
+    place = [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
+    return command("train.py", from_here(ROOT / config), *dataset, *place)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def workshop(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[P
             forget(folder)
         except BaseException:
             if (new / PROGRESS).exists():
-                warn(f"what is done so far is kept in {hidden}; the same command goes on from there")
+                warn(f"what is done so far is kept in {hidden}; the same command continues from there")
             else:
                 shutil.rmtree(hidden, ignore_errors=True)
             raise

@@ -82,9 +82,9 @@ def test_what_is_finished_is_not_made_again(job: Job, capsys: pytest.CaptureFixt
     job.break_off(10, "--shard_tokens=50")
     finished = sorted(job.hidden.glob("new/train-*.npy"))[:3]
     times = [path.stat().st_mtime_ns for path in finished]
-    assert f"kept in {job.hidden}; the same command goes on from there" in capsys.readouterr().err
+    assert f"kept in {job.hidden}; the same command continues from there" in capsys.readouterr().err
     job.run("--shard_tokens=50")
-    assert "going on where this was broken off; finished files: 6\n" in capsys.readouterr().out
+    assert "resuming an interrupted preparation; finished files: 6\n" in capsys.readouterr().out
     assert [(job.data_dir / "mine" / path.name).stat().st_mtime_ns for path in finished] == times
 
 
@@ -92,7 +92,7 @@ def test_files_of_names_that_are_not_utf8_are_continued(job: Job, capsys: pytest
     job.file = job.file.rename(job.file.with_name(os.fsdecode(b"caf\xe9.txt")))
     job.break_off(10, "--shard_tokens=50")
     resumed = job.run("--shard_tokens=50")
-    assert "going on where this was broken off; finished files: 6\n" in capsys.readouterr().out
+    assert "resuming an interrupted preparation; finished files: 6\n" in capsys.readouterr().out
     assert resumed == job.run("--shard_tokens=50", name="straight")
 
 
@@ -104,7 +104,7 @@ def test_what_was_left_out_is_reported_after_an_interruption(job: Job, capsys: p
     job.run(*words)
     out = capsys.readouterr().out
     text = job.file.read_text(encoding="utf-8")
-    assert "going on where this was broken off" in out
+    assert "resuming an interrupted preparation" in out
     left_out = len(re.sub(r"[abcdefgh \n]", "", text))
     assert f"left out: {left_out} characters that {job.data_dir / 'few'} lacks\n" in out
 

@@ -25,6 +25,7 @@ from glyphgpt.errors import Failure, UsageError
 from glyphgpt.folder import write_whole
 from glyphgpt.settings import ConvertSettings, Network, TrainSettings
 from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, SplitMeta, write_dataset
+from glyphgpt.sources import sanitize
 from glyphgpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.unfinished import earlier, place_of, workshop
 
@@ -232,7 +233,7 @@ def data_set(folder: Path, settings: ConvertSettings) -> str:
         earlier(new, "")  # what a preparation of that name may have left
         train, val = (convert_split(path, new, tokenizer, digest) for path in paths)
         source = SourceMeta(
-            names=[str(path) for path in paths],
+            names=[sanitize(path) for path in paths],
             bytes=sum(path.stat().st_size for path in paths),
             sha256=digest.hexdigest(),
         )
