@@ -454,7 +454,7 @@ def test_numbers_beyond_any_machine_are_refused(key: str) -> None:
 def path_settings() -> list[tuple[type[Settings], str]]:
     """Every setting of every script whose help or name says that it is a file or folder."""
     classes = (TrainSettings, SampleSettings, PrepareSettings, ConvertSettings, PlotSettings, ReportSettings)
-    words = ("dir", "out", "file", "picture", "meta", "reference", "init_from", "score", "dataset", "vocabulary")
+    words = ("dir", "out", "file", "meta", "reference", "init_from", "score", "dataset", "vocabulary")
     return [
         (settings_class, key)
         for settings_class in (*classes, TranslateSettings)
