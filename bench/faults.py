@@ -632,6 +632,7 @@ ATTACKS = {
     "data-sets": Attack("data sets forged with right checksums", hostile.forged_data_sets, 2000),
     "bytes": Attack("arbitrary bytes prepared", hostile.arbitrary_bytes, 10_000),
     "unicode": Attack("arbitrary Unicode through every tokenizer", hostile.arbitrary_unicode, 10_000),
+    "links": Attack("folders of random links, named in five ways", hostile.links, 100),
     "toml": Attack("arbitrary TOML", hostile.arbitrary_toml, 10_000),
     "command-lines": Attack("arbitrary command lines", hostile.arbitrary_command_lines, 10_000),
     "prompts": Attack("odd prompts", hostile.prompts, len(hostile.PROMPTS)),

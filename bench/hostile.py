@@ -7,16 +7,19 @@ import copy
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 import prepare
 import sample
@@ -28,6 +31,7 @@ from glyphgpt.commandline import parse
 from glyphgpt.errors import Failure
 from glyphgpt.settings import PrepareSettings, SampleSettings, TrainSettings
 from glyphgpt.shards import META, load_dataset
+from glyphgpt.text import open_text
 from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 
 Json = Any
@@ -140,6 +144,54 @@ def arbitrary_bytes(arena: Arena, count: int) -> Tally:
 
     many(attack, count)
     return tally
+
+
+def links(arena: Arena, count: int) -> Tally:
+    """Grow random folders with links of every kind: however they are named, each file is read once, and all end."""
+    tally = Tally()
+    for number in tqdm(range(count), desc="links", leave=False):
+        top = arena.scratch / f"tree-{number}"
+        wanted = grow_tree(top, arena)
+        if not wanted:
+            tally.note("no files")
+        every = [str(path) for path in top.rglob("*") if path.is_file()]  # which follows no links
+        arena.random.shuffle(every)
+        for words in ([str(top)], [f"{top}/**/*"], every, [*every, str(top)], [f"{top}/*", str(top)]):
+            found: list[str] = []
+
+            def read(words: list[str] = words, found: list[str] = found) -> None:
+                found += chain.from_iterable(open_text(words, arena.scratch).read(lambda _: None))
+
+            complaint = trouble(read, tally)
+            if sorted("".join(found).split()) != wanted:
+                complaint = complaint or f"{words[:2]}: {len(found)} files, not {len(wanted)}"
+            tally.add(complaint)
+        shutil.rmtree(top)
+    return tally
+
+
+def grow_tree(top: Path, arena: Arena) -> list[str]:
+    """Make a folder of files, each with a word of its own, and links; return the words, sorted."""
+    random, folders, files = arena.random, [top], list[Path]()
+    top.mkdir()
+    for number in range(random.randint(1, 12)):
+        place = random.choice(folders) / random.choice(
+            [f"n{number}", f"n{number}.txt", f"n {number}\n", f"{number}\udce9"]
+        )
+        kind = random.choice(["file", "file", "folder", "link", "hard link", "loop", "dangling"])
+        if kind == "folder":
+            place.mkdir()
+            folders.append(place)
+        elif kind == "file":
+            place.write_text(f"word-{number}\n", encoding="utf-8")
+            files.append(place)
+        elif kind == "dangling":
+            place.symlink_to("nowhere")
+        elif kind == "loop":
+            place.symlink_to(random.choice(folders), target_is_directory=True)
+        elif files:
+            (place.symlink_to if kind == "link" else place.hardlink_to)(random.choice(files))
+    return sorted(file.read_text(encoding="utf-8").strip() for file in files)
 
 
 def arbitrary_unicode(_: Arena, count: int) -> Tally:

@@ -10,7 +10,7 @@ from faults import ATTACKS
 FEW = {
     "kill": 4, "signals": 9, "early-signals": 2, "failed-writes": 24, "full-disks": 4, "overwriting": 2, "copies": 2,
     "streams": 2, "cosmetic-calls": 2, "rivals": 2, "moving-data": 2, "cuts": 100, "checkpoints": 100,
-    "data-sets": 100, "bytes": 100, "unicode": 200, "toml": 200, "command-lines": 200, "prompts": 12,
+    "data-sets": 100, "bytes": 100, "unicode": 200, "links": 20, "toml": 200, "command-lines": 200, "prompts": 12,
 }  # fmt: skip
 """Tries of each; long ones are left to bench/faults.py, and lost processes to tests/test_processes.py."""
 
