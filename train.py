@@ -16,9 +16,9 @@ if __name__ == "__main__":  # while the rest is imported
     start_script()
 
 from glyphgpt.commandline import CONFIG, command, parse, printable
-from glyphgpt.settings import Action, Network, Optimization, TrainSettings
+from glyphgpt.settings import PATHS, Action, Network, Optimization, TrainSettings
 
-PATHS = ("out_dir", "data_dir", "init_from")  # settings that are paths, absolute in a run's config.toml
+NANOGPT_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # which its init_from downloads
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
 USAGE = "python train.py [CONFIG.toml | RUN ...] [--key=value ...]"
 
@@ -105,7 +105,7 @@ def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings
     Raises:
         UsageError: the settings name another network, or a model as nanoGPT does.
     """
-    if settings.init_from.startswith("gpt2") and not Path(settings.init_from).exists():
+    if settings.init_from in NANOGPT_MODELS and not Path(settings.init_from).exists():
         raise UsageError(
             f"init_from = '{settings.init_from}' is nanoGPT's way; here it is a folder with config.json and "
             "model.safetensors: download them from Hugging Face (hf download "
@@ -478,7 +478,7 @@ class Trainer:
         info = checkpoints.Info(
             model=asdict(self.config),
             tokenizer=self.dataset.meta.tokenizer,
-            settings=self.settings.model_dump(exclude=set(PATHS)),  # which are nobody else's business
+            settings=self.settings.model_dump(exclude=set(PATHS)),
             data=self.dataset.meta.fingerprint,
             val_loss=score.loss if score else None,
             progress=self.progress,

@@ -21,7 +21,7 @@ from glyphgpt.folder import write_whole
 from glyphgpt.metrics import SAMPLES, Row, read_rows
 from glyphgpt.pages import fill
 from glyphgpt.plot import read_metrics
-from glyphgpt.settings import ReportSettings, TrainSettings
+from glyphgpt.settings import PATHS, ReportSettings, TrainSettings
 from glyphgpt.walk import LETTERS, Walk
 
 PAGE = "report.html"
@@ -172,7 +172,7 @@ def tables(settings: TrainSettings) -> list[dict[str, Any]]:
                 "meaning": " ".join((field.description or "").split()),
             }
             for key, field in fields.items()
-            if key not in ACTIONS
+            if key not in ACTIONS and key not in PATHS
         ]
         if rows:
             found.append({"heading": heading, "rows": rows})

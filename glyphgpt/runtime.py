@@ -82,6 +82,7 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     else:
         keep_freed_memory()
+    if chosen.type == "cpu":
         be_deterministic()
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
     if world_size == 1:

@@ -22,6 +22,10 @@ Place = Annotated[Name, AfterValidator(os.path.expanduser)]
 """A file or folder; ~ is the home folder, which shells expand neither in quotes nor after --key=."""
 
 
+PATHS = ("data_dir", "out_dir", "init_from")
+"""Settings of train.py that are paths: absolute in a run's config.toml, and left out of what is passed on."""
+
+
 class Settings(BaseModel):
     """Typed, frozen settings that know nothing of where their values came from."""
 
