@@ -3,7 +3,7 @@
     python -m glyphgpt.plot out/quick                        into out/quick/metrics.png
     python -m glyphgpt.plot out/one out/two --out=both.png   several runs together
 
-train.py draws its own run at its end where matplotlib is installed: pip install 'glyphgpt[plot]'
+train.py draws its own run at its end where matplotlib is installed: pip install matplotlib
 """
 
 import io

@@ -139,13 +139,13 @@ class Watching(Settings):
     save_every: CountOrZero = 0
     """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
     picture: bool = True
-    """Draw the run into out_dir/metrics.png at its end, if matplotlib is there (pip install 'glyphgpt[plot]')."""
+    """Draw the run into out_dir/metrics.png at its end, if matplotlib is there (pip install matplotlib)."""
     report: bool = True
     """Tell the run in out_dir/report.html at its end: curves, samples, settings, for any browser."""
     tensorboard: bool = False
-    """Write TensorBoard logs to out_dir (pip install 'glyphgpt[tensorboard]')."""
+    """Write TensorBoard logs to out_dir (pip install tensorboard)."""
     wandb: bool = False
-    """Log to Weights & Biases (pip install 'glyphgpt[wandb]')."""
+    """Log to Weights & Biases (pip install wandb)."""
     wandb_project: Name = "glyphgpt"
     """Project to log to there."""
 
@@ -238,7 +238,7 @@ class SampleSettings(Settings):
     float32 on the CPU."""
     picture: Place = ""
     """File to draw attention into: a page for a browser if it ends in .html, or a picture for papers if in .png
-    (pip install 'glyphgpt[plot]')."""
+    (pip install matplotlib)."""
     data_dir: Place = "data"
     """Folder of data sets, and of GPT-2's vocabulary for models that use it."""
     cache: bool = True
@@ -331,7 +331,7 @@ class TranslateSettings(Settings):
     batch_size: Size = 32
     """Lines translated at once, of those that are equally long."""
     reference: Place = ""
-    """File of right translations, line by line, to tell the BLEU of ours (pip install 'glyphgpt[translate]')."""
+    """File of right translations, line by line, to tell the BLEU of ours (pip install sacrebleu)."""
     out: Place = ""
     """File to write the translations to; printed when left out."""
     unknown: Literal["error", "skip"] = "error"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from glyphgpt import beam
 from glyphgpt.commandline import parse
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import Failure, UsageError, importing, plain_errors
 from glyphgpt.folder import write_whole
 from glyphgpt.generate import Ids, LanguageModel
 from glyphgpt.settings import TranslateSettings
@@ -127,10 +127,8 @@ def read_references(word: str, lines: int) -> list[str]:
     references = read_lines(word)
     if len(references) != lines:
         raise Failure(f"{word}: {len(references):,} lines, but there are {lines:,} to translate")
-    try:
+    with importing("sacrebleu", "scoring"):
         import sacrebleu  # noqa: F401, PLC0415  (optional)
-    except ImportError as error:
-        raise UsageError("scoring needs sacrebleu: pip install 'glyphgpt[translate]'") from error
     return references
 
 
