@@ -182,7 +182,7 @@ def test_files_never_get_the_number_of_a_closed_stream() -> None:
 
 
 def test_a_training_whose_reader_has_gone_saves_and_ends(data_dir: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(data_dir, tmp_path, max_steps=10**6, eval_every=10, save_every=0)
+    settings = tiny_settings(data_dir, tmp_path, max_steps=3000, eval_every=10, save_every=0)
     command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout
