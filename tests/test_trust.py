@@ -27,7 +27,7 @@ from conftest import (
 )
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure, UsageError, plain_errors
-from glyphgpt.folder import LOCK, READY
+from glyphgpt.folder import LOCK, NEW, READY
 from glyphgpt.settings import TrainSettings
 
 CHECKPOINTS = ("best.safetensors", "last.safetensors")
@@ -280,6 +280,7 @@ def test_a_run_is_whole_until_another_one_takes_its_place(
         train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=1))
     monkeypatch.undo()
     assert {name: content for name, content in before.items() if name != LOCK}.items() <= contents(tmp_path).items()
+    assert not (tmp_path / NEW).exists()
     train.main(tiny_settings(data_dir, tmp_path, resume=True, max_steps=3))
     told = [row["step"] for row in read_metrics(tmp_path)]
     assert told[-2:] == [3, 3]
