@@ -28,6 +28,8 @@ Values = dict[str, Any]
 COMMAND_LINE = "command line"
 CONFIG = "config.toml"
 """The settings of a run, in its folder."""
+CHECKPOINTS = ("best.safetensors", "last.safetensors")
+"""What a run's folder holds beside them (`glyphgpt/checkpoint.py`, which takes longer to import)."""
 ROOT = Path(__file__).parent.parent
 """Where the scripts are."""
 ACTIONS = Action.model_fields.keys()
@@ -111,7 +113,7 @@ def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
         if not path.exists():
             raise UsageError(f"{word}: this folder holds no run; its {CONFIG} is missing")
     values = read_toml(str(path))
-    if path.name == CONFIG and (resume or any(path.parent.glob("*.safetensors"))):
+    if path.name == CONFIG and (resume or any((path.parent / name).exists() for name in CHECKPOINTS)):
         values = relocated(values, path.parent)
     return str(path), values
 

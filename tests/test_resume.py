@@ -27,7 +27,7 @@ from conftest import (
     tiny_settings,
 )
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.commandline import parse
+from glyphgpt.commandline import CHECKPOINTS, parse
 from glyphgpt.errors import Failure, UsageError
 from glyphgpt.settings import TrainSettings
 
@@ -398,6 +398,8 @@ def test_the_config_of_a_copied_run_never_means_the_original(project: Path) -> N
 
 def test_a_config_file_of_the_users_own_keeps_its_out_dir(project: Path) -> None:
     (project / "config.toml").write_text('out_dir = "out/mine"\n', encoding="utf-8")
+    (project / "model.safetensors").touch()  # no checkpoint of ours
+    assert set(CHECKPOINTS) == {checkpoints.BEST, checkpoints.LAST}
     assert parsed("config.toml").out_dir == "out/mine"
     assert parsed("out/one/config.toml", "--resume", "--out_dir=out/other").out_dir == "out/other"
 
