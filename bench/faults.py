@@ -322,14 +322,12 @@ def configs(arena: Arena, count: int) -> Tally:
             if said := finished_badly(start(file, straight[file, dtype], dtype=dtype)):
                 tally.add(f"{file.stem}, {dtype}: {said}")
                 continue
-        process, began = start(file, out_dir, dtype=dtype), None
+        process, steps = start(file, out_dir, dtype=dtype), arena.random.randint(1, 3)
         while process.poll() is None:
-            if (out_dir / LAST).exists():
-                began = began or time.monotonic()
-                if time.monotonic() - began > 0.5 * arena.random.random():
-                    os.killpg(process.pid, signal.SIGKILL)
-                    break
-            time.sleep(0.01)
+            if (out_dir / LAST).exists() and (rows := metrics(out_dir)) and rows[-1]["step"] > steps:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.001)
         process.communicate()
         tally.note(f"at step {checkpoints.peek(out_dir / LAST).progress.step}" if process.returncode else "had ended")
         found = finished_badly(start(file, out_dir, dtype=dtype, resume=True)) or difference(
