@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from glyphgpt.commandline import command
+from glyphgpt.commandline import ROOT, command, from_here
 from glyphgpt.errors import Failure
 from glyphgpt.folder import copy_mode, sync, sync_folder
 from glyphgpt.settings import CountOrZero, NotNegative
@@ -181,7 +181,7 @@ def find(place: Path) -> Path:
     for name in (BEST, LAST):
         if (place / name).is_file():
             return place / name
-    train = command("train.py", "config/quick.toml", f"--out_dir={place}")
+    train = command("train.py", from_here(ROOT / "config" / "quick.toml"), f"--out_dir={place}")
     raise Failure(f"{place}: no checkpoint in this folder; train first, for example: {train}")
 
 

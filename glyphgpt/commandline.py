@@ -293,6 +293,6 @@ def parse(
         raise SystemExit(0)
     plain, flags = read_words(settings_class, words)
     plain = [os.path.expanduser(word) for word in plain]  # noqa: PTH111  (which keeps what is no path as it is)
-    resume = flags.get("resume") not in (None, "false", "False")
+    resume = str(flags.get("resume", "false")).lower() not in ("false", "f", "no", "n", "off", "0")
     sources = [read_config(word, resume=resume) for word in plain] if files else []
     return resolve(settings_class, [*sources, (COMMAND_LINE, flags)]), plain

@@ -111,7 +111,8 @@ def be_deterministic() -> None:
     GPUs are left alone: there it takes slower kernels, and some operations have none.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+    # nothing here reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def torchrun_id() -> str:
