@@ -34,17 +34,17 @@ if __name__ == "__main__":  # while the rest is imported
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import find, peek
-from glyphgpt.commandline import ROOT, command, from_here, parse
-from glyphgpt.corpus import QUICK, read_recipe, text_file
-from glyphgpt.helper import Helper
+from glyphgpt.cli import ROOT, command, from_here, parse
+from glyphgpt.data.background import Helper
+from glyphgpt.data.dataset import FORMAT, META, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
+from glyphgpt.data.recipes import QUICK, read_recipe, text_file
+from glyphgpt.data.records import Documents
+from glyphgpt.data.sources import is_stream, list_names, sanitize
+from glyphgpt.data.staging import Progress, earlier, forget, job_name, keep, place_of, workshop
+from glyphgpt.data.text import MARKED, NUL, Text, open_text
+from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain, list_characters
 from glyphgpt.memory import keep_freed_memory
-from glyphgpt.records import Documents
 from glyphgpt.settings import PrepareSettings
-from glyphgpt.shards import FORMAT, META, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
-from glyphgpt.sources import is_stream, list_names, sanitize
-from glyphgpt.text import MARKED, NUL, Text, open_text
-from glyphgpt.tokenizer import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain, list_characters
-from glyphgpt.unfinished import Progress, earlier, forget, job_name, keep, place_of, workshop
 
 USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]"
 

@@ -24,13 +24,13 @@ if __name__ == "__main__":  # while the rest is imported
 import numpy as np
 
 from glyphgpt.checkpoint import Checkpoint
-from glyphgpt.commandline import parse
-from glyphgpt.generate import LanguageModel, SamplingRule, TextStream, generate
+from glyphgpt.cli import parse
+from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
+from glyphgpt.data.text import read_text
+from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_known, first_token
+from glyphgpt.inference.generate import LanguageModel, SamplingRule, TextStream, generate
+from glyphgpt.inference.loading import language_model, open_checkpoint, torch_model
 from glyphgpt.settings import SampleSettings
-from glyphgpt.shards import META, Split, find_dataset, load_dataset
-from glyphgpt.text import read_text
-from glyphgpt.tokenizer import Tokenizer, Tokens, encode_known, first_token
-from glyphgpt.trained import language_model, open_checkpoint, torch_model
 
 BROWSABLE = 10**7  # weights in a page, about 27 MB
 USAGE = "python sample.py RUN | CHECKPOINT [--key=value ...]"
@@ -55,8 +55,8 @@ def main(settings: SampleSettings, place: str) -> None:
 
 def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
     """Print the loss of a text, or of a data set's validation split, under the model."""
-    from glyphgpt.batches import Windows  # noqa: PLC0415
-    from glyphgpt.evaluate import evaluate  # noqa: PLC0415
+    from glyphgpt.data.batches import Windows  # noqa: PLC0415
+    from glyphgpt.training.evaluation import evaluate  # noqa: PLC0415
 
     split, what = text_to_score(tokenizer, settings)
     with torch_model(checkpoint, settings.device, settings.dtype, "the load of the GPU, or use --device=cpu") as (
@@ -98,7 +98,7 @@ def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Sampl
     """
     tokens, path = encode_known(settings.attention, tokenizer, skip=settings.unknown == "skip"), Path(settings.picture)
     with torch_model(checkpoint, "cpu", "float32", "the length of the text") as (model, _):
-        from glyphgpt import attention  # noqa: PLC0415  (torch, only where it is used)
+        from glyphgpt.reports import attention_maps as attention  # noqa: PLC0415  (torch, only where it is used)
 
         if not 1 <= len(tokens) <= model.config.block_size:
             length = f"{len(tokens):,} {attention.UNITS[tokenizer.kind]}s"

@@ -15,7 +15,7 @@ from glyphgpt.errors import LOST_READER, Failure, UsageError, plain_errors, read
 if __name__ == "__main__":  # while the rest is imported
     start_script()
 
-from glyphgpt.commandline import CONFIG, command, parse, printable
+from glyphgpt.cli import CONFIG, command, parse, printable
 from glyphgpt.settings import PATHS, Action, Network, Optimization, TrainSettings
 
 NANOGPT_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # which its init_from downloads
@@ -42,23 +42,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt import plot, report
 from glyphgpt import runtime as runtimes
-from glyphgpt.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Progress
 from glyphgpt.convert import from_huggingface
-from glyphgpt.decoder import Decoder
-from glyphgpt.evaluate import Score, evaluate
-from glyphgpt.folder import READY, finish_replacing, locked, replacing, write_whole
-from glyphgpt.generate import LanguageModel, SamplingRule, generate
-from glyphgpt.metrics import Metrics, check_trackers
-from glyphgpt.optim import clip_gradients, learning_rate, make_optimizers, set_learning_rate
-from glyphgpt.parallel import checkpoint_activations, exchanging, replicate, shard
+from glyphgpt.data.batches import Windows, window_starts, windows_per_epoch
+from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
+from glyphgpt.data.tokenizers import decode, first_token
+from glyphgpt.files import READY, finish_replacing, locked, replacing, write_whole
+from glyphgpt.inference.generate import LanguageModel, SamplingRule, generate
+from glyphgpt.inference.numpy_gpt import Decoder
+from glyphgpt.reports import plot
+from glyphgpt.reports import run_report as report
+from glyphgpt.reports.summary import Walk
 from glyphgpt.runtime import OnDevice, Runtime, StopRequest
-from glyphgpt.shards import Dataset, find_dataset, load_dataset
-from glyphgpt.state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
-from glyphgpt.tokenizer import decode, first_token
-from glyphgpt.walk import Walk
+from glyphgpt.training.distributed import checkpoint_activations, exchanging, replicate, shard
+from glyphgpt.training.evaluation import Score, evaluate
+from glyphgpt.training.metrics import Metrics, check_trackers
+from glyphgpt.training.optimizers import clip_gradients, make_optimizers, set_learning_rate
+from glyphgpt.training.schedule import learning_rate
+from glyphgpt.training.torch_state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
 
 

@@ -23,9 +23,9 @@ import torch
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST
 from glyphgpt.errors import Failure
-from glyphgpt.folder import READY
-from glyphgpt.metrics import SAMPLES
+from glyphgpt.files import READY
 from glyphgpt.settings import TrainSettings
+from glyphgpt.training.metrics import SAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["to be", "or not", "the king", "my lord,", "good night.\n", "exit", "Ophelia:", "why?"]

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from glyphgpt.decoder import Decoder, Linear
-from glyphgpt.generate import LanguageModel, SamplingRule, generate
+from glyphgpt.inference.generate import LanguageModel, SamplingRule, generate
+from glyphgpt.inference.loading import language_model, open_checkpoint
+from glyphgpt.inference.numpy_gpt import Decoder, Linear
 from glyphgpt.runtime import OnDevice
-from glyphgpt.trained import language_model, open_checkpoint
 
 CHARACTERS = 1000
 

@@ -5,7 +5,8 @@
 
 Needs the `dev` extra, and Linux or macOS. Training runs on one CPU thread, so that "the same bits" is a fair demand; a
 server forks the processes, so that they need not import torch each time. A row tells how many tries went as they
-should; exit status 1 says that some did not, and what went wrong with them. tests/test_faults.py makes a few of each.
+should; exit status 1 says that some did not, and what went wrong with them. tests/bench/test_faults.py makes a few of
+each.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import hostile
 from attack import PATIENCE, ROOT, STEPS, Arena, Program, Tally, difference, lost, metrics
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import LAST
-from glyphgpt.folder import NEW, READY
+from glyphgpt.files import NEW, READY
 
 RESULTS = ROOT / "bench" / "RESULTS.md"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

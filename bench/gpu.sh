@@ -31,7 +31,7 @@ if [ "${1:-}" = translate ]; then
   $PYTHON prepare.py multi30k_de_en
   test=data/downloads/multi30k-test_2016_flickr
   timed train 400 $PYTHON train.py config/translate.toml --out_dir="$RUNS/translate"
-  timed translate 170 $PYTHON -m glyphgpt.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/mine.en"
+  timed translate 170 $PYTHON -m glyphgpt.inference.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/mine.en"
   cat "$OUT/summary.txt"
   exit
 fi

@@ -27,12 +27,12 @@ import train
 from attack import ROOT, Arena, Tally, peak_memory, trouble
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST
-from glyphgpt.commandline import parse
+from glyphgpt.cli import parse
+from glyphgpt.data.dataset import META, load_dataset
+from glyphgpt.data.text import open_text
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from glyphgpt.errors import Failure
 from glyphgpt.settings import PrepareSettings, SampleSettings, TrainSettings
-from glyphgpt.shards import META, load_dataset
-from glyphgpt.text import open_text
-from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 
 Json = Any
 ODD: list[Json] = [

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from glyphgpt.tokenizer import GPT2Tokenizer
+from glyphgpt.data.tokenizers import GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORDS = [

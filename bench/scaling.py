@@ -18,10 +18,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from glyphgpt.optim import make_optimizers
-from glyphgpt.parallel import checkpoint_activations, exchanging, local, replicate, shard
 from glyphgpt.runtime import start
 from glyphgpt.settings import Network, TrainSettings
+from glyphgpt.training.distributed import checkpoint_activations, exchanging, local, replicate, shard
+from glyphgpt.training.optimizers import make_optimizers
 from model import GPT, GPTConfig
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)

@@ -32,8 +32,8 @@ from statistics import mean, median
 
 from tqdm import tqdm
 
-from glyphgpt.shards import load_dataset
-from glyphgpt.tokenizer import decode
+from glyphgpt.data.dataset import load_dataset
+from glyphgpt.data.tokenizers import decode
 from prepare_speed import write_text
 
 ROOT = Path(__file__).resolve().parent.parent

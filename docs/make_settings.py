@@ -6,7 +6,7 @@ python docs/make_settings.py
 from collections.abc import Iterator
 from pathlib import Path
 
-from glyphgpt.commandline import bounds, default_text, groups, metavar
+from glyphgpt.cli import bounds, default_text, groups, metavar
 from glyphgpt.settings import PrepareSettings, SampleSettings, Settings, TrainSettings
 
 TARGET = Path(__file__).with_name("settings.md")

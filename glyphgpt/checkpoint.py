@@ -4,7 +4,7 @@ A checkpoint is one safetensors file; nothing in it is ever executed. Tensors st
 `optimizer.`; the rest is JSON in the header. A SHA-256 of the whole file, taken with the digest's own place
 filled with zeros, stands in the header too: whatever is cut or flipped is found before a weight is used.
 
-torch is not needed to read one; `glyphgpt/state.py` takes tensors out of and into torch.
+torch is not needed to read one; `glyphgpt/training/torch_state.py` takes tensors out of and into torch.
 
 There is no random state to save: every random number of training follows from the seed and the step.
 """
@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from glyphgpt.commandline import ROOT, command, from_here
+from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.errors import Failure
-from glyphgpt.folder import copy_mode, sync, sync_folder
+from glyphgpt.files import copy_mode, sync, sync_folder
 from glyphgpt.settings import CountOrZero, NotNegative
 
 FORMAT = 1

@@ -1,7 +1,7 @@
 """Every setting of the three scripts, declared once: its type, bounds, default and meaning.
 
 The class a setting stands in is its heading in `--help`; the line below a setting is its help.
-`glyphgpt/commandline.py` turns TOML files and flags into these classes.
+`glyphgpt/cli.py` turns TOML files and flags into these classes.
 """
 
 import os.path
@@ -317,14 +317,14 @@ class ConvertSettings(Settings):
 
 
 class PlotSettings(Settings):
-    """Settings of glyphgpt.plot"""
+    """Settings of glyphgpt.reports.plot"""
 
     out: Place = ""
     """PNG file to draw; metrics.png in the run's folder when left out."""
 
 
 class TranslateSettings(Settings):
-    """Settings of glyphgpt.translate"""
+    """Settings of glyphgpt.inference.translate"""
 
     beam: Annotated[int, Field(ge=1, le=1000)] = 4
     """How many ways to translate a line are kept in view; 1 always takes the likeliest token, which is faster."""
@@ -345,7 +345,7 @@ class TranslateSettings(Settings):
 
 
 class ReportSettings(Settings):
-    """Settings of glyphgpt.report"""
+    """Settings of glyphgpt.reports.run_report"""
 
     out: Place = ""
     """HTML file to write; report.html in the run's folder when left out."""

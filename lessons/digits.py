@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from glyphgpt.corpus import Source, fetch
+from glyphgpt.data.downloads import Source, fetch
 from glyphgpt.errors import UsageError, importing, plain_errors
 
 Array = NDArray[np.float64]

@@ -4,9 +4,10 @@
     python lessons/gpt.py my.txt      learns a text of yours, of a few thousand characters
 
 After 390 391 392 393 394 395 396 397 it writes 398 399 400 401 402 and so on.
-The network is model.py's in GPT-2's form, its parameters have the same names and shapes, and tests/test_lessons.py
-holds logits, loss and every gradient of the one to the other's. Shape letters are model.py's: B batch, T time,
-C channels, H heads, D = C / H head size, V vocabulary; K and J are what goes into a layer and what comes out.
+The network is model.py's in GPT-2's form, and its parameters have the same names and shapes.
+tests/lessons/test_lessons.py compares logits, loss and every gradient with those of model.py. Shape letters are
+model.py's: B batch, T time, C channels, H heads, D = C / H head size, V vocabulary; K and J are the inputs and outputs
+of a layer.
 
 How to read it. `dx` stands for ∂loss/∂x: how the loss changes with each number of x, so it has x's shape. Each layer
 has a `forward`, which keeps what the way back needs, and a `backward`, which is given dy, leaves the gradients of its

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from attention import Mask, Score, causal, dot, inverse, itself, negated, no_mask, other_half, squared, unscaled
 from glyphgpt import runtime as runtimes
-from glyphgpt.commandline import parse, printable, read_toml
+from glyphgpt.cli import parse, printable, read_toml
+from glyphgpt.data.dataset import Dataset, load_dataset
+from glyphgpt.data.tokenizers import decode, first_token
 from glyphgpt.errors import UsageError, plain_errors
-from glyphgpt.generate import SamplingRule, generate
+from glyphgpt.inference.generate import SamplingRule, generate
 from glyphgpt.runtime import OnDevice, Runtime
 from glyphgpt.settings import CountOrZero, Name, Settings, TrainSettings
-from glyphgpt.shards import Dataset, load_dataset
-from glyphgpt.tokenizer import decode, first_token
 from model import GPT, CausalSelfAttention, LayerCache, NoRotation
 from train import Trainer
 

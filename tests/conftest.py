@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import prepare
-from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
-from glyphgpt.decoder import Decoder
+from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.errors import Failure
+from glyphgpt.inference.numpy_gpt import Decoder
 from glyphgpt.settings import PrepareSettings, TrainSettings
-from glyphgpt.state import model_arrays
+from glyphgpt.training.torch_state import model_arrays
 from model import GPT, GPTConfig
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ from glyphgpt.checkpoint import (
     save,
 )
 from glyphgpt.errors import Failure
-from glyphgpt.optim import AdamW, Muon, Optimizer, set_learning_rate
-from glyphgpt.state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
+from glyphgpt.training.optimizers import AdamW, Muon, Optimizer, set_learning_rate
+from glyphgpt.training.torch_state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
 
 INFO = Info(

@@ -10,7 +10,7 @@ import sample
 import train
 from conftest import MODERN, ROOT, as_flags, decoder_of, read_metrics, tiny_model, tiny_settings, torchrun
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.beam import search
+from glyphgpt.inference.beam_search import search
 from glyphgpt.runtime import OnDevice, start
 from glyphgpt.settings import SampleSettings, TrainSettings
 

@@ -52,7 +52,7 @@ AT_ONCE = {name: ours(outside_functions(tree)) for name, tree in TREES.items()}
 
 
 def test_the_files_are_those_of_the_design() -> None:
-    assert {*SCRIPTS, "model", "glyphgpt.settings", "glyphgpt.commandline", "glyphgpt.shards"} < TREES.keys()
+    assert {*SCRIPTS, "model", "glyphgpt.settings", "glyphgpt.cli", "glyphgpt.data.dataset"} < TREES.keys()
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -60,7 +60,7 @@ def test_imports_point_one_way(name: str) -> None:
     allowed = {module for module in TREES if module.partition(".")[0] == "glyphgpt"}
     if name == "model":
         allowed = set()
-    elif name in (*SCRIPTS, "glyphgpt.trained"):  # which opens models for whoever decodes
+    elif name in (*SCRIPTS, "glyphgpt.inference.loading"):  # which opens models for whoever decodes
         allowed |= {"model"}
     assert ANYWHERE[name] <= allowed
     assert not [module for module in imported(ast.walk(TREES[name])) if module.startswith(".")]
@@ -80,7 +80,7 @@ def test_preparing_does_not_import_torch() -> None:
     while new:
         reached |= new
         new = set().union(*(AT_ONCE[name] for name in new)) - reached
-    assert {"glyphgpt.corpus", "glyphgpt.tokenizer", "glyphgpt.errors"} < reached
+    assert {"glyphgpt.data.recipes", "glyphgpt.data.tokenizers", "glyphgpt.errors"} < reached
     for name in reached:
         assert not [m for m in imported(outside_functions(TREES[name])) if m.partition(".")[0] == "torch"]
 

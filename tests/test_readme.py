@@ -14,7 +14,7 @@ import prepare
 import sample
 import train
 from conftest import ROOT, some_text
-from glyphgpt.commandline import parse
+from glyphgpt.cli import parse
 from glyphgpt.convert.__main__ import KINDS
 from glyphgpt.settings import (
     ConvertSettings,
@@ -110,7 +110,11 @@ def test_conversions_are_real() -> None:
 
 @pytest.mark.parametrize(
     ("module", "settings"),
-    [("plot", PlotSettings), ("report", ReportSettings), ("translate", TranslateSettings)],
+    [
+        ("reports.plot", PlotSettings),
+        ("reports.run_report", ReportSettings),
+        ("inference.translate", TranslateSettings),
+    ],
 )
 def test_commands_of_modules_are_real(module: str, settings: type[Settings]) -> None:
     commands = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", f"glyphgpt.{module}"]]

@@ -27,7 +27,7 @@ from conftest import (
 )
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.errors import Failure, UsageError, plain_errors
-from glyphgpt.folder import LOCK, NEW, READY
+from glyphgpt.files import LOCK, NEW, READY
 from glyphgpt.settings import TrainSettings
 
 CHECKPOINTS = ("best.safetensors", "last.safetensors")
@@ -267,7 +267,7 @@ def broken(*_: object, **__: object) -> None:
         "glyphgpt.checkpoint.sync",
         "train.Trainer.write_config",
         "train.Metrics.write_held",
-        "glyphgpt.folder.finish_replacing",
+        "glyphgpt.files.finish_replacing",
     ],
 )
 def test_a_run_is_whole_until_another_one_takes_its_place(

@@ -13,7 +13,7 @@ Nothing that comes from a file is executed.
 import sys
 from pathlib import Path
 
-from glyphgpt.commandline import parse
+from glyphgpt.cli import parse
 from glyphgpt.convert import from_huggingface, nanogpt, to_gguf, to_huggingface
 from glyphgpt.errors import UsageError, plain_errors
 from glyphgpt.settings import ConvertSettings

@@ -8,9 +8,9 @@ import numpy as np
 
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Arrays, Checkpoint
-from glyphgpt.decoder import Form, check_form, expected_shapes
+from glyphgpt.data.tokenizers import Tokenizer, from_plain
 from glyphgpt.errors import Failure
-from glyphgpt.tokenizer import Tokenizer, from_plain
+from glyphgpt.inference.numpy_gpt import Form, check_form, expected_shapes
 
 
 def load(place: Path, data_dir: Path) -> tuple[Checkpoint, Form, Tokenizer]:

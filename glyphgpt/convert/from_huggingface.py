@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Info, Progress
-from glyphgpt.commandline import printable
+from glyphgpt.cli import printable
 from glyphgpt.convert.nanogpt import new_file, our_name
 from glyphgpt.convert.to_huggingface import ACTIVATIONS, CONFIG, TOKENIZER, TURNED, WEIGHTS, vocabulary
-from glyphgpt.decoder import Form, check_form
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import Failure
+from glyphgpt.inference.numpy_gpt import Form, check_form
 from glyphgpt.settings import ConvertSettings, Network
-from glyphgpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 Meaning = tuple[dict[str, int], list[str] | None]
 """The id of each token, and the merges that make them of bytes."""

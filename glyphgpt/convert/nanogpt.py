@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Arrays, Checkpoint, Info, Progress
-from glyphgpt.commandline import resolve
-from glyphgpt.decoder import check_form
+from glyphgpt.cli import resolve
+from glyphgpt.data.dataset import FORMAT, Meta, ShardWriter, SourceMeta, SplitMeta, write_dataset
+from glyphgpt.data.sources import sanitize
+from glyphgpt.data.staging import earlier, place_of, workshop
+from glyphgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import Failure, UsageError
-from glyphgpt.folder import write_whole
+from glyphgpt.files import write_whole
+from glyphgpt.inference.numpy_gpt import check_form
 from glyphgpt.settings import ConvertSettings, Network, TrainSettings
-from glyphgpt.shards import FORMAT, Meta, ShardWriter, SourceMeta, SplitMeta, write_dataset
-from glyphgpt.sources import sanitize
-from glyphgpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.unfinished import earlier, place_of, workshop
 
 OURS = {
     "transformer.wte": "token_embedding",

@@ -1,7 +1,7 @@
 """To llama.cpp (https://github.com/ggml-org/llama.cpp): a model as a GGUF file, which it and many others run.
 
 llama.cpp knows kinds of networks by name, each with one norm, one activation and so on; the nearest kind computes the
-very same, or there is none. `tests/test_convert_to_gguf.py` holds llama.cpp's probabilities to ours.
+very same, or there is none. `tests/convert/test_gguf.py` holds llama.cpp's probabilities to ours.
 """
 
 import math
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from glyphgpt.checkpoint import Arrays
-from glyphgpt.commandline import printable
+from glyphgpt.cli import printable
 from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
 from glyphgpt.convert.nanogpt import new_file
-from glyphgpt.corpus import GPT2_MERGES, fetch
-from glyphgpt.decoder import EPSILON, Form
+from glyphgpt.data.downloads import GPT2_MERGES, fetch
+from glyphgpt.data.tokenizers import Tokenizer
 from glyphgpt.errors import Failure, importing, warn
-from glyphgpt.folder import whole
+from glyphgpt.files import whole
+from glyphgpt.inference.numpy_gpt import EPSILON, Form
 from glyphgpt.settings import ConvertSettings
-from glyphgpt.tokenizer import Tokenizer
 
 THEIRS = {
     "blocks": "blk",

@@ -20,12 +20,12 @@ from safetensors.numpy import save_file
 from glyphgpt.checkpoint import Arrays
 from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
 from glyphgpt.convert.nanogpt import OURS
-from glyphgpt.corpus import GPT2_ENCODER, GPT2_MERGES, fetch
-from glyphgpt.decoder import EPSILON, Form
+from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
+from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer
 from glyphgpt.errors import Failure, UsageError, writing
-from glyphgpt.folder import copy_mode, exchange
+from glyphgpt.files import copy_mode, exchange
+from glyphgpt.inference.numpy_gpt import EPSILON, Form
 from glyphgpt.settings import ConvertSettings
-from glyphgpt.tokenizer import CharTokenizer, Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"

@@ -1,0 +1,1 @@
+"""From a checkpoint to text: load a model, sample, and search."""

@@ -1,0 +1,239 @@
+"""What a run tells while it trains: metrics.jsonl, samples.jsonl, and optional trackers."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from glyphgpt.errors import Failure, describe, importing, warn, writing
+from glyphgpt.files import write_whole
+from glyphgpt.settings import TrainSettings
+
+METRICS = "metrics.jsonl"
+"""Rows of numbers; `kind` is "train" (loss of that step's batch) or "val" (loss of the whole validation split)."""
+SAMPLES = "samples.jsonl"
+"""Rows of a `step` and the `text` that the model wrote then."""
+
+Row = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes rows of metrics."""
+
+    def write(self, row: Row) -> None:
+        """Take one row; its `step` is the number of updates done."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+class RowsFile:
+    """A file of rows: one JSON object a line, with the `step` that it is of, each written at once."""
+
+    def __init__(self, path: Path, *, keep_steps: float) -> None:
+        """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
+        self._path = path
+        rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        write_whole(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
+        self._file = path.open("ab")
+
+    def write(self, row: Row) -> None:
+        """Append a row.
+
+        Raises:
+            Failure: it could not be written.
+        """
+        with writing(self._path):
+            self._file.write(encode(row))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):  # of a row that could not be written, which was told
+            self._file.close()
+
+
+def encode(row: Row) -> bytes:
+    """Return a row as a line of JSON, which has no word for numbers that are not finite: they become null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(plain).encode() + b"\n"
+
+
+def _step_of(line: bytes) -> float:
+    """Return a row's step; a line that was cut counts as the far future."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        step = None
+    return step if isinstance(step, int) else math.inf
+
+
+def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
+    """Read a file of rows, but for a last one that was cut; what is not finite becomes None.
+
+    `check` returns a row, or raises a KeyError or TypeError where it is none.
+
+    Raises:
+        Failure: the file is not there, cannot be read, or is not as train.py writes it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [check(json.loads(line, parse_constant=lambda _: None)) for line in lines]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Failure(f"{path}: no {path.stem} there; name the folder of a run") from error
+    except OSError as error:
+        raise Failure(describe(error)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Failure(f"{path}: not as train.py writes it") from error
+
+
+class TensorBoard:
+    """Writes rows as TensorBoard events."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """Open an event file in the run's folder; earlier events of `first_step` and later are hidden."""
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, row: Row) -> None:
+        """Write each number under its name."""
+        for name, value in numbers(row).items():
+            self._writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Logs rows to Weights & Biases."""
+
+    def __init__(self, folder: Path, settings: TrainSettings, wandb_id: str) -> None:
+        """Start a run named as the folder, or continue the one of this id.
+
+        Raises:
+            Failure: it cannot be started: no login or no network, say.
+        """
+        import wandb  # noqa: PLC0415  (`check_trackers` has seen to it)
+
+        try:
+            self._run = wandb.init(
+                project=settings.wandb_project,
+                name=folder.name,
+                dir=folder,
+                config=settings.model_dump(),
+                id=wandb_id or None,
+                resume="allow",
+            )
+        except Exception as error:  # its own errors, those of its server, and some of the system's
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Failure(
+                f"Weights & Biases cannot start: {reason}; log in (wandb login), leave --wandb out, or have it write "
+                "to the disk only: WANDB_MODE=offline"
+            ) from error
+        self.id: str = self._run.id
+
+    def write(self, row: Row) -> None:
+        """Log each number under its name."""
+        self._run.log(numbers(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def check_trackers(settings: TrainSettings) -> None:
+    """Make sure, before a run begins, that the trackers which it asks for are installed.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if settings.tensorboard:
+        with importing("tensorboard", "tensorboard = true"):
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401, PLC0415
+    if settings.wandb:
+        with importing("wandb", "wandb = true"):
+            import wandb  # noqa: F401, PLC0415
+
+
+def numbers(row: Row) -> Row:
+    """Return a row's measurements, named by kind and key, as in "val/loss"."""
+    return {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step")}
+
+
+class Metrics:
+    """metrics.jsonl, samples.jsonl and every tracker that the settings ask for.
+
+    A new run keeps its rows in memory until its folder is its own: `write_held` puts them among the files that replace
+    an earlier run's, `open` has later ones appended.
+    """
+
+    def __init__(self, settings: TrainSettings, *, wandb_id: str = "", silent: bool = False) -> None:
+        """Start the tracker that others can refuse, and leave the folder as it is; do nothing at all if `silent`.
+
+        Raises:
+            Failure: Weights & Biases cannot start.
+        """
+        self._settings, self._silent = settings, silent
+        self._folder = Path(settings.out_dir)
+        self._held: dict[str, list[Row]] = {METRICS: [], SAMPLES: []}
+        self._files: dict[str, RowsFile] = {}
+        self._trackers: list[Tracker] = []
+        self.wandb_id = wandb_id
+        if settings.wandb and not silent:
+            tracker = WeightsAndBiases(self._folder, settings, wandb_id)
+            self.wandb_id = tracker.id
+            self._trackers.append(tracker)
+
+    def write_held(self, folder: Path) -> None:
+        """Write the rows so far as files in a folder."""
+        for name, rows in self._held.items():
+            write_whole(folder / name, b"".join(map(encode, rows)))
+
+    def open(self, *, keep_steps: float) -> None:
+        """Open the files of the run's folder; rows after step `keep_steps`, which are to come again, are dropped."""
+        if self._silent:
+            return
+        self._files = {name: RowsFile(self._folder / name, keep_steps=keep_steps) for name in self._held}
+        if self._settings.tensorboard:
+            first = min((row["step"] for row in self._held[METRICS]), default=keep_steps + 1)
+            tensorboard = TensorBoard(self._folder, first_step=int(first))
+            for row in self._held[METRICS]:
+                tensorboard.write(row)
+            self._trackers.append(tensorboard)
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Write one row, and give it to the trackers; one that fails is given no more."""
+        row = {"kind": kind, "step": step, **values}
+        self._write(METRICS, row)
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(row)
+            except Exception as error:  # a server's, or a full disk's: no reason to stop training
+                self._trackers.remove(tracker)
+                warn(f"{type(tracker).__name__} failed, and gets no more rows: {error}")
+
+    def write_sample(self, step: int, text: str) -> None:
+        """Write what the model wrote."""
+        self._write(SAMPLES, {"step": step, "text": text})
+
+    def _write(self, name: str, row: Row) -> None:
+        if self._files:
+            self._files[name].write(row)
+        elif not self._silent:
+            self._held[name].append(row)
+
+    def close(self) -> None:
+        """Finish them all."""
+        for file in self._files.values():
+            file.close()
+        for tracker in self._trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                warn(f"{type(tracker).__name__} could not be finished: {error}")

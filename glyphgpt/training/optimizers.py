@@ -1,0 +1,161 @@
+"""Parameter groups and optimizers."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from glyphgpt.settings import Optimization
+from glyphgpt.training.distributed import full, gather, local, shard_of
+
+TABLE_FACTOR = 4.0
+
+
+class Optimizer(ABC):
+    """Parameter groups and a state for each parameter.
+
+    torch.optim's class of this name imports torch's compiler, which takes two seconds at every start.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        """Take groups of parameters: dicts with params, weight_decay and lr_factor."""
+        self.param_groups = [{"lr": 0.0, **group} for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @abstractmethod
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first update."""
+
+    @abstractmethod
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that have a gradient, and their state."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if parameter not in self.state:
+                    self.state[parameter] = self.new_state(parameter)
+            if parameters:
+                self.update(parameters, [parameter.grad for parameter in parameters], group)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2017), computed by torch's fused kernel."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        """Take groups of parameters, and how fast the means of gradients and of their squares forget."""
+        super().__init__(groups)
+        self.beta1, self.beta2 = betas
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return means of zero."""
+        step = torch.zeros((), device=parameter.device)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that have a gradient, and their state."""
+        states = [self.state[parameter] for parameter in parameters]
+        means, squares, steps = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        adamw(
+            list(map(local, parameters)), list(map(local, gradients)), means, squares, [], steps, fused=True,
+            amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+
+class Muon(Optimizer):
+    """Momentum whose update is made orthogonal, for matrices.
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled to the size that AdamW's updates usually
+    have, so that both take one learning rate and weight decay (Liu et al. 2025, "Muon is scalable for LLM training").
+    Unlike torch.optim.Muon it makes all matrices of one shape orthogonal together, which for small ones is faster.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, momentum: float = 0.95
+    ) -> None:
+        """Take groups of matrices, and the precision in which updates are made orthogonal."""
+        super().__init__(groups)
+        self.dtype, self.momentum = dtype, momentum
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return a momentum of zero."""
+        return {"momentum": torch.zeros_like(parameter)}
+
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices that have a gradient, and their momentum."""
+        means = [local(self.state[parameter]["momentum"]) for parameter in parameters]
+        gradients = list(map(local, gradients))
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        ahead = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov's look ahead
+        torch._foreach_mul_(list(map(local, parameters)), 1 - group["lr"] * group["weight_decay"])
+        by_shape = defaultdict(list)
+        for parameter, direction in zip(parameters, ahead, strict=True):
+            by_shape[parameter.shape].append((parameter, gather(direction, parameter)))
+        for shape, pairs in by_shape.items():
+            together = orthogonal(torch.stack([direction for _, direction in pairs]), self.dtype)
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+            changes = [shard_of(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
+            torch._foreach_add_([local(parameter) for parameter, _ in pairs], changes, alpha=-rate)
+
+
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return for each matrix (B, M, N) one with nearly its singular vectors and singular values near 1.
+
+    Five Newton-Schulz iterations with Jordan's coefficients, in `dtype`, along the shorter side.
+    """
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
+    """Give every parameter group this learning rate, times its own factor."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+
+
+def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
+    """Return the optimizers that together update every parameter: AdamW (Loshchilov & Hutter 2017), and Muon if set.
+
+    Weight decay acts on matrices and embeddings only, not on biases and the gains of norms. Rows of n-gram tables,
+    which few tokens touch, learn TABLE_FACTOR times as fast. `dtype` is Muon's precision.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {name for name, p in parameters.items() if p.dim() >= 2}
+    tables = {name for name in matrices if name.startswith("ngram_embedding.")}
+    muon = {name for name in matrices if name.startswith("blocks.") and settings.optimizer == "muon"}
+
+    def group_of(names: set[str], weight_decay: float, lr_factor: float = 1.0) -> dict[str, Any]:
+        chosen = [parameter for name, parameter in parameters.items() if name in names]
+        return {"params": chosen, "weight_decay": weight_decay, "lr_factor": lr_factor}
+
+    groups = [
+        group_of(matrices - tables - muon, settings.weight_decay),
+        group_of(parameters.keys() - matrices, 0.0),
+        group_of(tables, settings.ngram_weight_decay, TABLE_FACTOR),
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, (settings.beta1, settings.beta2))]
+    return [*optimizers, Muon([group_of(muon, settings.weight_decay)], dtype)] if muon else optimizers
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
+    """Scale gradients down to at most this norm (0: leave them), and return the norm they had."""
+    norm = full(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
+    if limit and norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()

@@ -1,0 +1,325 @@
+"""llama.cpp runs our models: the same ids for a text, the same probabilities, and greedily the same text."""
+
+import errno
+import gc
+import json
+import math
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+
+import train
+from conftest import decoder_of, prepare_text, some_text, tiny_model, tiny_settings
+from glyphgpt import checkpoint as checkpoints
+from glyphgpt.checkpoint import Checkpoint, Info, Progress
+from glyphgpt.convert import __main__ as convert
+from glyphgpt.convert import to_gguf
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
+from glyphgpt.errors import Failure, UsageError
+from glyphgpt.inference.generate import SamplingRule, generate
+from glyphgpt.inference.numpy_gpt import check_form
+from glyphgpt.settings import ConvertSettings
+from glyphgpt.training.torch_state import make_model, model_arrays
+from model import GPT, GPTConfig
+
+TEXT = "Ça ira 🙂, mon roi!\n"
+CHARACTERS = "".join(sorted(set(TEXT) | {"\t", "\u0301", "\u00a0", "字", "'", "s"}))
+UNKNOWN = "è宇😀\u0302\u1234Z"  # some begin with the bytes of known ones
+
+RELU2: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "activation": "relu2", "bias": False}
+FORMS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "learned": ("gpt2", {}, 1e-2),
+    "learned, no biases": ("gpt2", {"bias": False, "tie_embeddings": False}, 1e-2),
+    "sinusoidal": ("gpt2", {"position": "sinusoidal"}, 1e-2),
+    "sinusoidal, own head": ("gpt2", {"position": "sinusoidal", "tie_embeddings": False}, 1e-2),
+    "gelu_erf": ("gpt2", {"activation": "gelu_erf"}, 1e-2),
+    "rotary": ("gptneox", {"position": "rotary"}, 1e-2),
+    "rotary, no biases": ("gptneox", {"position": "rotary", "bias": False, "tie_embeddings": False}, 1e-2),
+    "relu2": ("arcee", RELU2, 1e-4),
+    "relu2, own head": ("arcee", {**RELU2, "tie_embeddings": False}, 1e-4),
+    "qk_norm": ("apertus", {**RELU2, "qk_norm": True}, 1e-4),
+    "qk_norm, own head": ("apertus", {**RELU2, "qk_norm": True, "tie_embeddings": False}, 1e-4),
+}
+"""llama.cpp's kind for a form, and how far its log-probabilities may be off: it looks GELU up in half precision."""
+
+
+class Llama:
+    """llama.cpp with a model, in this process."""
+
+    def __init__(self, path: Path) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp, as xllamacpp packs it, is not installed")
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_parallel = parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+        parameters.n_gpu_layers = parameters.port = 0  # any free port
+        parameters.warmup = parameters.fit_params = False
+        parameters.verbosity = -1
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(parameters)
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+    def ask(self, what: str, **about: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/{what}", json.dumps(about).encode(), {"Content-Type": "application/json"}
+        )
+        with self._open(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def encode(self, text: str) -> list[int]:
+        return self.ask("tokenize", content=text, parse_special=True)["tokens"]
+
+    def go_on(self, prompt: str | list[int], tokens: int, **how: Any) -> Any:
+        return self.ask("completion", prompt=prompt, n_predict=tokens, cache_prompt=False, return_tokens=True, **how)
+
+    def log_probabilities(self, tokens: list[int], vocab_size: int) -> np.ndarray[Any, Any]:
+        """Those of the next token, of our vocabulary only."""
+        likeliest = self.go_on(tokens, 1, temperature=0, n_probs=vocab_size + 1)["completion_probabilities"][0]
+        found = {each["id"]: each["logprob"] for each in likeliest["top_logprobs"]}
+        return log_softmax(np.array([found[token] for token in range(vocab_size)]))
+
+
+@contextmanager
+def llama(path: Path) -> Iterator[Llama]:
+    """Start llama.cpp, and end it."""
+    running = Llama(path)
+    yield running
+    del running
+    gc.collect()
+
+
+def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return logits - np.logaddexp.reduce(logits)
+
+
+def settings(**changes: object) -> ConvertSettings:
+    return ConvertSettings.model_validate({key: str(value) for key, value in changes.items()})
+
+
+def write_checkpoint(folder: Path, tokenizer: Tokenizer, scale: float = 0.4, **changes: Any) -> tuple[Path, GPT]:
+    """Save a network of random weights, large enough to be far from linear."""
+    sizes = {"vocab_size": tokenizer.vocab_size, "n_embd": 32, "block_size": 64}
+    model = tiny_model(**{**sizes, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.1))
+    info = Info(
+        model=asdict(model.config), tokenizer=tokenizer.to_plain(), settings={}, data="", val_loss=None,
+        progress=Progress(), scaler={},
+    )  # fmt: skip
+    checkpoints.save(Checkpoint(info, model_arrays(model)), folder / "best.safetensors")
+    return folder / "best.safetensors", model
+
+
+@pytest.mark.parametrize(("kind", "form", "tolerance"), FORMS.values(), ids=FORMS)
+def test_every_form_has_the_same_probabilities(
+    tmp_path: Path, kind: str, form: dict[str, Any], tolerance: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, model = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), **form)
+    said = to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    assert f"model.gguf: for llama.cpp, as {kind}; " in said
+    assert bool(capsys.readouterr().err) == (form.get("activation") == "gelu_erf")
+    random = np.random.default_rng(0)
+    with llama(tmp_path / "model.gguf") as theirs, torch.no_grad():
+        for length in (1, 2, 30, 63):
+            tokens = random.integers(len(CHARACTERS), size=length).tolist()
+            expected = log_softmax(model(torch.tensor([tokens]))[0, -1].double().numpy())
+            found = theirs.log_probabilities(tokens, len(CHARACTERS))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+TRAINED = {name: FORMS[name][1] for name in ("learned", "rotary", "relu2", "qk_norm")}
+VERSE = """A small machine sat down to read,
+and read one page again, again;
+it learned the shape of every word,
+thé crème brûlée, the 🙂, the rain.
+
+"""
+
+
+@pytest.mark.parametrize("form", TRAINED.values(), ids=TRAINED)
+def test_a_trained_model_writes_the_same_200_characters(tmp_path: Path, form: dict[str, Any]) -> None:
+    prepare_text(VERSE * 80, tmp_path)  # to be learned by heart, lest two characters be about as likely
+    sizes = {"n_embd": 64, "block_size": 208, "max_steps": 150, "eval_every": 150}
+    learning = {"optimizer": "muon", "learning_rate": 0.02, "min_lr": 0.0}
+    train.main(tiny_settings(tmp_path, tmp_path / "run", **{"bias": False, **sizes, **learning, **form}))
+    to_gguf.model(tmp_path / "run", settings(out=tmp_path / "model.gguf"))
+    checkpoint = checkpoints.load(tmp_path / "run" / "best.safetensors")
+    decoder = decoder_of(make_model(checkpoint, GPT, GPTConfig))
+    tokenizer = CharTokenizer("".join(sorted(set(VERSE))))
+    prompt = tokenizer.encode("A small ").astype(np.int64)
+    rule = SamplingRule(temperature=0)
+    ours = generate(decoder, prompt, block_size=208, num_samples=1, max_new_tokens=200, rule=rule, seed=0)
+    text = decode(tokenizer, [int(token[0]) for token in ours])
+    assert "it learned" in text
+    with llama(tmp_path / "model.gguf") as theirs:
+        assert theirs.go_on("A small ", 200, temperature=0)["content"] == text
+
+
+def known(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, characters without one left out."""
+    unknown = tokenizer.unknown(text)
+    return tokenizer.encode("".join(character for character in text if character not in unknown)).tolist()
+
+
+VOCABULARIES = {"characters": CharTokenizer(CHARACTERS), "ascii": CharTokenizer("\n ab"), "bytes": ByteTokenizer()}
+
+
+@pytest.mark.parametrize("tokenizer", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_texts_have_the_same_ids_but_for_unknown_characters(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, _ = write_checkpoint(tmp_path, tokenizer)
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    with llama(tmp_path / "model.gguf") as theirs:
+        ids = tokenizer.encode(CHARACTERS) if tokenizer.kind == "byte" else range(tokenizer.vocab_size)
+        assert theirs.ask("detokenize", tokens=[*map(int, ids)])["content"] == decode(tokenizer, [*map(int, ids)])
+
+        @tries(deadline=None, max_examples=100)
+        @given(st.text(CHARACTERS + UNKNOWN) | st.text(st.characters(exclude_categories=["Cs"])))
+        def check(text: str) -> None:
+            assert theirs.encode(text) == known(tokenizer, text)
+
+        check()
+        for text in (CHARACTERS, UNKNOWN, to_gguf.END, "<|endoftext|>", "a  \n\n b\r\n", "'s 's", ""):
+            assert theirs.encode(text) == known(tokenizer, text)
+
+
+def test_word_pieces_have_the_same_ids(tmp_path: Path, gpt2_data_dir: Path) -> None:
+    tokenizer = GPT2Tokenizer(gpt2_data_dir)
+    path, _ = write_checkpoint(tmp_path, tokenizer)
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf", data_dir=gpt2_data_dir))
+    with llama(tmp_path / "model.gguf") as theirs:
+        for text in (TEXT, some_text(500), "a  b\n\n\n c\t 12345 don't WE'RE", "日本語 e\u0301 🙂👩‍👩‍👧", " "):
+            assert theirs.encode(text) == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize("tokenizer", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_no_text_ends_before_it_is_as_long_as_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, _ = write_checkpoint(tmp_path, tokenizer, scale=0, n_embd=4)  # every token is about as likely
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    with llama(tmp_path / "model.gguf") as theirs:
+        how = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
+        answers = [theirs.go_on("a", 60, seed=seed, **how) for seed in range(20)]
+        assert {(answer["stop_type"], answer["tokens_evaluated"]) for answer in answers} == {("limit", 1)}
+        drawn = {token for answer in answers for token in answer["tokens"]}
+        assert max(drawn) < tokenizer.vocab_size
+
+
+def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), tie_embeddings=False)
+    checkpoint = checkpoints.load(path)
+    form = check_form(checkpoint.info.model, checkpoint.model)
+    checkpoint.model["head.weight"] += 1
+    head = to_gguf.convert_weights(form, checkpoint.model, end=True)["output.weight"]
+    states = np.random.default_rng(0).standard_normal((32, 1000), np.float32)
+    for logits in (head @ states, head @ -np.abs(states)):
+        assert (logits[-1] < logits[:-1].max(0)).all()
+    assert (logits < 0).all(), "or a row of zeros would do"
+
+
+@pytest.mark.parametrize(
+    ("form", "advice"),
+    [
+        ({"ngram": 3}, "with norm = 'layernorm' it takes ngram = 1"),
+        ({"token_shift": True, "qk_norm": True}, "it takes token_shift = false, qk_norm = false"),
+        ({"activation": "relu2"}, "it takes activation = 'gelu'"),
+        ({"norm": "rmsnorm"}, "'rmsnorm' it takes position = 'rotary', activation = 'relu2', bias = false"),
+    ],
+)
+def test_a_form_that_llama_cpp_does_not_know(tmp_path: Path, form: dict[str, Any], advice: str) -> None:
+    path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), **form)
+    with pytest.raises(Failure) as caught:
+        to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    assert str(caught.value).startswith(f"{path}: llama.cpp has no such network; ")
+    assert str(caught.value).endswith(advice)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_itself(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS))
+    checkpoint = checkpoints.load(path)
+    for part, changes, said in (
+        ("tokenizer", {"characters": "ab"}, "its tokenizer and its network differ in their vocabularies"),
+        ("model", {"n_layer": 3}, "its config and its weights do not belong together"),
+    ):
+        info = checkpoint.info.model_copy(update={part: getattr(checkpoint.info, part) | changes})
+        checkpoints.save(replace(checkpoint, info=info), path)
+        with pytest.raises(Failure, match=f"^{path}: {said}$"):
+            to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+    checkpoint.model["norm.weight"][0] = np.nan
+    checkpoints.save(checkpoint, path)
+    with pytest.raises(Failure, match="some weights are not finite"):
+        to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+    path.write_bytes(b"GGUF")
+    with pytest.raises(Failure, match=f"^{path}: "):
+        to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS))
+    out = tmp_path / "model.gguf"
+    out.write_bytes(b"mine")
+    with pytest.raises(UsageError, match="is there already; add --overwrite"):
+        to_gguf.model(path, settings(out=out))
+    assert out.read_bytes() == b"mine"
+    to_gguf.model(path, settings(out=out, overwrite=True))
+    assert out.read_bytes().startswith(b"GGUF")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gguf import GGUFWriter  # noqa: PLC0415
+
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS))
+    out = tmp_path / "model.gguf"
+    out.write_bytes(b"mine")
+    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(Failure, match=r"model.gguf: could not be written: No space left on device$"):
+        to_gguf.model(path, settings(out=out, overwrite=True))
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("model*")} == {"model.gguf": b"mine"}
+
+
+def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(Failure, match=r"^writing GGUF needs gguf: pip install gguf$"):
+        to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
+
+
+def test_the_file_tells_what_llama_cpp_asks_for(tmp_path: Path) -> None:
+    from gguf import GGUFReader  # noqa: PLC0415
+
+    path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), position="rotary")
+    to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
+    reader = GGUFReader(tmp_path / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "gptneox"
+    assert fields["general.name"] == tmp_path.name
+    assert [fields[f"gptneox.{key}"] for key in ("context_length", "embedding_length", "block_count")] == [64, 32, 2]
+    assert [fields[f"gptneox.{key}"] for key in ("feed_forward_length", "attention.head_count")] == [128, 2]
+    assert math.isclose(fields["gptneox.attention.layer_norm_epsilon"], 1e-5, rel_tol=1e-6)
+    assert (fields["gptneox.rope.dimension_count"], fields["gptneox.rope.freq_base"]) == (16, 10000)
+    assert fields["gptneox.use_parallel_residual"] is False
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
+    assert len(fields["tokenizer.ggml.tokens"]) == len(CHARACTERS) + 1
+
+
+def test_the_command_line_converts_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, CharTokenizer(CHARACTERS))
+    monkeypatch.setattr(sys, "argv", ["convert", "to-gguf", str(tmp_path), f"--out={tmp_path / 'new' / 'model.gguf'}"])
+    convert.main()
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'new' / 'model.gguf'}: for llama.cpp, as gpt2; ")

@@ -1,0 +1,679 @@
+"""prepare.py: any text becomes shards that decode to the very text, or one clear line and nothing else."""
+
+import io
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+import prepare
+from conftest import ROOT, prepare_text, script, some_text
+from glyphgpt.checkpoint import BEST, Checkpoint, Info, save
+from glyphgpt.checkpoint import Progress as TrainProgress
+from glyphgpt.data import dataset as shards
+from glyphgpt.data import text as texts
+from glyphgpt.data.dataset import Dataset, load_dataset, read_meta
+from glyphgpt.data.staging import Progress
+from glyphgpt.data.tokenizers import decode
+from glyphgpt.errors import Failure, UsageError
+
+TEXT = some_text(200)
+NO_TEXT = "is not utf-8 text; convert the file, leave it out, or name its --encoding"
+NO_NAME = "give the data set a name of letters, digits, '_', '-' and '.': --name=NAME"
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run prepare.py in this process, with `tmp_path` as its data folder."""
+
+    def run(*words: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words), f"--data_dir={tmp_path / 'data'}"])
+        prepare.main()
+
+    return run
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def load(data_dir: Path, name: str) -> Dataset:
+    return load_dataset(data_dir / name, data_dir)
+
+
+def splits(dataset: Dataset) -> tuple[str, str]:
+    train, val = (decode(dataset.tokenizer, part.slice(0, part.tokens)) for part in (dataset.train, dataset.val))
+    return train, val
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")} if folder.exists() else {}
+
+
+def refusal(run: Run, data_dir: Path, *words: str | Path, kind: type[Failure] = Failure) -> str:
+    """Return the one line that refuses these words, having made sure that the data folder is as before."""
+    before = snapshot(data_dir)
+    with pytest.raises(kind) as caught:
+        run(*words)
+    assert snapshot(data_dir) == before
+    [line] = str(caught.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+@tries(deadline=None, max_examples=60)
+@given(text=st.text(min_size=4, max_size=40), chunk=st.integers(1, 7), shard_tokens=st.integers(1, 9))
+@example(text="\ufeffé\r\n🙂\r\r\n\0🙂", chunk=1, shard_tokens=1)
+@example(text="🙂🙂🙂🙂", chunk=3, shard_tokens=9)
+def test_shards_decode_to_the_very_text(tokenizer: str, text: str, chunk: int, shard_tokens: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "CHUNK_BYTES", chunk)
+        data_dir = Path(folder)
+        prepare_text(text, data_dir, tokenizer=tokenizer, val_fraction=0.5, shard_tokens=shard_tokens)
+        dataset = load(data_dir, "small")
+        assert splits(dataset) == (text[: len(text) // 2], text[len(text) // 2 :])
+        assert dataset.train.characters + dataset.val.characters == len(text)
+        for split in (dataset.train, dataset.val):
+            assert [s.size for s in split.shards[:-1]] == [shard_tokens] * (len(split.shards) - 1)
+            assert 0 < split.shards[-1].size <= shard_tokens
+        assert dataset.meta.source.sha256 == sha256(text.encode()).hexdigest()
+        assert dataset.meta.source.bytes == len(text.encode())
+
+
+@pytest.mark.parametrize(("chunk", "shard_tokens"), [(1, 100), (500, 7), (1 << 22, 10**8)])
+def test_word_pieces_of_a_streamed_text_are_those_of_the_whole(
+    gpt2_data_dir: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, shard_tokens: int
+) -> None:
+    monkeypatch.setattr(texts, "CHUNK_BYTES", chunk)
+    chosen = random.Random(chunk)
+    pieces = [" ", "   ", "\n", "\n\n ", "\t", "it's", " we'll", "'", "2024", "é", "字", "🙂", "!?", "word", " word"]
+    text = "".join(chosen.choices(pieces, k=1500))
+    prepare_text(text, gpt2_data_dir, f"chunk{chunk}", tokenizer="gpt2", shard_tokens=shard_tokens)
+    dataset = load(gpt2_data_dir, f"chunk{chunk}")
+    cut = int(len(text) * 0.9)
+    for split, part in ((dataset.train, text[:cut]), (dataset.val, text[cut:])):
+        assert split.slice(0, split.tokens).tolist() == dataset.tokenizer.encode(part).tolist()
+        assert split.dtype == "uint16"
+
+
+def test_streaming_keeps_little_text_in_memory(gpt2_data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "CHUNK_BYTES", 50)
+    kept: list[int] = []
+    cut = prepare.cut
+
+    def watched(*words: Any) -> Iterator[prepare.Piece]:
+        for piece in cut(*words):
+            kept.append(prepare.characters_of(piece.documents))
+            yield piece
+
+    monkeypatch.setattr(prepare, "cut", watched)
+    prepare_text(some_text(6000), gpt2_data_dir, "streamed", tokenizer="gpt2")
+    assert len(kept) > 100
+    assert max(kept) < 200
+
+
+def test_the_last_tenth_validates(tmp_path: Path) -> None:
+    text = some_text(1005)
+    prepare_text(text, tmp_path)
+    assert splits(load(tmp_path, "small")) == (text[:904], text[904:])
+
+
+def test_several_files_are_one_text_in_the_order_given(run: Run, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "z.txt", "\ufeffone\r\n" * 9), write(tmp_path / "a.txt", "two" * 9)
+    run(first, second, "--name=both")
+    dataset = load(tmp_path / "data", "both")
+    assert "".join(splits(dataset)) == "\ufeffone\r\n" * 9 + "two" * 9
+    assert dataset.meta.source.names == [str(first), str(second)]
+
+
+def test_a_folder_is_read_whole_and_sorted_without_hidden_files(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    for name, text in {"b/2.txt": "two.", "a.txt": "zero.", "b/1.md": "one.", "c": "three." * 9}.items():
+        write(folder / name, text)
+    for name in (".hidden", "b/.hidden", ".git/config"):
+        write(folder / name, b"\xff")
+    run(folder)
+    assert "".join(splits(load(tmp_path / "data", "texts"))) == "zero.one.two." + "three." * 9
+
+
+def test_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "typed\r\n" * 20 + "é"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+    run("-", "--name=typed")
+    dataset = load(tmp_path / "data", "typed")
+    assert "".join(splits(dataset)) == text
+    assert dataset.meta.source.names == ["standard input"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["typed"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig", "cp932"])
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
+def test_other_encodings(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, chunk: int) -> None:
+    monkeypatch.setattr(texts, "CHUNK_BYTES", chunk)
+    text = ("日本語\r\n" if encoding == "cp932" else "café\r\n") * 9
+    run(write(tmp_path / "mine.txt", text.encode(encoding)), f"--encoding={encoding}")
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == text
+
+
+def test_shards_of_any_size_hold_the_same_tokens(tmp_path: Path) -> None:
+    whole = load(prepare_text(TEXT, tmp_path, "whole").parent, "whole")
+    parts = load(prepare_text(TEXT, tmp_path, "parts", shard_tokens=7).parent, "parts")
+    assert (len(whole.train.shards), len(parts.train.shards), len(parts.val.shards)) == (1, 26, 3)
+    for one, other in ((whole.train, parts.train), (whole.val, parts.val)):
+        assert one.slice(0, one.tokens).tolist() == other.slice(0, other.tokens).tolist()
+
+
+def test_what_is_reported(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(write(tmp_path / "mine.txt", "é" * 1500 + "a" * 500), "--tokenizer=byte")
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'data' / 'mine'}: 2,000 characters, 3,500 tokens (3,300 to train, 200 to validate)\n"
+        "vocabulary: 256 (byte), 0.57 characters per token\n"
+        f"next: python train.py config/quick.toml --dataset=mine --out_dir=out/mine --data_dir={tmp_path / 'data'}\n"
+    )
+
+
+@pytest.fixture(params=[1, 2, 3, 5, 1 << 22])
+def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Read files in pieces of so many bytes."""
+    monkeypatch.setattr(texts, "CHUNK_BYTES", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "FILE: the text is empty; there is nothing to learn from"),
+        (
+            b"a",
+            "FILE: too short: 1 characters leave too few tokens for training (0, and predicting takes 2); "
+            "use more text",
+        ),
+        (
+            b"abcdefghij",
+            "FILE: too short: 10 characters leave too few tokens for validation (1, and predicting takes 2); "
+            "use more text",
+        ),
+        (b"\x89PNG\r\n" * 9, f"FILE: byte 0x89 at offset 0 {NO_TEXT}"),
+        (b"caf\xe9 au lait" * 9, f"FILE: byte 0xe9 at offset 3 {NO_TEXT}"),
+        (b"a" * 1234 + b"\xff" + b"a" * 99, f"FILE: byte 0xff at offset 1,234 {NO_TEXT}"),
+        ("🙂🙂🙂".encode()[:-1], f"FILE: byte 0xf0 at offset 8 {NO_TEXT}"),
+        (b"ab\xe2\x82cd", f"FILE: byte 0xe2 at offset 2 {NO_TEXT}"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("chunk_bytes")
+def test_a_file_that_will_not_do(run: Run, tmp_path: Path, content: bytes, line: str) -> None:
+    file = write(tmp_path / "mine.txt", content)
+    (tmp_path / "data").mkdir()
+    assert refusal(run, tmp_path / "data", file) == line.replace("FILE", str(file))
+
+
+def test_the_place_of_a_bad_byte_is_that_in_its_own_file(run: Run, tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "good.txt", TEXT), write(tmp_path / "bad.txt", b"ab\xff")
+    (tmp_path / "data").mkdir()
+    assert refusal(run, tmp_path / "data", good, bad, "--name=both") == f"{bad}: byte 0xff at offset 2 {NO_TEXT}"
+
+
+NO_CODEC = "--encoding must be a character set that Python knows, utf-8 or latin-1 say"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["missing.txt"], "missing.txt: no such file or folder"),
+        (["mine.txt", "missing.txt", "--name=x"], "missing.txt: no such file or folder"),
+        (["missing"], "missing: no such file, folder or recipe; recipes in DATA: none"),
+        (["hollow"], "hollow: this folder holds no files"),
+        (["mine.txt", "--encoding=utf-99"], f"{NO_CODEC}, not 'utf-99'"),
+        (["mine.txt", "mine.txt"], NO_NAME),
+        (["-"], NO_NAME),
+        (["mine.txt", "--name=a/b"], NO_NAME),
+        (["mine.txt", "--name=.."], NO_NAME),
+        (["mine.txt", "--name=downloads"], "--name=downloads is taken by fetched files; choose another"),
+        (["mine.txt", "--tokenizr=byte"], "command line: unknown key --tokenizr; did you mean 'tokenizer'?"),
+    ],
+    ids=str,
+)
+def test_words_that_will_not_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], line: str
+) -> None:
+    write(tmp_path / "mine.txt", TEXT)
+    for name in ("data", "hollow"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = refusal(run, tmp_path / "data", *words, kind=UsageError)
+    assert said == line.replace("DATA", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "undefined", "unicode_escape", "utf-7", "punycode"])
+def test_a_codec_that_is_no_encoding(run: Run, tmp_path: Path, encoding: str) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    (tmp_path / "data").mkdir()
+    said = refusal(run, tmp_path / "data", file, f"--encoding={encoding}", kind=UsageError)
+    assert said == f"{NO_CODEC}, not '{encoding}'"
+
+
+def test_standard_input_is_taken_once(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    said = refusal(run, tmp_path / "data", "-", "-", "--name=x", kind=UsageError)
+    assert said == "standard input (-) can be read only once"
+
+
+def test_no_words_at_all(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "mine.toml", "")
+    assert refusal(run, tmp_path / "data", kind=UsageError) == (
+        f"name a recipe or a text: {prepare.USAGE}; recipes here: mine"
+    )
+
+
+def test_a_data_set_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "first.txt", TEXT), write(tmp_path / "second.txt", TEXT[::-1])
+    folder = tmp_path / "data" / "mine"
+    run(first, "--name=mine")
+    assert refusal(run, tmp_path / "data", second, "--name=mine") == (
+        f"{folder} holds a dataset already; add --overwrite to replace it, or --name=ANOTHER"
+    )
+    run(second, "--name=mine", "--overwrite", "--shard_tokens=50")
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == TEXT[::-1]
+    run(first, "--name=mine", "--overwrite")
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train-00000.npy", "val-00000.npy"]
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]
+
+
+def test_a_failing_replacement_keeps_the_old_data_set(run: Run, tmp_path: Path) -> None:
+    run(write(tmp_path / "good.txt", TEXT), "--name=mine")
+    refusal(run, tmp_path / "data", write(tmp_path / "bad.txt", b"\xff"), "--name=mine", "--overwrite")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("place", ["write", "finish"])
+def test_a_full_disk_leaves_nothing_half_done(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, old: bool
+) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    (tmp_path / "data").mkdir()
+    if old:
+        run(file)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.ShardWriter, place, full)
+    before = snapshot(tmp_path / "data")
+    with pytest.raises(OSError, match="No space left"):
+        run(file, "--overwrite")
+    assert snapshot(tmp_path / "data") == before
+
+
+def test_a_write_that_fails_once_is_not_forgotten(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "CHUNK_BYTES", 16)
+    write_tokens, calls = shards.ShardWriter.write, []
+
+    def fail_first(*words: Any) -> None:
+        calls.append(words)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write_tokens(*words)
+
+    monkeypatch.setattr(shards.ShardWriter, "write", fail_first)
+    with pytest.raises(OSError, match="No space left"):
+        run(write(tmp_path / "mine.txt", TEXT))
+
+
+@pytest.mark.parametrize(
+    "later", [TEXT + TEXT, TEXT[:-1], "", TEXT[::-1]], ids=["longer", "shorter", "empty", "as long"]
+)
+def test_a_text_that_changes_while_it_is_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    os.utime(file, (0, 0))  # clocks are coarse
+    survey = prepare.survey
+
+    def change(*words: Any) -> Progress:
+        found = survey(*words)
+        file.write_text(later)
+        return found
+
+    monkeypatch.setattr(prepare, "survey", change)
+    (tmp_path / "data").mkdir()
+    assert refusal(run, tmp_path / "data", file) == f"{file}: the text changed while it was read; try again"
+
+
+RECIPE = """
+title = "A text"
+licence = "none"
+tokenizer = "byte"
+val_fraction = 0.25
+[source]
+file = "known.txt"
+sha256 = "{sha256}"
+url = "https://example.org/known.txt"
+wheel = "none"
+wheel_sha256 = "{sha256}"
+wheel_members = []
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write a recipe, `known`, whose file has been fetched already."""
+    write(tmp_path / "data" / "downloads" / "known.txt", TEXT)
+    return write(tmp_path / "data" / "known.toml", RECIPE.format(sha256=sha256(TEXT.encode()).hexdigest()))
+
+
+def test_a_recipe_decides_tokenizer_and_split(run: Run, tmp_path: Path, recipe: Path) -> None:
+    run(recipe.stem)
+    dataset = load(tmp_path / "data", "known")
+    assert splits(dataset) == (TEXT[:150], TEXT[150:])
+    assert (dataset.tokenizer.kind, dataset.meta.recipe, dataset.meta.val_fraction) == ("byte", "known", 0.25)
+
+
+def test_a_recipe_says_what_to_train_with(run: Run, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(f'config = "config/translate.toml"\n{recipe.read_text()}')
+    for _ in range(2):  # when it is prepared, and when it is there
+        run(recipe.stem)
+        said = capsys.readouterr().out
+        assert "next: python train.py config/translate.toml --dataset=known --out_dir=out/known" in said
+
+
+def test_a_recipe_that_is_prepared_already_is_left_alone(
+    run: Run, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(recipe.stem)
+    before = snapshot(tmp_path / "data")
+    times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "data" / "known").iterdir())]
+    capsys.readouterr()
+    run(recipe.stem)
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'data' / 'known'} is prepared already; "
+        f"next: python train.py config/quick.toml --dataset=known --out_dir=out/known --data_dir={tmp_path / 'data'}\n"
+    )
+    assert snapshot(tmp_path / "data") == before
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "data" / "known").iterdir())] == times
+
+
+def test_a_recipe_does_not_replace_another_text_of_its_name(run: Run, tmp_path: Path, recipe: Path) -> None:
+    run(write(tmp_path / "mine.txt", TEXT[::-1]), "--name=known")
+    assert "holds a dataset already" in refusal(run, tmp_path / "data", recipe.stem)
+    run(recipe.stem, "--overwrite")
+    assert read_meta(tmp_path / "data" / "known").recipe == "known"
+
+
+@pytest.mark.parametrize(
+    "flag", ["--name=x", "--tokenizer=char", "--val_fraction=0.5", "--encoding=latin-1", "--vocabulary=x"]
+)
+def test_a_recipe_takes_no_settings_of_its_own(run: Run, tmp_path: Path, recipe: Path, flag: str) -> None:
+    assert refusal(run, tmp_path / "data", recipe.stem, flag, kind=UsageError) == (
+        f"{flag.partition('=')[0]} goes with your own text; the recipe {recipe} decides it here"
+    )
+
+
+def test_a_file_of_a_recipes_name_is_read_itself(
+    run: Run, tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / recipe.stem, TEXT[::-1])
+    run(recipe.stem)
+    assert "".join(splits(load(tmp_path / "data", "known"))) == TEXT[::-1]
+
+
+def test_the_script_from_a_pipe_to_a_line_on_standard_error(tmp_path: Path) -> None:
+    words = ("-", "--name=typed", f"--data_dir={tmp_path}")
+    done = script("prepare.py", *words, text=TEXT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "typed" / "meta.json").read_text())["source"]["bytes"] == len(TEXT)
+    again = script("prepare.py", *words, text=TEXT)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr == (
+        f"error: {tmp_path / 'typed'} holds a dataset already; add --overwrite to replace it, or --name=ANOTHER\n"
+    )
+
+
+def test_names_that_are_not_utf8_work(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write(folder / os.fsdecode(b"na\xefve.txt"), TEXT)
+    records = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": [TEXT]}), records)
+    write(folder / os.fsdecode(b"\xff.parquet"), records.getvalue())
+    (folder / "gone").symlink_to(os.fsdecode(b"\xff"))
+    run(folder, "--name=mine", "--shard_tokens=50")
+    names = [rf"{tmp_path}/caf\xe9/{name}" for name in (r"na\xefve.txt", r"\xff.parquet")]
+    assert read_meta(tmp_path / "data" / "mine").source.names == names
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == f"{TEXT}{TEXT}\n"
+    assert r"caf\xe9/gone)" in capsys.readouterr().err
+    write(folder / "bad", b"\xff")
+    assert refusal(run, tmp_path / "data", folder, "--name=x").startswith(rf"{tmp_path}/caf\xe9/bad: byte 0xff")
+    missing = tmp_path / os.fsdecode(b"\xe9.txt")
+    assert refusal(run, tmp_path / "data", missing, "--name=x") == rf"{tmp_path}/\xe9.txt: no such file or folder"
+
+
+def test_pipes_are_standard_input_by_other_names(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('"piped"\n' * 9,))
+    writer.start()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    run("/dev/stdin", pipe, write(tmp_path / "a.txt", "file"), "--name=mine")
+    writer.join()
+    assert "".join(splits(load(tmp_path / "data", "mine"))) == TEXT + "piped\n" * 9 + "file"
+    assert read_meta(tmp_path / "data" / "mine").source.names == ["standard input", str(pipe), str(tmp_path / "a.txt")]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine"]
+    for word in ("/dev/stdin", str(pipe)):
+        assert refusal(run, tmp_path / "data", word) == NO_NAME
+    assert refusal(run, tmp_path / "data", "-", "/dev/stdin", "--name=x") == "standard input (-) can be read only once"
+
+
+def test_process_substitution_is_read(tmp_path: Path) -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} {ROOT / 'prepare.py'} <(printf %s {'ab' * 50}) --name=x --data_dir={tmp_path}"
+    )
+    subprocess.run(["bash", "-c", command], check=True)
+    assert "".join(splits(load(tmp_path, "x"))) == "ab" * 50
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_odd_characters_are_warned_of_once(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
+) -> None:
+    folder = tmp_path / "texts"
+    for number in range(9):
+        write(folder / f"{number}.txt", f"\ufeffplain\t\r\n{number}")
+    write(folder / "a.txt", "nul\0 \x1b[0m \x85\x7f\0")
+    write(folder / "b.jsonl", b"\xef\xbb\xbf" + json.dumps("record\0").encode())
+    run(folder, f"--tokenizer={tokenizer}", "--shard_tokens=9")
+    marked, nul, *others = capsys.readouterr().err.splitlines()
+    assert marked == (
+        f"warning: a byte order mark begins {folder / '0.txt'}, {folder / '1.txt'}, {folder / '2.txt'} and 6 more and "
+        "stays in the text; --encoding=utf-8-sig leaves it out"
+    )
+    assert nul == (
+        f"warning: NUL characters (U+0000) in {folder / 'a.txt'}, {folder / 'b.jsonl'}: is this text, and in the right "
+        "encoding?"
+    )
+    control = "warning: control characters become part of the vocabulary: U+001B, U+007F, U+0085"
+    assert others == [control] * (tokenizer == "char")
+    run(write(tmp_path / "plain.txt", "plain\ttext\r\n" * 9), f"--tokenizer={tokenizer}")
+    run(write(tmp_path / "sig.txt", "\ufeffplain" * 9), "--encoding=utf-8-sig", "--tokenizer=byte")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_remedy_for_a_mark_takes_it_off(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "mine.txt", "\ufeffélan".encode("utf-16-le") * 9)
+    run(file, "--encoding=utf-16-le")
+    assert "--encoding=utf-16 leaves it out" in capsys.readouterr().err
+    run(file, "--encoding=utf-16", "--overwrite")
+    assert "".join(splits(load(tmp_path / "data", "mine"))).startswith("élan")
+    assert capsys.readouterr().err == ""
+
+
+def test_lists_of_names_are_bounded(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(3000):
+        (tmp_path / "many" / f"{number:04}").parent.mkdir(exist_ok=True)
+        (tmp_path / "many" / f"{number:04}").touch()
+        (tmp_path / "data" / f"{number:04}.toml").touch()
+    listed = f"{tmp_path}/many/0000, {tmp_path}/many/0001, {tmp_path}/many/0002 and 2,997 more"
+    folder = tmp_path / "many"
+    assert refusal(run, tmp_path / "data", folder) == f"{listed}: the text is empty; there is nothing to learn from"
+    write(folder / "0000", "a")
+    assert refusal(run, tmp_path / "data", folder).startswith(f"{listed}: too short: 1 characters leave too few ")
+    for words in ([], ["missing"]):
+        assert refusal(run, tmp_path / "data", *words).endswith(" 0007, 0008, 0009 and 2,990 more")
+    assert len(refusal(run, tmp_path / "data", folder, "--name=many", "--tokenizer=byte")) < 700
+
+
+@pytest.mark.parametrize("there", ["nanogpt", "beside", "no meta", "file", "link"])
+def test_only_a_dataset_is_ever_replaced(run: Run, tmp_path: Path, there: str) -> None:
+    file, folder = write(tmp_path / "mine.txt", TEXT), tmp_path / "data" / "mine"
+    others = {
+        "nanogpt": ["input.txt", "meta.pkl", "prepare.py", "train.bin"],
+        "beside": ["notes.txt", "train-1.npy", "x-train-00000.npy"],
+        "no meta": ["train-00000.npy"],
+    }.get(there, [])
+    if there == "beside":
+        run(file)
+    for name in others:
+        write(folder / name, "precious")
+    if there == "file":
+        write(folder, "precious")
+    if there == "link":
+        folder.parent.mkdir()
+        folder.symlink_to("nowhere")
+    shown = ", ".join(others[:3]) + (" and 1 more" if others[3:] else "")
+    why = (
+        f"holds other files ({shown}), which are never replaced"
+        if others
+        else "is not a folder, so it is never replaced"
+    )
+    for flags in ([], ["--overwrite"]):
+        said = refusal(run, tmp_path / "data", file, *flags)
+        assert said == f"{folder} {why}; choose another --name"
+    run(file, "--name=another")
+
+
+def test_a_report_does_not_keep_a_dataset_from_being_replaced(run: Run, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.txt", TEXT)
+    run(file)
+    write(tmp_path / "data" / "mine" / "report.html", "")
+    run(file, "--overwrite")
+    (tmp_path / "data" / "empty").mkdir()
+    run(file, "--name=empty")
+
+
+def test_a_recipes_place_is_refused_without_a_flag_that_it_refuses(run: Run, tmp_path: Path, recipe: Path) -> None:
+    write(tmp_path / "data" / "known" / "meta.json", "precious")
+    write(tmp_path / "data" / "known" / "input.txt", "precious")
+    assert "--name" not in refusal(run, tmp_path / "data", recipe.stem, "--overwrite")
+
+
+class Vocabularies:
+    """A dataset of the letters of "abcde", and a run and a checkpoint with its tokenizer."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        run(write(folder / "first.txt", "abcde\n" * 9))
+        self.dataset = folder / "data" / "first"
+        self.run = folder / "out"
+        self.run.mkdir()
+        self.checkpoint = self.run / BEST
+        info = Info(
+            model={},
+            tokenizer=read_meta(self.dataset).tokenizer,
+            settings={},
+            data="",
+            val_loss=None,
+            progress=TrainProgress(),
+            scaler={},
+        )
+        save(Checkpoint(info, {"x": np.zeros(1, dtype=np.float32)}), self.checkpoint)
+
+
+@pytest.fixture
+def vocabularies(run: Run, tmp_path: Path) -> Vocabularies:
+    return Vocabularies(run, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "run", "checkpoint"])
+def test_a_vocabulary_is_taken_over(run: Run, tmp_path: Path, vocabularies: Vocabularies, kind: str) -> None:
+    run(write(tmp_path / "mine.txt", "ab\n" * 20), f"--vocabulary={getattr(vocabularies, kind)}")
+    dataset = load(tmp_path / "data", "mine")
+    assert dataset.tokenizer.to_plain() == {"kind": "char", "characters": "\nabcde"}
+    assert "".join(splits(dataset)) == "ab\n" * 20
+
+
+def test_unknown_characters_are_named_with_their_counts(run: Run, tmp_path: Path, vocabularies: Vocabularies) -> None:
+    vocabulary = f"--vocabulary={vocabularies.run}"
+    file = write(tmp_path / "mine.txt", "abé" * 1500 + "zzx" + "ABCDEFGHIJ")
+    assert refusal(run, tmp_path / "data", file, vocabulary) == (
+        f"{file}: {vocabularies.run} lacks 'é' (U+00E9, 1,500 times), 'z' (U+007A, 2 times), 'x' (U+0078, 1 times), "
+        + ", ".join(f"'{c}' (U+{ord(c):04X}, 1 times)" for c in "ABCDEFG")
+        + " and 3 more; change the text, or leave them out: --unknown=skip"
+    )
+    file = write(tmp_path / "none.txt", "xyz" * 9)
+    assert refusal(run, tmp_path / "data", file, vocabulary, "--unknown=skip") == (
+        f"{file}: all of its characters are unknown to {vocabularies.run}; there is nothing to learn from"
+    )
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+def test_unknown_characters_can_be_left_out(
+    run: Run, tmp_path: Path, vocabularies: Vocabularies, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "".join(random.Random(1).choices("abcde\nXé🙂\0", k=500))
+    known = re.sub(r"[^abcde\n]", "", text)
+    run(
+        write(tmp_path / "mine.txt", text),
+        f"--vocabulary={vocabularies.dataset}",
+        "--unknown=skip",
+        "--val_fraction=0.5",
+        "--shard_tokens=9",
+    )
+    assert splits(load(tmp_path / "data", "mine")) == (known[: len(known) // 2], known[len(known) // 2 :])
+    left_out = f"left out: {len(text) - len(known)} characters that {vocabularies.dataset} lacks\n"
+    assert left_out in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--vocabulary=missing"], "--vocabulary=missing: no such run, checkpoint or dataset"),
+        (["--vocabulary=DATASET", "--tokenizer=byte"], "--tokenizer=byte contradicts --vocabulary=DATASET, whose tok"),
+        (["--unknown=skip"], "unknown = 'skip' needs a vocabulary that lacks characters: --vocabulary=RUN"),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_that_will_not_do(
+    run: Run, tmp_path: Path, vocabularies: Vocabularies, flags: list[str], line: str
+) -> None:
+    file = write(tmp_path / "mine.txt", "ab\n" * 20)
+    place = str(vocabularies.dataset)
+    said = refusal(run, tmp_path / "data", file, *(flag.replace("DATASET", place) for flag in flags), kind=UsageError)
+    assert said.startswith(line.replace("DATASET", place))
+
+
+def test_a_vocabulary_of_the_named_tokenizer_will_do(run: Run, tmp_path: Path, vocabularies: Vocabularies) -> None:
+    file = write(tmp_path / "mine.txt", "ab\n" * 20)
+    run(file, f"--vocabulary={vocabularies.dataset}", "--tokenizer=char")
+    run(file, "--name=bytes", "--tokenizer=byte")
+    run(file, "--name=more", f"--vocabulary={tmp_path / 'data' / 'bytes'}")
+    assert load(tmp_path / "data", "more").tokenizer.kind == "byte"

@@ -1,0 +1,252 @@
+"""Tokenizers: text comes back as it was, and ids are those that others use."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+
+from conftest import ROOT, some_text
+from glyphgpt.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    StreamDecoder,
+    Tokenizer,
+    decode,
+    first_token,
+    from_plain,
+    token_dtype,
+)
+from glyphgpt.errors import Failure
+
+SHAKESPEARE = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
+LAST_CHARACTER = "\U0010ffff"
+
+SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\x1f", "\x85", "\xa0", "\u2003", "\u2028", "\u200b"]
+MARKS = ["'", "'s", "'ll", "’", "S", "word", "12", "٣", "é", "e\u0301", "!?", "_", "\0", "字", "🙂", "<|endoftext|>"]
+SPACED_TEXT = st.lists(st.sampled_from(SPACES + MARKS), max_size=60).map("".join)
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> GPT2Tokenizer:
+    try:
+        return GPT2Tokenizer(ROOT / "data")
+    except Failure as failure:
+        pytest.skip(str(failure))
+
+
+@tries(deadline=None, max_examples=100)
+@given(pieces=st.lists(st.text(), min_size=1).filter(any))
+@example(pieces=["\0", "", LAST_CHARACTER])
+def test_characters_come_back(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    tokenizer = CharTokenizer.learn(pieces)
+    assert tokenizer.characters == "".join(sorted(set(text)))
+    assert tokenizer.unknown(text) == []
+    ids = tokenizer.encode(text)
+    assert ids.shape == (len(text),)
+    assert ids.dtype == token_dtype(tokenizer.vocab_size)
+    assert decode(tokenizer, ids) == text
+
+
+@tries(deadline=None, max_examples=100)
+@given(vocabulary=st.text(min_size=1), text=st.text())
+@example(vocabulary="ab\n", text="a🙂b\nc\0")
+@example(vocabulary="é", text="é" * 300)
+def test_unknown_characters_are_split_off(vocabulary: str, text: str) -> None:
+    known, unknown = CharTokenizer.learn([vocabulary]).split_unknown(text)
+    assert known == "".join(character for character in text if character in vocabulary)
+    assert unknown == "".join(character for character in text if character not in vocabulary)
+
+
+@tries(deadline=None, max_examples=100)
+@given(text=st.text())
+def test_bytes_come_back(text: str) -> None:
+    ids = ByteTokenizer().encode(text)
+    assert ids.tolist() == list(text.encode())
+    assert decode(ByteTokenizer(), ids) == text
+
+
+@tries(deadline=None, max_examples=150)
+@given(text=st.one_of(st.text(), SPACED_TEXT))
+def test_word_pieces_come_back(gpt2: GPT2Tokenizer, text: str) -> None:
+    ids = gpt2.encode(text)
+    assert ids.dtype == np.uint16
+    assert decode(gpt2, ids) == text
+
+
+@pytest.mark.parametrize("bits", [0xE9, 0xFF])
+def test_bytes_of_the_command_line_that_are_no_text_stay_as_they_were(bits: int) -> None:
+    assert ByteTokenizer().encode(bytes([97, bits]).decode("utf-8", "surrogateescape")).tolist() == [97, bits]
+
+
+def test_tiny_shakespeare_has_the_ids_of_nanogpt() -> None:
+    tokenizer = CharTokenizer.learn([SHAKESPEARE[::-1]])
+    assert tokenizer.vocab_size == 65
+    assert tokenizer.encode("\n !3AZaz").tolist() == [0, 1, 2, 9, 13, 38, 39, 64]
+    assert tokenizer.encode(SHAKESPEARE).tolist() == list(range(65))
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]),
+        ("hello", [31373]),
+        ("  \n", [220, 220, 198]),
+        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+        ("It's 2024", [1026, 338, 48609]),
+        ("", []),
+    ],
+)
+def test_word_pieces_have_the_ids_of_gpt2(gpt2: GPT2Tokenizer, text: str, ids: list[int]) -> None:
+    assert gpt2.encode(text).tolist() == ids
+
+
+def test_bytes_that_are_no_text_have_word_pieces_too(gpt2: GPT2Tokenizer) -> None:
+    """As a command line may hold them."""
+    assert decode(gpt2, gpt2.encode("caf\udce9 x")) == "caf\ufffd x"
+
+
+def test_the_end_of_text_mark_has_a_token(gpt2: GPT2Tokenizer) -> None:
+    assert gpt2.token_bytes(50256) == b"<|endoftext|>"
+    assert gpt2.vocab_size == 50257
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 65536, 65537])
+def test_ids_take_as_few_bytes_as_they_can(size: int) -> None:
+    first = 0xE000  # above the surrogates
+    characters = "".join(map(chr, range(first, first + size)))
+    tokenizer = CharTokenizer(characters)
+    ids = tokenizer.encode(characters)
+    assert ids.dtype == (np.uint8 if size <= 256 else np.uint16 if size <= 65536 else np.uint32)
+    assert ids.tolist() == list(range(size))
+    assert tokenizer.unknown(chr(first + size)) == [chr(first + size)]
+    with pytest.raises(Failure):
+        tokenizer.encode(chr(first + size))
+
+
+@pytest.mark.parametrize("missing", ["\0", "b", "d", "é", "\uffff", "🙂", LAST_CHARACTER])
+def test_a_character_without_a_token_is_named(missing: str) -> None:
+    tokenizer = CharTokenizer("ace")
+    with pytest.raises(Failure) as caught:
+        tokenizer.encode(f"ace{missing}ace")
+    assert str(caught.value) == f"the vocabulary has no character {missing!r}"
+
+
+def test_all_unknown_characters_are_listed_once() -> None:
+    tokenizer = CharTokenizer("ace")
+    assert tokenizer.unknown("abcabc\n🙂") == ["\n", "b", "🙂"]
+    assert tokenizer.encode("").tolist() == []
+
+
+def test_bytes_and_word_pieces_spell_anything(gpt2: GPT2Tokenizer) -> None:
+    assert ByteTokenizer().unknown("abc\n🙂\0") == gpt2.unknown("abc\n🙂\0") == []
+
+
+@tries(deadline=None, max_examples=300)
+@given(text=SPACED_TEXT)
+def test_word_pieces_are_the_same_when_a_text_is_cut_where_it_may_be(gpt2: GPT2Tokenizer, text: str) -> None:
+    for whole in (text, text + "x" * 600):
+        cut = gpt2.split_point(whole)
+        assert [*gpt2.encode(whole[:cut]), *gpt2.encode(whole[cut:])] == gpt2.encode(whole).tolist()
+
+
+@tries(deadline=None, max_examples=100)
+@given(text=SPACED_TEXT)
+def test_the_place_to_cut_is_the_last_there_is(gpt2: GPT2Tokenizer, text: str) -> None:
+    places = [place for place in range(1, len(text)) if not text[place - 1].isspace() and text[place] in " \n"]
+    assert gpt2.split_point(text) == max(places, default=0)
+
+
+@pytest.mark.parametrize("before", ["", "ab  cd"])
+@pytest.mark.parametrize("after", [0, 600, 1100, 20000])
+def test_the_place_to_cut_is_found_however_far_it_is_from_the_end(gpt2: GPT2Tokenizer, before: str, after: int) -> None:
+    assert gpt2.split_point(before + "x" * after) == (2 if before else 0)
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("\n ab"), ByteTokenizer()], ids=["char", "byte"])
+def test_characters_and_bytes_may_be_cut_anywhere(tokenizer: Tokenizer) -> None:
+    assert tokenizer.split_point("ab \nb") == len("ab \nb")
+
+
+@tries(deadline=None, max_examples=200)
+@given(data=st.one_of(st.binary(), st.text().map(str.encode)))
+@example(data="é🙂".encode()[:-1])
+def test_a_stream_of_bytes_decodes_as_the_whole(data: bytes) -> None:
+    stream = StreamDecoder(ByteTokenizer())
+    assert "".join(map(stream.feed, data)) + stream.end() == decode(ByteTokenizer(), list(data))
+
+
+def test_a_character_comes_out_with_its_last_byte() -> None:
+    stream = StreamDecoder(ByteTokenizer())
+    assert [stream.feed(byte) for byte in "aé🙂".encode()] == ["a", "", "é", "", "", "", "🙂"]
+    assert stream.end() == ""
+
+
+@tries(deadline=None, max_examples=50)
+@given(text=st.text(min_size=1))
+def test_a_stream_of_word_pieces_and_characters_decodes_as_the_whole(gpt2: GPT2Tokenizer, text: str) -> None:
+    tokenizer: Tokenizer
+    for tokenizer in (gpt2, CharTokenizer.learn([text])):
+        stream = StreamDecoder(tokenizer)
+        assert "".join(stream.feed(int(token)) for token in tokenizer.encode(text)) + stream.end() == text
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer("\0\n a\x7fé\u2028字🙂" + LAST_CHARACTER), ByteTokenizer()], ids=["char", "byte"]
+)
+def test_a_tokenizer_comes_back_from_plain_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    plain = json.loads(json.dumps(tokenizer.to_plain()))
+    again = from_plain(plain, tmp_path)
+    assert type(again) is type(tokenizer)
+    assert again.to_plain() == tokenizer.to_plain()
+    assert again.vocab_size == tokenizer.vocab_size
+    assert again.encode("\n🙂a").tolist() == tokenizer.encode("\n🙂a").tolist()
+
+
+def test_gpt2_comes_back_from_plain_data(gpt2: GPT2Tokenizer) -> None:
+    again = from_plain(gpt2.to_plain(), ROOT / "data")
+    text = some_text(300)
+    assert again.encode(text).tolist() == gpt2.encode(text).tolist()
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        None,
+        [],
+        "char",
+        {},
+        {"kind": "word"},
+        {"kind": ["byte"]},
+        {"kind": "char"},
+        {"kind": "char", "characters": ""},
+        {"kind": "char", "characters": ["a", "b"]},
+        {"kind": "char", "characters": "ba"},
+        {"kind": "char", "characters": "aab"},
+    ],
+    ids=repr,
+)
+def test_other_data_makes_no_tokenizer(tmp_path: Path, plain: Any) -> None:
+    with pytest.raises(Failure):
+        from_plain(plain, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_without_a_prompt_starts_from_a_new_line() -> None:
+    assert first_token(CharTokenizer(SHAKESPEARE)) == 0
+    assert first_token(CharTokenizer("\t\nab")) == 1
+    assert first_token(CharTokenizer("ab")) == 0
+    assert first_token(ByteTokenizer()) == 10
+
+
+@pytest.mark.parametrize("characters", ["", "ba", "aab", "a\ud800", "\udfffz"])
+def test_a_vocabulary_that_cannot_be_is_refused(characters: str) -> None:
+    with pytest.raises(Failure, match="a character vocabulary holds"):
+        from_plain({"kind": "char", "characters": characters}, Path())

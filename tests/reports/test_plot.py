@@ -1,0 +1,90 @@
+"""Pictures of runs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from conftest import script, tiny_settings
+from glyphgpt.errors import Failure
+from glyphgpt.reports.plot import PICTURE, draw, read_metrics
+
+PNG = b"\x89PNG\r\n"
+ROWS = [
+    '{"kind": "train", "step": 1, "loss": 4.0, "learning_rate": 0.1, "grad_norm": 1, "tokens": 64, "seconds": 1.0}\n',
+    '{"kind": "train", "step": 2, "loss": null, "learning_rate": 0.1, "grad_norm": 1, "tokens": 128, "seconds": 1.5}\n',
+    '{"kind": "val", "step": 2, "loss": 3.9, "tokens": 128, "seconds": 2.0}\n',
+]
+
+
+def write_run(folder: Path, *lines: str) -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_training_draws_its_run_and_says_where(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, picture=True))
+    assert (tmp_path / PICTURE).read_bytes().startswith(PNG)
+    assert capsys.readouterr().out.endswith(f"as a picture: {tmp_path / PICTURE}\n")
+
+
+def test_without_matplotlib_training_ends_as_ever(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.main(tiny_settings(data_dir, tmp_path, picture=True))
+    assert not (tmp_path / PICTURE).exists()
+    with pytest.raises(Failure, match=r"^drawing needs matplotlib: pip install matplotlib$"):
+        draw([tmp_path], tmp_path / PICTURE)
+
+
+def test_several_runs_are_drawn_together(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, *ROWS) for name in ("one", "$\\bad$_")]
+    draw(runs[:1], tmp_path / "one.png")
+    draw(runs, tmp_path / "both.png")
+    one, both = ((tmp_path / name).read_bytes() for name in ("one.png", "both.png"))
+    assert one.startswith(PNG)
+    assert both.startswith(PNG)
+    assert one != both
+
+
+def test_a_row_that_was_cut_is_left_out_and_speed_is_that_between_rows(tmp_path: Path) -> None:
+    rows = read_metrics(write_run(tmp_path / "run", *ROWS, '{"kind": "tr'))
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert [row.get("tokens_a_second") for row in rows] == [None, 128.0, None]
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "7", "{}", '{"kind": "train", "step": "x"}', ROWS[0].replace("4.0", '"4"'), "{"]
+)
+def test_metrics_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
+    run = write_run(tmp_path / "run", line.strip() + "\n")
+    with pytest.raises(Failure, match=r"metrics\.jsonl: not as train.py writes it$"):
+        draw([run], run / PICTURE)
+
+
+def test_the_command_line_draws_into_the_runs_folder(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", *ROWS)
+    done = script("glyphgpt/reports/plot.py", str(run))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / PICTURE}: drawn\n", "")
+    assert (run / PICTURE).read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "error: name a run: "),
+        (["a", "b"], "error: say where to draw several runs: --out=FILE.png\n"),
+        (["missing"], "error: missing/metrics.jsonl: no metrics there; name the folder of a run\n"),
+        (["a", "--output=x"], "error: command line: unknown key --output; did you mean 'out'?\n"),
+    ],
+)
+def test_words_that_will_not_do(words: list[str], said: str) -> None:
+    done = script("glyphgpt/reports/plot.py", *words)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,479 @@
+"""Settings: files and flags become typed values, or one clear line for each problem."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import example, given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+
+from conftest import ROOT, script
+from glyphgpt.cli import NANOGPT_NAMES, help_text, parse, resolve
+from glyphgpt.errors import UsageError
+from glyphgpt.settings import (
+    Action,
+    ConvertSettings,
+    PlotSettings,
+    PrepareSettings,
+    ReportSettings,
+    SampleSettings,
+    Settings,
+    TrainSettings,
+    TranslateSettings,
+)
+
+CLASSES: list[type[Settings]] = [TrainSettings, SampleSettings, PrepareSettings]
+SCRIPTS = ["prepare.py", "train.py", "sample.py"]
+
+
+def read(settings_class: type[Settings], *words: str) -> Any:
+    return parse(settings_class, words, "usage", "description", files=settings_class is TrainSettings)[0]
+
+
+def problems(settings_class: type[Settings], *words: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        read(settings_class, *words)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("settings")
+
+
+def write_toml(folder: Path, text: str, name: str = "some.toml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return str(path)
+
+
+def test_later_files_win_over_earlier_ones_and_flags_over_all(folder: Path) -> None:
+    first = write_toml(folder, "n_layer = 5\nn_head = 5\nn_embd = 500\n", "first.toml")
+    second = write_toml(folder, "n_layer = 6\nn_embd = 600\n", "second.toml")
+    settings = read(TrainSettings, "--n_layer=7", first, second)
+    assert (settings.n_layer, settings.n_embd, settings.n_head, settings.block_size) == (7, 600, 5, 64)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--n_layer=7"], ["--n_layer", "7"], ["--n-layer=7"], ["--n-layer", "7"], ["--n_layer=3", "--n_layer=7"]],
+    ids=" ".join,
+)
+def test_ways_to_write_a_flag(words: list[str]) -> None:
+    assert read(TrainSettings, *words).n_layer == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--resume"], True),
+        (["--resume=True"], True),
+        (["--resume=true"], True),
+        (["--resume", "true"], True),
+        (["--resume=False"], False),
+        (["--resume", "False"], False),
+        (["--resume", "--seed=1"], True),
+    ],
+    ids=str,
+)
+def test_ways_to_write_a_switch(words: list[str], value: bool) -> None:
+    assert read(TrainSettings, *words).resume is value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], "auto"), (["--compile", "auto"], "auto"), (["--compile"], True), (["--compile", "false"], False)],
+    ids=str,
+)
+def test_compile_is_a_switch_and_a_word(words: list[str], value: object) -> None:
+    assert read(TrainSettings, *words).compile == value
+
+
+@pytest.mark.parametrize("switch", ["--resume", "--compile"])
+def test_a_bare_switch_leaves_the_file_behind_it_alone(folder: Path, switch: str) -> None:
+    file = write_toml(folder, "n_layer = 9")
+    settings = read(TrainSettings, switch, file)
+    assert (settings.model_dump()[switch[2:]], settings.n_layer) == (True, 9)
+
+
+def test_stop_may_be_given_several_times() -> None:
+    assert read(SampleSettings, "--stop=a=b", "--stop", "\n", "--stop=").stop == ("a=b", "\n", "")
+
+
+def test_values_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:
+    assert read(SampleSettings, "--prompt", "- a=b").prompt == "- a=b"
+    assert read(SampleSettings, "--prompt=--resume").prompt == "--resume"
+
+
+def test_plain_words_are_given_back_in_order() -> None:
+    assert parse(PrepareSettings, ["a.txt", "--name", "b", "-", "c"], "", "", files=False)[1] == ["a.txt", "-", "c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--n_layers=3"], "unknown key --n_layers; did you mean 'n_layer'?"),
+        (["--n-layers=3"], "unknown key --n_layers; did you mean 'n_layer'?"),
+        (["--zzz"], "unknown key --zzz; --help lists every setting"),
+        (["--=3"], "unknown key --; --help lists every setting"),
+        (["--max_iters=3"], "unknown key --max_iters; nanoGPT's 'max_iters' is 'max_steps' here"),
+        (["--eval_iters", "3"], "unknown key --eval_iters; nanoGPT's 'eval_iters' is 'eval_tokens' here"),
+        (["--n_layer=six"], "--n_layer must be a whole number, at least 1, not 'six'"),
+        (["--n_layer=2.5"], "--n_layer must be a whole number, at least 1, not '2.5'"),
+        (["--n_layer=0"], "--n_layer must be a whole number, at least 1, not '0'"),
+        (["--n_layer="], "--n_layer must be a whole number, at least 1, not ''"),
+        (["--dropout=1"], "--dropout must be a number, at least 0, below 1, not '1'"),
+        (["--learning_rate=0"], "--learning_rate must be a number, above 0, not '0'"),
+        (["--learning_rate=nan"], "--learning_rate must be a number, above 0, not 'nan'"),
+        (["--min_lr=inf"], "--min_lr must be a number, at least 0, not 'inf'"),
+        (["--resume=perhaps"], "--resume must be true or false, not 'perhaps'"),
+        (["--compile=perhaps"], "--compile must be 'auto' or true or false, not 'perhaps'"),
+        (["--position=Rotary"], "--position must be 'learned' or 'sinusoidal' or 'rotary', not 'Rotary'"),
+        (["--n_layer"], "--n_layer needs a value: a whole number, at least 1"),
+        (["--n_layer", "--resume"], "--n_layer needs a value: a whole number, at least 1"),
+        (["--dataset"], "--dataset needs a value: text"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_a_wrong_flag(words: list[str], line: str) -> None:
+    assert problems(TrainSettings, *words) == [f"command line: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--start=x"], "unknown key --start; nanoGPT's 'start' is 'prompt' here"),
+        (["--top_p=0"], "--top_p must be a number, above 0, at most 1, not '0'"),
+        (["--stop"], "--stop needs a value: text"),
+        (["--stop=a", "--stop"], "--stop needs a value: text"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_a_wrong_flag_for_sampling(words: list[str], line: str) -> None:
+    assert problems(SampleSettings, *words) == [f"command line: {line}"]
+
+
+@pytest.mark.parametrize("settings_class", [TrainSettings, SampleSettings])
+def test_a_seed_that_torch_cannot_hold_is_told_at_once(settings_class: type[Settings]) -> None:
+    assert read(settings_class, f"--seed={2**63 - 1}").seed == 2**63 - 1
+    [line] = problems(settings_class, f"--seed={2**63}")
+    assert line.startswith("command line: --seed must be a whole number, at least 0")
+
+
+def test_every_name_of_nanogpt_leads_to_a_setting() -> None:
+    assert set(NANOGPT_NAMES.values()) <= {*TrainSettings.model_fields, *SampleSettings.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('n_layer = "6"', "'n_layer' must be a whole number, at least 1, not '6'"),
+        ("n_layer = 6.0", "'n_layer' must be a whole number, at least 1, not 6.0"),
+        ("n_layer = true", "'n_layer' must be a whole number, at least 1, not True"),
+        ("n_layer = -1", "'n_layer' must be a whole number, at least 1, not -1"),
+        ('dropout = "0.1"', "'dropout' must be a number, at least 0, below 1, not '0.1'"),
+        ("dropout = inf", "'dropout' must be a number, at least 0, below 1, not inf"),
+        ("bias = 1", "'bias' must be true or false, not 1"),
+        ('bias = "true"', "'bias' must be true or false, not 'true'"),
+        ('compile = "true"', "'compile' must be 'auto' or true or false, not 'true'"),
+        ("dataset = 3", "'dataset' must be text, not 3"),
+        ("n_layers = 6", "unknown key 'n_layers'; did you mean 'n_layer'?"),
+        ("[model]\nn_layer = 6", "unknown key 'model'; --help lists every setting"),
+        ("overwrite = true", "'overwrite' is for the command line: --overwrite"),
+        ("warmup_iters = 6", "unknown key 'warmup_iters'; nanoGPT's 'warmup_iters' is 'warmup_steps' here"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_a_wrong_value_in_a_file(folder: Path, text: str, line: str) -> None:
+    file = write_toml(folder, text)
+    assert problems(TrainSettings, file) == [f"{file}: {line}"]
+
+
+def test_a_whole_number_will_do_for_a_number(folder: Path) -> None:
+    value = read(TrainSettings, write_toml(folder, "learning_rate = 1")).learning_rate
+    assert isinstance(value, float)
+    assert value == 1.0
+
+
+def test_all_problems_are_told_at_once_each_with_its_source(folder: Path) -> None:
+    first = write_toml(folder, "n_layers = 6\ndropout = 2.0", "first.toml")
+    second = write_toml(folder, 'batch_size = "12"', "second.toml")
+    assert sorted(problems(TrainSettings, first, second, "--patience=x", "--eval_interval=3", "--dtype")) == sorted(
+        [
+            f"{first}: 'dropout' must be a number, at least 0, below 1, not 2.0",
+            f"{first}: unknown key 'n_layers'; did you mean 'n_layer'?",
+            f"{second}: 'batch_size' must be a whole number, at least 1, not '12'",
+            "command line: --patience must be a whole number, at least 0, not 'x'",
+            "command line: unknown key --eval_interval; nanoGPT's 'eval_interval' is 'eval_every' here",
+            "command line: --dtype needs a value: 'auto' or 'float32' or 'bfloat16' or 'float16'",
+        ]
+    )
+
+
+@pytest.mark.parametrize("text", ["n_layer 6", "n_layer = six", "a = 1\na = 2", "n_layer = 6 n_head = 2"])
+def test_a_file_that_is_not_toml(folder: Path, text: str) -> None:
+    file = write_toml(folder, text)
+    with pytest.raises(tomllib.TOMLDecodeError) as reason:
+        tomllib.loads(text)
+    assert problems(TrainSettings, file) == [f"{file}: not a TOML file: {reason.value}"]
+
+
+def test_a_file_that_is_not_utf_8(folder: Path) -> None:
+    file = folder / "latin.toml"
+    file.write_bytes(b'dataset = "caf\xe9"')
+    [line] = problems(TrainSettings, str(file))
+    assert line.startswith(f"{file}: not a TOML file: 'utf-8' codec can't decode byte 0xe9 in position 14")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["n_layer = " + "[" * 5000 + "]" * 5000, "n_layer = " + "9" * 5000, "dropout = 0x" + "f" * 5000],
+    ids=["deep", "many digits", "many hexadecimal digits"],
+)
+def test_a_file_of_extremes(folder: Path, text: str) -> None:
+    file = write_toml(folder, text)
+    assert problems(TrainSettings, file)[0].startswith(f"{file}: ")
+
+
+def test_a_file_that_is_missing_and_a_folder(folder: Path) -> None:
+    missing = folder / "missing.toml"
+    line = f"{missing}: cannot read this settings file: No such file or directory"
+    assert problems(TrainSettings, str(missing)) == [line]
+    assert problems(TrainSettings, str(folder)) == [f"{folder}: this folder holds no run; its config.toml is missing"]
+
+
+def test_a_python_config_is_never_executed(folder: Path) -> None:
+    marker = folder / "executed"
+    config = write_toml(folder, f"open({str(marker)!r}, 'w')\nn_layer = 6\n", "config.py")
+    assert problems(TrainSettings, config) == [
+        f"{config}: a Python config is never executed; copy its 'key = value' lines to {folder / 'config.toml'}, "
+        "with true and false in small letters and products worked out"
+    ]
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--n_embd=10", "--n_head=4"], ["n_embd = 10 is not a multiple of n_head = 4"]),
+        (
+            ["--n_embd=12", "--n_head=4", "--position=rotary"],
+            ["position = 'rotary' needs an even head size; n_embd / n_head is 3"],
+        ),
+        (
+            ["--n_embd=9", "--n_head=3", "--position=sinusoidal"],
+            ["position = 'sinusoidal' needs an even n_embd, not 9"],
+        ),
+        (["--min_lr=0.1", "--learning_rate=0.01"], ["min_lr = 0.1 is above learning_rate = 0.01"]),
+        (["--init_from=resume"], ["init_from = 'resume' is nanoGPT's way; say --resume here"]),
+        (["--resume", "--overwrite"], ["resume and overwrite contradict each other; choose one"]),
+        (
+            ["--n_head=3", "--min_lr=2"],
+            ["n_embd = 128 is not a multiple of n_head = 3", "min_lr = 2.0 is above learning_rate = 0.001"],
+        ),
+    ],
+    ids=str,
+)
+def test_training_settings_that_do_not_go_together(words: list[str], lines: list[str]) -> None:
+    assert problems(TrainSettings, *words) == lines
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--prompt=a", "--prompt_file=b"], "prompt and prompt_file contradict each other; choose one"),
+        (["--interactive", "--num_samples=2"], "interactive shows one sample at a time; leave num_samples out"),
+        (
+            ["--interactive", "--prompt_file=-"],
+            "interactive reads standard input itself; give the prompt another way",
+        ),
+        (["--interactive", "--score=a"], "score and interactive contradict each other; choose one"),
+    ],
+    ids=str,
+)
+def test_sampling_settings_that_do_not_go_together(words: list[str], line: str) -> None:
+    assert problems(SampleSettings, *words) == [line]
+
+
+def test_values_of_different_sources_are_checked_together(folder: Path) -> None:
+    file = write_toml(folder, "n_head = 3")
+    assert read(TrainSettings, file, "--n_embd=9").n_embd == 9
+    assert problems(TrainSettings, file, "--n_embd=10") == ["n_embd = 10 is not a multiple of n_head = 3"]
+
+
+@tries(deadline=None, max_examples=40)
+@given(
+    st.fixed_dictionaries(
+        {
+            "dataset": st.text(st.characters(exclude_categories=["Cc", "Cs"])),
+            "n_layer": st.integers(1, 10**6),
+            "learning_rate": st.floats(1e-3, 1e30, allow_nan=False),
+            "dropout": st.floats(0, 1, exclude_max=True),
+            "bias": st.booleans(),
+            "compile": st.sampled_from(["auto", True, False]),
+            "position": st.sampled_from(["learned", "rotary"]),
+        }
+    )
+)
+def test_saved_settings_come_back(folder: Path, values: dict[str, Any]) -> None:
+    settings = TrainSettings.model_validate(values)
+    saved = write_toml(folder, tomli_w.dumps(settings.model_dump(exclude=set(Action.model_fields))))
+    assert read(TrainSettings, saved) == settings
+
+
+@pytest.mark.parametrize("settings_class", CLASSES)
+def test_every_setting_is_told_in_the_help_with_its_default_and_meaning(settings_class: type[Settings]) -> None:
+    entries = re.split(r"^  --", help_text(settings_class, "usage", "description"), flags=re.MULTILINE)[1:]
+    shown = {entry.split()[0]: "".join(entry.split()) for entry in entries}
+    assert shown.keys() == settings_class.model_fields.keys()
+    for key, field in settings_class.model_fields.items():
+        assert field.description, f"{key} has no docstring"
+        assert "".join(field.description.split()) in shown[key]
+        if field.default not in ("", ()):
+            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            assert f"default{default})" in shown[key]
+
+
+def test_help_words_an_entry_as_one_would_say_it() -> None:
+    shown = " ".join(help_text(TrainSettings, "usage", "description").split())
+    assert "--n_layer INT Number of blocks. (at least 1; default 4)" in shown
+    assert "--compile auto|true|false torch.compile the model" in shown
+    assert "(at least 0; below 1; default 0.0)" in shown
+    for heading in (
+        "Data and results:",
+        "The network:",
+        "Optimization:",
+        "The machine:",
+        "What to do (on the command line only):",
+    ):
+        assert heading in shown
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_of_a_script(name: str) -> None:
+    done = script(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python {name} ")
+    assert "--data_dir TEXT" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["--n_layers=3", "--help"]], ids=" ".join)
+def test_help_comes_before_all_checks(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        read(TrainSettings, *words)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: usage\n\ndescription\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_mistakes_do_not_wait_for_torch(name: str) -> None:
+    code = f"""
+import runpy, sys
+for word in ("--help", "--n_layers=3"):
+    sys.argv = [{name!r}, word]
+    try:
+        runpy.run_path({name!r}, run_name="__main__")
+    except SystemExit as end:
+        print(word, end.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--help 0 False\n" in done.stdout
+    assert done.stdout.endswith("--n_layers=3 2 False\n")
+
+
+def test_a_mistake_is_one_line_and_status_2() -> None:
+    done = script("train.py", "--n_layers=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: command line: unknown key --n_layers; did you mean 'n_layer'?\n"
+
+
+def as_a_shell_passes_it(word: bytes) -> str:
+    return os.fsdecode(word.replace(b"\0", b""))
+
+
+KEYS = st.sampled_from(sorted({key for each in CLASSES for key in each.model_fields} | NANOGPT_NAMES.keys()))
+WORDS = st.one_of(
+    st.binary(max_size=12).map(as_a_shell_passes_it),
+    st.builds("--{}".format, KEYS),
+    st.builds("--{}={}".format, KEYS, st.binary(max_size=12).map(as_a_shell_passes_it)),
+    st.builds("--{}".format, st.binary(max_size=12).map(as_a_shell_passes_it)),
+    st.sampled_from(["-", "--", "--=", "-h", "true", "auto", "0", "1e3", ".py", "x/.py", "--stop"]),
+)
+
+
+@tries(deadline=None, max_examples=150)
+@given(st.sampled_from(CLASSES), st.lists(WORDS, max_size=5))
+@example(TrainSettings, ["--\udcff=1"])
+@example(SampleSettings, ["--stop", "--stop"])
+def test_any_command_line_is_taken_or_told_what_is_wrong(settings_class: type[Settings], words: list[str]) -> None:
+    try:
+        assert isinstance(read(settings_class, *words), settings_class)
+    except SystemExit as end:
+        assert end.code == 0
+        assert {"-h", "--help"} & set(words)
+    except UsageError as error:
+        assert str(error)
+
+
+TOML = st.one_of(
+    st.text(max_size=40),
+    st.builds("{} = {}".format, KEYS, st.text(max_size=12)),
+    st.builds("{} = {}".format, KEYS, st.sampled_from(["{}", "[]", "[[1]]", "1979-05-27", "07:32:00", "nan", "''"])),
+)
+
+
+@tries(deadline=None, max_examples=150)
+@given(text=TOML)
+def test_any_file_is_taken_or_told_what_is_wrong(folder: Path, text: str) -> None:
+    file = write_toml(folder, text)
+    try:
+        assert isinstance(read(TrainSettings, file), TrainSettings)
+    except UsageError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "two\nlines", "\x1b[31m", "\udcff"])
+def test_a_name_that_could_be_no_line_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^x\.toml: 'out_dir' must be printable text, not [^\n]*$"):
+        resolve(TrainSettings, [("x.toml", {"out_dir": name})])
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_embd", "batch_size", "max_steps", "ngram_rows", "eval_every"])
+def test_numbers_beyond_any_machine_are_refused(key: str) -> None:
+    with pytest.raises(UsageError, match=rf"--{key} must be a whole number, at least [01], not so large a one$"):
+        resolve(TrainSettings, [("command line", {key: "9" * 30})])
+
+
+def path_settings() -> list[tuple[type[Settings], str]]:
+    """Every setting of every script whose help or name says that it is a file or folder."""
+    classes = (TrainSettings, SampleSettings, PrepareSettings, ConvertSettings, PlotSettings, ReportSettings)
+    words = ("dir", "out", "file", "meta", "reference", "init_from", "score", "dataset", "vocabulary")
+    return [
+        (settings_class, key)
+        for settings_class in (*classes, TranslateSettings)
+        for key, field in settings_class.model_fields.items()
+        if field.annotation is str and any(word in key for word in words) and key != "dropout"
+    ]
+
+
+@pytest.mark.parametrize(("settings_class", "key"), path_settings())
+def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(
+    settings_class: type[Settings], key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/jane")
+    assert getattr(read(settings_class, f"--{key}=~/x"), key) == "/home/jane/x"
+    if settings_class is TrainSettings:
+        assert getattr(read(settings_class, write_toml(folder, f'{key} = "~/x"')), key) == "/home/jane/x"
+    assert parse(settings_class, ["~/a/*.txt"], "", "", files=False)[1] == ["/home/jane/a/*.txt"]
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    """As PowerShell writes them."""
+    assert read(TrainSettings, write_toml(folder, "\ufeffmax_steps = 7")).max_steps == 7
