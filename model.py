@@ -60,7 +60,7 @@ class GPTConfig:
         return self.init == "gpt2" and self.ngram == 1
 
 
-class LayerCache:
+class LayerKVCache:
     """Keys and values of one layer for the tokens seen so far, each (B, H, S, D)."""
 
     def __init__(self, block_size: int) -> None:
@@ -82,20 +82,20 @@ class LayerCache:
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may come several times."""
         keys, values = self.keys[rows, :, : self.length], self.values[rows, :, : self.length]
         self.length = 0
         self.append(keys, values)
 
 
-class Cache:
+class KVCache:
     """What a model remembers of the tokens it has seen, to go on without reading them again."""
 
     def __init__(self, config: GPTConfig) -> None:
         """Begin empty; there is room for block_size tokens."""
-        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
-        self.recent: Tensor | None = None
+        self.layers = [LayerKVCache(config.block_size) for _ in range(config.n_layer)]
+        self.last_tokens: Tensor | None = None
         """The last tokens, (B, up to ngram), as far as embeddings look back."""
 
     @property
@@ -103,11 +103,11 @@ class Cache:
         """How many tokens have been seen."""
         return self.layers[0].length
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may come several times."""
         for layer in self.layers:
-            layer.select(rows)
-        self.recent = None if self.recent is None else self.recent[rows]
+            layer.reorder(rows)
+        self.last_tokens = None if self.last_tokens is None else self.last_tokens[rows]
 
 
 class NGramEmbedding(nn.Module):
@@ -276,26 +276,26 @@ class CausalSelfAttention(nn.Module):
         self.rotary = Rotary(config) if config.position == "rotary" else NoRotation()
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C); a cache holds the tokens before these, and takes these in."""
-        q, k, v = self.heads(x, cache.length if cache else 0)  # (B, H, T, D) each
+        q, k, v = self.project_qkv(x, cache.length if cache else 0)  # (B, H, T, D) each
         if cache:
             k, v = cache.append(k, v)  # (B, H, S, D) each
-        return self.merge(attend(q.to(k.dtype), k, v, self.dropout if self.training else 0.0))
+        return self.project_out(causal_attention(q.to(k.dtype), k, v, self.dropout if self.training else 0.0))
 
-    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first token stands at `start`."""
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
         q, k = self.rotary(self.qk_norm(qk), start).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
 
-    def merge(self, mixed: Tensor) -> Tensor:
+    def project_out(self, mixed: Tensor) -> Tensor:
         """Map what the heads gathered, (B, H, T, D), back to (B, T, C)."""
         return self.residual_dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D), where the last query sees all S keys, the one before S - 1 ...
 
     On a CPU, short contexts are faster written out than in torch's fused attention, whose backward pass there
@@ -341,7 +341,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -390,16 +390,16 @@ class GPT(nn.Module):
             elif parameter.dim() >= 2 or name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def new_cache(self) -> Cache:
+    def new_cache(self) -> KVCache:
         """Return an empty cache for `next_logits`."""
-        return Cache(self.config)
+        return KVCache(self.config)
 
-    def embed(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map tokens (B, T), after those that a cache has seen, to the residual stream's beginning (B, T, C)."""
         T = tokens.size(1)
         if cache and self.lookback:
-            seen = tokens if cache.recent is None else torch.cat((cache.recent, tokens), dim=1)
-            tokens, cache.recent = seen, seen[:, -self.lookback :]
+            seen = tokens if cache.last_tokens is None else torch.cat((cache.last_tokens, tokens), dim=1)
+            tokens, cache.last_tokens = seen, seen[:, -self.lookback :]
         x = self.token_embedding(tokens)
         if self.ngram_embedding:
             x = self.ngram_embedding(tokens, x)
@@ -407,7 +407,7 @@ class GPT(nn.Module):
             x = self.token_shift(x)
         return x[:, -T:]
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Run the blocks: tokens (B, T) to the normalised residual stream (B, T, C)."""
         x = self.dropout(self.position(self.embed(tokens, cache), cache.length if cache else 0))
         for layer, block in enumerate(self.blocks):
@@ -428,7 +428,7 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def next_logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the logits (B, V) of the token after these (B, T).
 
         With a cache, `tokens` are only those that it has not seen yet; together they are at most block_size.

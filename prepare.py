@@ -26,23 +26,38 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from glyphgpt.errors import Failure, UsageError, plain_errors, start_script, warn
+from glyphgpt.errors import UsageError, UserError, exit_on_error, start_script, warn
 
 if __name__ == "__main__":  # while the rest is imported
     start_script()
 
 from tqdm import tqdm
 
-from glyphgpt.checkpoint import find, peek
+from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here, parse
-from glyphgpt.data.background import Helper
-from glyphgpt.data.dataset import FORMAT, META, Meta, ShardWriter, SourceMeta, read_meta, write_dataset
-from glyphgpt.data.recipes import QUICK, read_recipe, text_file
+from glyphgpt.data.background import BackgroundWorker
+from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, ShardWriter, SourceMeta, read_meta, write_meta
+from glyphgpt.data.recipes import QUICK, download_text, read_recipe
 from glyphgpt.data.records import Documents
 from glyphgpt.data.sources import is_stream, list_names, sanitize
-from glyphgpt.data.staging import Progress, earlier, forget, job_name, keep, place_of, workshop
-from glyphgpt.data.text import MARKED, NUL, Text, open_text
-from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer, Tokens, encode_documents, from_plain, list_characters
+from glyphgpt.data.staging import (
+    PrepareProgress,
+    clear_progress,
+    dataset_dir,
+    load_progress,
+    save_progress,
+    staging_dir,
+    task_fingerprint,
+)
+from glyphgpt.data.text import HAS_BOM, HAS_NUL, Text, open_text
+from glyphgpt.data.tokenizers import (
+    CharTokenizer,
+    Tokenizer,
+    Tokens,
+    describe_characters,
+    encode_documents,
+    tokenizer_from_dict,
+)
 from glyphgpt.memory import keep_freed_memory
 from glyphgpt.settings import PrepareSettings
 
@@ -74,7 +89,7 @@ def recipe_names(data_dir: Path) -> str:
 def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     """Prepare a well-known text as its recipe says; a data set that is there already is left alone."""
     recipe, name = read_recipe(path), path.stem
-    for key in ("name", "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "unknown"):
+    for key in ("name", "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "skip_unknown"):
         if key in settings.model_fields_set:
             raise UsageError(f"--{key} goes with your own text; the recipe {path} decides it here")
     folder = Path(settings.data_dir) / name
@@ -83,11 +98,11 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
         if (meta.source.sha256, meta.tokenizer["kind"]) == (recipe.text.sha256, recipe.tokenizer):
             print(f"{folder} is prepared already; next: {next_step(folder, recipe.config)}")
             return
-    file = text_file(recipe, Path(settings.data_dir))
+    file = download_text(recipe, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
     text = Text((file,), (sanitize(file),), flags=False)
     chosen = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
-    with workshop(folder, overwrite=settings.overwrite, named=False) as scratch:
+    with staging_dir(folder, overwrite=settings.overwrite, named=False) as scratch:
         meta = prepare(text, scratch, chosen, recipe=name)
     report(meta, folder, recipe.config)
 
@@ -95,13 +110,13 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
 def prepare_files(words: list[str], settings: PrepareSettings) -> None:
     """Prepare the user's own text."""
     single = len(words) == 1 and not is_stream(words[0])
-    folder = place_of(settings.name or (Path(words[0]).stem if single else ""), Path(settings.data_dir))
+    folder = dataset_dir(settings.name or (Path(words[0]).stem if single else ""), Path(settings.data_dir))
     vocabulary = read_vocabulary(settings) if settings.vocabulary else None
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
-    with workshop(folder, overwrite=settings.overwrite) as scratch:
+    with staging_dir(folder, overwrite=settings.overwrite) as scratch:
         separate = settings.tokenizer == "gpt2"  # which has a token to stand between documents
-        text = open_text(words, scratch.parent, settings.encoding, field=settings.text_field, separate=separate)
+        text = open_text(words, scratch.parent, settings.encoding, field=settings.text_field, keep_documents=separate)
         meta = prepare(text, scratch, settings, recipe="", vocabulary=vocabulary)
     report(meta, folder, QUICK)
 
@@ -111,14 +126,14 @@ def read_vocabulary(settings: PrepareSettings) -> Tokenizer:
 
     Raises:
         UsageError: the settings name another tokenizer.
-        Failure: there is none.
+        UserError: there is none.
     """
     data_dir = Path(settings.data_dir)
     path = Path(settings.vocabulary)
     if not path.exists():
         raise UsageError(f"--vocabulary={settings.vocabulary}: no such run, checkpoint or dataset")
-    plain = read_meta(path).tokenizer if (path / META).is_file() else peek(find(path)).tokenizer
-    tokenizer = from_plain(plain, data_dir)
+    plain = read_meta(path).tokenizer if (path / META).is_file() else read_metadata(find_checkpoint(path)).tokenizer
+    tokenizer = tokenizer_from_dict(plain, data_dir)
     if "tokenizer" in settings.model_fields_set and settings.tokenizer != tokenizer.kind:
         raise UsageError(
             f"--tokenizer={settings.tokenizer} contradicts --vocabulary={settings.vocabulary}, whose tokenizer is "
@@ -129,58 +144,62 @@ def read_vocabulary(settings: PrepareSettings) -> Tokenizer:
 
 def prepare(
     text: Text, folder: Path, settings: PrepareSettings, recipe: str, vocabulary: Tokenizer | None = None
-) -> Meta:
+) -> DatasetMeta:
     """Read a text twice and write its shards and meta.json into a folder; continue an interrupted preparation.
 
     Raises:
-        Failure: the text cannot be read or is too short to split.
+        UserError: the text cannot be read or is too short to split.
     """
-    stamps = text.stamps()
+    stamps = text.file_stats()
     total_bytes = sum(size for size, _ in stamps)
-    kept = {"tokenizer", "val_fraction", "encoding", "text_field", "shard_tokens", "unknown"}
-    form = {**settings.model_dump(include=kept), "vocabulary": vocabulary.to_plain() if vocabulary else None}
-    job = job_name(paths=list(map(str, text.paths)), stamps=stamps, form=form, recipe=recipe) if text.stays else ""
-    progress = earlier(folder, job)
+    kept = {"tokenizer", "val_fraction", "encoding", "text_field", "shard_tokens", "skip_unknown"}
+    form = {**settings.model_dump(include=kept), "vocabulary": vocabulary.to_dict() if vocabulary else None}
+    job = (
+        task_fingerprint(paths=list(map(str, text.paths)), file_stats=stamps, form=form, recipe=recipe)
+        if text.rereadable
+        else ""
+    )
+    progress = load_progress(folder, job)
     if progress:
         finished = sum(map(len, progress.shards.values()))
         print(f"resuming an interrupted preparation; finished files: {finished}")
     else:
         progress = survey(text, settings, job, total_bytes, vocabulary)
-    tokenizer = from_plain(progress.tokenizer, Path(settings.data_dir))
+    tokenizer = tokenizer_from_dict(progress.tokenizer, Path(settings.data_dir))
     train_characters = int(progress.characters * (1 - settings.val_fraction))
     lengths = {"train": train_characters, "val": progress.characters - train_characters}
     workers = ThreadPoolExecutor(settings.workers or (os.cpu_count() if settings.tokenizer == "gpt2" else 1))
-    with bar("encoding", total_bytes) as reading, Helper() as helper, workers:
+    with bar("encoding", total_bytes) as reading, BackgroundWorker() as helper, workers:
         output = Output(folder, lengths, tokenizer.vocab_size, settings.shard_tokens, progress)
         stream = text.read(lambda chunk: reading.update(len(chunk)))
         if progress.skipped:
             stream = known_only(stream, tokenizer, Counter())
         pieces = cut(stream, lengths, tokenizer, progress)
         for piece, tokens in in_order(workers, lambda piece: encode_documents(tokenizer, piece.documents), pieces):
-            helper.do(output.write, piece, tokens)
+            helper.submit(output.write, piece, tokens)
         helper.wait()
-    if output.unfinished or text.stamps() != stamps:
-        forget(folder)
-        raise Failure(f"{list_names(text.names)}: the text changed while it was read; try again")
+    if output.unfinished or text.file_stats() != stamps:
+        clear_progress(folder)
+        raise UserError(f"{list_names(text.names)}: the text changed while it was read; try again")
     train, val = (output.writers[split].meta(characters) for split, characters in lengths.items())
     for purpose, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
-            forget(folder)
-            raise Failure(
+            clear_progress(folder)
+            raise UserError(
                 f"{list_names(text.names)}: too short: {progress.characters} characters leave too few tokens for "
                 f"{purpose} ({split.tokens}, and predicting takes 2); use more text"
             )
-    meta = Meta(
+    meta = DatasetMeta(
         format=FORMAT,
         recipe=recipe,
-        tokenizer=tokenizer.to_plain(),
+        tokenizer=tokenizer.to_dict(),
         vocab_size=tokenizer.vocab_size,
         val_fraction=settings.val_fraction,
         source=SourceMeta(names=list(text.names), bytes=total_bytes, sha256=progress.sha256),
         train=train,
         val=val,
     )
-    write_dataset(folder, meta)
+    write_meta(folder, meta)
     if progress.skipped:
         print(f"left out: {progress.skipped:,} characters that {settings.vocabulary} lacks")
     return meta
@@ -191,19 +210,21 @@ def bar(what: str, total_bytes: int) -> "tqdm[Any]":
     return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=None)
 
 
-def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int, vocabulary: Tokenizer | None) -> Progress:
+def survey(
+    text: Text, settings: PrepareSettings, job: str, total_bytes: int, vocabulary: Tokenizer | None
+) -> PrepareProgress:
     """Read a text for the first time: how long it is, its checksum, and the tokenizer that it asks for.
 
     Raises:
-        Failure: there is no text at all, or it has characters that the vocabulary lacks.
+        UserError: there is no text at all, or it has characters that the vocabulary lacks.
     """
     characters, digest = 0, hashlib.sha256()
-    noticed: dict[str, dict[str, None]] = {MARKED: {}, NUL: {}}  # names of files
+    noticed: dict[str, dict[str, None]] = {HAS_BOM: {}, HAS_NUL: {}}  # names of files
     unknown: Counter[str] = Counter()
-    with bar("counting", total_bytes) as reading, Helper() as helper:
+    with bar("counting", total_bytes) as reading, BackgroundWorker() as helper:
 
         def on_chunk(chunk: bytes) -> None:
-            helper.do(digest.update, chunk)
+            helper.submit(digest.update, chunk)
             reading.update(len(chunk))
 
         def pieces() -> Iterator[str]:
@@ -216,19 +237,19 @@ def survey(text: Text, settings: PrepareSettings, job: str, total_bytes: int, vo
 
         if settings.tokenizer == "char" and not vocabulary:
             learned = CharTokenizer.learn(pieces())
-            tokenizer, controls = learned.to_plain(), control_characters(learned.characters)
+            tokenizer, controls = learned.to_dict(), control_characters(learned.characters)
         else:
             deque(pieces(), maxlen=0)  # counted and checked, though nothing is learned from them
-            tokenizer, controls = vocabulary.to_plain() if vocabulary else {"kind": settings.tokenizer}, []
+            tokenizer, controls = vocabulary.to_dict() if vocabulary else {"kind": settings.tokenizer}, []
         helper.wait()
-    if marked := list(noticed[MARKED]):
+    if marked := list(noticed[HAS_BOM]):
         remedy = f"; --encoding={unmarked(text.encoding)} leaves it out" if text.flags else ""
         warn(f"a byte order mark begins {list_names(marked)} and stays in the text{remedy}")
-    if nul := list(noticed[NUL]):
+    if nul := list(noticed[HAS_NUL]):
         warn(f"NUL characters (U+0000) in {list_names(nul)}: is this text, and in the right encoding?")
     if controls:
         warn(f"control characters become part of the vocabulary: {list_names(controls, shown=10)}")
-    return Progress(
+    return PrepareProgress(
         job=job, characters=characters, sha256=digest.hexdigest(), tokenizer=tokenizer, skipped=unknown.total()
     )
 
@@ -248,17 +269,17 @@ def check_characters(text: Text, characters: int, unknown: Counter[str], setting
     """Make sure that a text has characters, and none that the vocabulary lacks.
 
     Raises:
-        Failure: it has not, or has some that are not to be left out.
+        UserError: it has not, or has some that are not to be left out.
     """
-    if unknown and settings.unknown == "error":
-        lacks = list_characters([character for character, _ in unknown.most_common()], unknown)
-        raise Failure(
+    if unknown and not settings.skip_unknown:
+        lacks = describe_characters([character for character, _ in unknown.most_common()], unknown)
+        raise UserError(
             f"{list_names(text.names)}: {settings.vocabulary} lacks {lacks}; change the text, or leave them out: "
-            "--unknown=skip"
+            "--skip_unknown"
         )
     if not characters:
         what = f"all of its characters are unknown to {settings.vocabulary}" if unknown else "the text is empty"
-        raise Failure(f"{list_names(text.names)}: {what}; there is nothing to learn from")
+        raise UserError(f"{list_names(text.names)}: {what}; there is nothing to learn from")
 
 
 def control_characters(characters: str) -> list[str]:
@@ -286,7 +307,7 @@ class Piece:
 
 
 def cut(
-    stream: Iterator[Documents], lengths: dict[str, int], tokenizer: Tokenizer, progress: Progress
+    stream: Iterator[Documents], lengths: dict[str, int], tokenizer: Tokenizer, progress: PrepareProgress
 ) -> Iterator[Piece]:
     """Cut a text into pieces of splits of so many characters, from where an earlier run got to."""
     splits = list(lengths)
@@ -351,7 +372,7 @@ class Output:
     """The shards of all splits; each finished file is noted down, so that it need not be made again."""
 
     def __init__(
-        self, folder: Path, lengths: dict[str, int], vocab_size: int, shard_tokens: int, progress: Progress
+        self, folder: Path, lengths: dict[str, int], vocab_size: int, shard_tokens: int, progress: PrepareProgress
     ) -> None:
         """Go on from where an earlier run got to, or begin."""
         self.folder, self.progress = folder, progress
@@ -377,10 +398,10 @@ class Output:
         if len(writer.shards) > finished and self.progress.job:
             shards = {split: writer.shards for split, writer in self.writers.items()}
             there = {"shards": shards, "split": piece.split, "start": piece.start, "tokens": before}
-            keep(self.progress.model_copy(update=there), self.folder)
+            save_progress(self.progress.model_copy(update=there), self.folder)
 
 
-def report(meta: Meta, folder: Path, config: str) -> None:
+def report(meta: DatasetMeta, folder: Path, config: str) -> None:
     """Say what was made and what to run next."""
     tokens, characters = (
         meta.train.tokens + meta.val.tokens,
@@ -403,5 +424,5 @@ def next_step(folder: Path, config: str) -> str:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

@@ -4,7 +4,7 @@
     python sample.py out/quick --prompt="ROMEO:" --num_samples=3
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
     python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared data set
-    python sample.py out/quick --attention="To be, or not" --picture=attention.html   where each character looks
+    python sample.py out/quick --attention="To be, or not" --out=attention.html   where each character looks
 
 A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is all that this needs. The context grows
 to the model's block_size tokens; then its older half is let go of, and it grows again.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from glyphgpt.errors import Failure, UsageError, plain_errors, start_script, warn
+from glyphgpt.errors import UsageError, UserError, exit_on_error, start_script, warn
 
 if __name__ == "__main__":  # while the rest is imported
     start_script()
@@ -27,8 +27,8 @@ from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.cli import parse
 from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
 from glyphgpt.data.text import read_text
-from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_known, first_token
-from glyphgpt.inference.generate import LanguageModel, SamplingRule, TextStream, generate
+from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_text, start_token
+from glyphgpt.inference.generate import LanguageModel, SamplingParams, TextStream, generate
 from glyphgpt.inference.loading import language_model, open_checkpoint, torch_model
 from glyphgpt.settings import SampleSettings
 
@@ -46,7 +46,7 @@ def main(settings: SampleSettings, place: str) -> None:
         draw_attention(checkpoint, tokenizer, settings)
         return
     with language_model(checkpoint, settings.device, settings.dtype, "num_samples") as model:
-        sampler = Sampler(model, checkpoint.info.model["block_size"], tokenizer, settings)
+        sampler = Sampler(model, checkpoint.metadata.model["block_size"], tokenizer, settings)
         if settings.interactive:
             sampler.interact()
         else:
@@ -72,20 +72,20 @@ def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split
     """Return the tokens that the settings name, and what to say of them.
 
     Raises:
-        Failure: they are too few, or the model does not know them.
+        UserError: they are too few, or the model does not know them.
     """
     data_dir = Path(settings.data_dir)
     folder = Path(settings.score) if Path(settings.score).exists() else find_dataset(settings.score, data_dir)
     if (folder / META).is_file():
         dataset = load_dataset(folder, data_dir)
-        if dataset.meta.tokenizer != tokenizer.to_plain():
-            raise Failure(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
+        if dataset.meta.tokenizer != tokenizer.to_dict():
+            raise UserError(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
         return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
     text = read_text(settings.score)
-    tokens = encode_known(text, tokenizer, skip=settings.unknown == "skip")
+    tokens = encode_text(text, tokenizer, skip=settings.skip_unknown)
     if len(tokens) < 2:
-        raise Failure(f"{settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
-    known = len(text) - sum(text.count(character) for character in tokenizer.unknown(text))
+        raise UserError(f"{settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
+    known = len(text) - sum(text.count(character) for character in tokenizer.unknown_characters(text))
     left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
     return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{left_out}"
 
@@ -94,15 +94,18 @@ def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Sampl
     """Draw where each token of a text looks.
 
     Raises:
-        Failure: the text is empty or too long, or the picture could not be drawn.
+        UserError: the text is empty or too long, or the picture could not be drawn.
     """
-    tokens, path = encode_known(settings.attention, tokenizer, skip=settings.unknown == "skip"), Path(settings.picture)
+    tokens, path = (
+        encode_text(settings.attention, tokenizer, skip=settings.skip_unknown),
+        Path(settings.out),
+    )
     with torch_model(checkpoint, "cpu", "float32", "the length of the text") as (model, _):
         from glyphgpt.reports import attention_maps as attention  # noqa: PLC0415  (torch, only where it is used)
 
         if not 1 <= len(tokens) <= model.config.block_size:
             length = f"{len(tokens):,} {attention.UNITS[tokenizer.kind]}s"
-            raise Failure(f"the text has {length}; this model sees 1 to {model.config.block_size:,} at once")
+            raise UserError(f"the text has {length}; this model sees 1 to {model.config.block_size:,} at once")
         numbers = model.config.n_layer * model.config.n_head * len(tokens) ** 2 // 2
         if numbers > BROWSABLE and path.suffix.lower() == ".html":
             warn(f"{numbers:,} weights make a page that browsers open slowly, if at all; a shorter text makes less")
@@ -116,10 +119,10 @@ class Sampler:
     def __init__(self, model: LanguageModel, block_size: int, tokenizer: Tokenizer, settings: SampleSettings) -> None:
         """Take the model and what belongs to it."""
         self.model, self.block_size, self.tokenizer, self.settings = model, block_size, tokenizer, settings
-        self.rule = SamplingRule(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+        self.rule = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
         self.stops = list(map(unescape, settings.stop))
         for stop in self.stops:
-            if unknown := tokenizer.unknown(stop):
+            if unknown := tokenizer.unknown_characters(stop):
                 warn(f"stop = {stop!r} never comes: the model has never seen {unknown[0]!r}")
 
     def show_samples(self) -> None:
@@ -127,7 +130,7 @@ class Sampler:
         prompt = self.prompt()
         tokens = self.encode(prompt)
         if not tokens.size:
-            tokens = np.array([first_token(self.tokenizer)])
+            tokens = np.array([start_token(self.tokenizer)])
         streams = [TextStream(self.tokenizer, self.stops) for _ in range(self.settings.num_samples)]
         print(prompt, end="", flush=True)
         for drawn in self.generate(tokens, self.settings.seed):
@@ -147,8 +150,8 @@ class Sampler:
         print("Type a text to go on from; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
         with suppress(ImportError, OSError):
             import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
-        history = np.array([first_token(self.tokenizer)])
-        end_of_line = "" if self.tokenizer.unknown("\n") else "\n"
+        history = np.array([start_token(self.tokenizer)])
+        end_of_line = "" if self.tokenizer.unknown_characters("\n") else "\n"
         opening = self.prompt()
         for turn in range(sys.maxsize):
             try:
@@ -159,7 +162,7 @@ class Sampler:
                 return
             try:
                 history = np.concatenate([history, self.encode(line)])
-            except Failure as failure:
+            except UserError as failure:
                 warn(str(failure))
                 continue
             history = np.concatenate([history, self.reply(history, self.settings.seed + turn)])
@@ -194,7 +197,7 @@ class Sampler:
 
     def encode(self, text: str) -> Tokens:
         """Turn text into ids, as the settings say."""
-        return encode_known(text, self.tokenizer, skip=self.settings.unknown == "skip")
+        return encode_text(text, self.tokenizer, skip=self.settings.skip_unknown)
 
     def prompt(self) -> str:
         """Return the prompt, from wherever the settings say."""
@@ -213,7 +216,7 @@ def unescape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with plain_errors(lost_reader=0):  # who has seen enough has it
+    with exit_on_error(broken_pipe_status=0):  # who has seen enough has it
         SETTINGS, WORDS = parse(SampleSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
         if len(WORDS) != 1:
             raise UsageError(f"name one run or checkpoint: {USAGE}")

@@ -10,20 +10,20 @@ Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.
 
 import sys
 
-from glyphgpt.errors import LOST_READER, Failure, UsageError, plain_errors, reader_is_lost, start_script, warn
+from glyphgpt.errors import BROKEN_PIPE_STATUS, UsageError, UserError, exit_on_error, is_broken_pipe, start_script, warn
 
 if __name__ == "__main__":  # while the rest is imported
     start_script()
 
 from glyphgpt.cli import CONFIG, command, parse, printable
-from glyphgpt.settings import PATHS, Action, Network, Optimization, TrainSettings
+from glyphgpt.settings import PATHS, Mode, Network, Optimization, TrainSettings
 
 NANOGPT_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # which its init_from downloads
 SILENCE_SECONDS = 15  # at most, where there is no progress bar
 USAGE = "python train.py [CONFIG.toml | RUN ...] [--key=value ...]"
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: help and mistakes answer at once
-    with plain_errors():
+    with exit_on_error():
         SETTINGS, _ = parse(TrainSettings, sys.argv[1:], USAGE, __doc__ or "", files=True)
 
 import math
@@ -43,30 +43,30 @@ from tqdm import tqdm
 
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt import runtime as runtimes
-from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Progress
+from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, TrainState
 from glyphgpt.convert import from_huggingface
 from glyphgpt.data.batches import Windows, window_starts, windows_per_epoch
 from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
-from glyphgpt.data.tokenizers import decode, first_token
-from glyphgpt.files import READY, finish_replacing, locked, replacing, write_whole
-from glyphgpt.inference.generate import LanguageModel, SamplingRule, generate
-from glyphgpt.inference.numpy_gpt import Decoder
+from glyphgpt.data.tokenizers import decode, start_token
+from glyphgpt.files import READY, finish_replacement, locked, replace_files, write_atomic
+from glyphgpt.inference.generate import LanguageModel, SamplingParams, generate
+from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.reports import plot
 from glyphgpt.reports import run_report as report
-from glyphgpt.reports.summary import Walk
-from glyphgpt.runtime import OnDevice, Runtime, StopRequest
-from glyphgpt.training.distributed import checkpoint_activations, exchanging, replicate, shard
+from glyphgpt.reports.summary import ModelSummary
+from glyphgpt.runtime import Runtime, StopRequest, TorchLM
+from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
 from glyphgpt.training.evaluation import Score, evaluate
 from glyphgpt.training.metrics import Metrics, check_trackers
 from glyphgpt.training.optimizers import clip_gradients, make_optimizers, set_learning_rate
 from glyphgpt.training.schedule import learning_rate
-from glyphgpt.training.torch_state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
+from glyphgpt.training.torch_state import build_model, load_weights, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
 
 
 def main(settings: TrainSettings) -> None:
     """Do what the settings ask for: train, or only evaluate, or only show the network."""
-    with runtimes.start(settings.device, settings.dtype) as runtime:
+    with runtimes.init_runtime(settings.device, settings.dtype) as runtime:
         settings = resume_after_restart(settings, runtime)
         folder = find_dataset(settings.dataset, Path(settings.data_dir))
         settings = settings.model_copy(update={"dataset": folder.name, "data_dir": str(folder.parent)})
@@ -74,11 +74,11 @@ def main(settings: TrainSettings) -> None:
         settings, first = begin_with(settings, dataset)
         check_text(settings, dataset)
         check_trackers(settings)
-        if settings.dry_run:
+        if settings.summary:
             if runtime.is_main:
-                print(Walk(settings, dataset.tokenizer.vocab_size, settings.batch_size).table())
+                print(ModelSummary(settings, dataset.tokenizer.vocab_size, settings.batch_size).table())
             return
-        with runtimes.memory_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
+        with runtimes.oom_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
             if settings.eval_only:
                 score = score_best(settings, dataset, runtime)
                 if runtime.is_main:
@@ -93,10 +93,10 @@ def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSett
     if runtime.is_main:
         if (out_dir / READY).exists():
             with locked(out_dir, "--out_dir=ANOTHER"):
-                finish_replacing(out_dir)
+                finish_replacement(out_dir)
         torchrun = runtimes.torchrun_id()
-        with suppress(Failure):
-            ours = bool(torchrun) and checkpoints.peek(out_dir / LAST).torchrun == torchrun
+        with suppress(UserError):
+            ours = bool(torchrun) and checkpoints.read_metadata(out_dir / LAST).torchrun == torchrun
     (begun,) = runtime.sum(float(ours))  # the first process decides for all
     return settings.model_copy(update={"resume": True, "overwrite": False}) if begun else settings
 
@@ -120,9 +120,9 @@ def begin_with(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings
     if from_huggingface.is_there(place):
         checkpoint = from_huggingface.read(place, Path(settings.data_dir))
     else:
-        checkpoint = checkpoints.load(checkpoints.find(place), with_optimizer=False)
+        checkpoint = checkpoints.load_checkpoint(checkpoints.find_checkpoint(place), with_optimizer=False)
     check_vocabulary(checkpoint, dataset)
-    first = make_model(checkpoint, GPT, GPTConfig)
+    first = build_model(checkpoint, GPT, GPTConfig)
     form = {name: getattr(first.config, name) for name in Network.model_fields.keys() - {"dropout"}}
     if "block_size" in settings.model_fields_set and settings.block_size < form["block_size"]:
         form["block_size"] = settings.block_size
@@ -138,11 +138,11 @@ def check_text(settings: TrainSettings, dataset: Dataset) -> None:
     """Compare the text's length with the context's.
 
     Raises:
-        Failure: the text to train on is shorter than a window.
+        UserError: the text to train on is shorter than a window.
     """
     train, val, block_size = dataset.train.tokens, dataset.val.tokens, settings.block_size
     if train <= block_size:
-        raise Failure(
+        raise UserError(
             f"{dataset.folder}: {train:,} tokens to train on do not fill a window of block_size + 1 = "
             f"{block_size + 1:,}; lower block_size to at most {train - 1:,}, or prepare a longer text"
         )
@@ -152,9 +152,9 @@ def check_text(settings: TrainSettings, dataset: Dataset) -> None:
 
 def score_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> Score:
     """Evaluate a run's best model on the validation split."""
-    best = checkpoints.load(Path(settings.out_dir) / BEST, with_optimizer=False)
+    best = checkpoints.load_checkpoint(Path(settings.out_dir) / BEST, with_optimizer=False)
     check_vocabulary(best, dataset)
-    model = make_model(best, GPT, GPTConfig).to(runtime.device)
+    model = build_model(best, GPT, GPTConfig).to(runtime.device)
     return evaluate(
         model,
         Windows(dataset.val, runtime.device),
@@ -169,18 +169,18 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Make sure that a checkpoint reads the data set's ids as they are meant.
 
     Raises:
-        Failure: its tokenizer is another.
+        UserError: its tokenizer is another.
     """
-    if checkpoint.info.tokenizer != dataset.meta.tokenizer:
-        raise Failure(
+    if checkpoint.metadata.tokenizer != dataset.meta.tokenizer:
+        raise UserError(
             f"{checkpoint.path} and {dataset.folder} differ in their vocabularies; use the dataset of that run, or "
             f"prepare yours for it: {command('prepare.py', 'FILE', '--name=NAME', f'--vocabulary={checkpoint.path}')}"
         )
 
 
-def diverged(step: int, what: str, when: str) -> Failure:
+def diverged(step: int, what: str, when: str) -> UserError:
     """Return the failure that says what is not finite, and what to change."""
-    return Failure(
+    return UserError(
         f"step {step:,}: {what}: not finite, so training stopped {when}; the checkpoints are as they were; "
         "lower learning_rate or raise warmup_steps, then go on with --resume"
     )
@@ -224,7 +224,7 @@ class Trainer:
         if self.sharded and runtime.dtype == torch.float16:
             raise UsageError("parallel = 'fsdp' does not go with float16; take --dtype=bfloat16 or float32")
         if self.sharded:
-            shard(self.model, runtime)  # which moves a block at a time
+            shard_model(self.model, runtime)  # which moves a block at a time
         self.model.to(runtime.device)
         self.parameters = list(self.model.parameters())
         products = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
@@ -232,7 +232,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
         self.train_windows = Windows(dataset.train, runtime.device)
         self.val_windows = Windows(dataset.val, runtime.device)
-        self.progress = Progress()
+        self.state = TrainState()
         self.wandb_id = ""
         self.begun = settings.resume
         self.stop = StopRequest()
@@ -243,35 +243,35 @@ class Trainer:
             instead = (
                 "begin anew with --overwrite" if (self.out_dir / BEST).exists() else "leave --resume out to begin one"
             )
-            raise Failure(f"{self.out_dir}: no run to resume here; {instead}")
+            raise UserError(f"{self.out_dir}: no run to resume here; {instead}")
         with locked(self.out_dir, "--out_dir=ANOTHER") if self.runtime.is_main else nullcontext():
             self.open_run()
             self.preflight()
             stopped_by = self.loop()
-        self.runtime.wait()  # none leaves while another still receives what it sent
+        self.runtime.barrier()  # none leaves while another still receives what it sent
         self.farewell(stopped_by)
 
     def loop(self) -> signal.Signals | None:
         """Update, evaluate and save until the end; return the signal that stopped it before."""
-        settings, progress = self.settings, self.progress
-        self.started = time.perf_counter() - progress.seconds
+        settings, state = self.settings, self.state
+        self.started = time.perf_counter() - state.seconds
         stopping = False
         hidden = None if self.runtime.is_main else True  # None hides the bar where there is no terminal
-        bar = tqdm(total=settings.max_steps, initial=progress.step, unit="step", disable=hidden)
+        bar = tqdm(total=settings.max_steps, initial=state.step, unit="step", disable=hidden)
         self.metrics = Metrics(settings, wandb_id=self.wandb_id, silent=not self.runtime.is_main)
         with closing(self.metrics), self.stop.listening(), bar:
             if settings.resume:
                 self.write_config(self.out_dir)
-                self.metrics.open(keep_steps=progress.step)
+                self.metrics.open(keep_steps=state.step)
             self.forward = self.make_forward()
             if not settings.resume:
                 self.evaluate_and_save()
-            while progress.step < settings.max_steps and not stopping and not self.out_of_patience():
+            while state.step < settings.max_steps and not stopping and not self.out_of_patience():
                 update, stopping = self.update()
                 self.tell(update, bar)
-                if progress.step % settings.eval_every == 0 or progress.step == settings.max_steps:
+                if state.step % settings.eval_every == 0 or state.step == settings.max_steps:
                     self.evaluate_and_save()
-                elif stopping or (settings.save_every and progress.step % settings.save_every == 0):
+                elif stopping or (settings.save_every and state.step % settings.save_every == 0):
                     self.save(self.weights())
         return self.stop.signal or signal.SIGTERM if stopping else None
 
@@ -280,26 +280,26 @@ class Trainer:
 
         Raises:
             UsageError: the folder holds a run, and neither resume nor overwrite is set.
-            Failure: what there is to resume does not fit the settings.
+            UserError: what there is to resume does not fit the settings.
         """
         settings, out_dir = self.settings, self.out_dir
         if settings.resume:
-            self.restore(checkpoints.load(out_dir / LAST))
+            self.restore(checkpoints.load_checkpoint(out_dir / LAST))
         elif any((out_dir / name).exists() for name in (BEST, LAST)) and not settings.overwrite:
             resume = "--resume to continue it, " if (out_dir / LAST).exists() else ""
             raise UsageError(
                 f"{out_dir} holds a run already; add {resume}--overwrite to replace it, or --out_dir=ANOTHER"
             )
-        self.runtime.wait()  # every process has looked before one writes
+        self.runtime.barrier()  # every process has looked before one writes
 
     def begin_run(self, files: dict[str, Checkpoint]) -> None:
         """Put a new run into its folder with its first checkpoints, and take away what an earlier one left there.
 
         An earlier run stays whole until now, when there is something to put in its place.
         """
-        with replacing(self.out_dir, stale=(report.PAGE, plot.PICTURE)) as new:
+        with replace_files(self.out_dir, stale=(report.PAGE, plot.PICTURE)) as new:
             for name, checkpoint in files.items():
-                checkpoints.save(checkpoint, new / name)
+                checkpoints.save_checkpoint(checkpoint, new / name)
             self.metrics.write_held(new)
             self.write_config(new)
         self.metrics.open(keep_steps=math.inf)
@@ -308,23 +308,23 @@ class Trainer:
     def write_config(self, folder: Path) -> None:
         """Write the settings that this run can be resumed or repeated with, from any working directory."""
         if self.runtime.is_main:
-            settings = self.settings.model_dump(exclude=set(Action.model_fields))
+            settings = self.settings.model_dump(exclude=set(Mode.model_fields))
             absolute = {key: str(Path(settings[key]).absolute()) for key in PATHS if settings[key]}
-            write_whole(folder / CONFIG, tomli_w.dumps(settings | absolute).encode())
+            write_atomic(folder / CONFIG, tomli_w.dumps(settings | absolute).encode())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's weights, optimizer state and progress.
 
         Raises:
-            Failure: it is of another model or vocabulary.
+            UserError: it is of another model or vocabulary.
         """
         check_vocabulary(checkpoint, self.dataset)
-        saved, wanted = checkpoint.info.model, asdict(self.config)
+        saved, wanted = checkpoint.metadata.model, asdict(self.config)
         for name in wanted.keys() - {"dropout"}:
             if saved.get(name) != wanted[name]:
                 there = printable(str(saved.get(name)))
-                raise Failure(f"{checkpoint.path}: {name} is {there} there, but {wanted[name]} in the settings")
-        was, now = checkpoint.info.settings, self.settings.model_dump()
+                raise UserError(f"{checkpoint.path}: {name} is {there} there, but {wanted[name]} in the settings")
+        was, now = checkpoint.metadata.settings, self.settings.model_dump()
         decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # training longer is what resuming is for
         changed = [
             f"{key} {printable(str(was.get(key)))} -> {now[key]}"
@@ -333,13 +333,13 @@ class Trainer:
         ]
         if changed and self.runtime.is_main:
             warn(f"settings changed since the run began: {', '.join(changed)}")
-        if checkpoint.info.data != self.dataset.meta.fingerprint and self.runtime.is_main:
+        if checkpoint.metadata.data != self.dataset.meta.fingerprint and self.runtime.is_main:
             warn(f"{self.dataset.folder} is not the data that the run began with; it goes on, but not exactly")
         load_weights(self.model, checkpoint)
         restore_optimizers(self.model, self.optimizers, checkpoint)
-        if checkpoint.info.scaler:  # the run may have begun in another precision
-            self.scaler.load_state_dict(checkpoint.info.scaler)
-        self.progress, self.wandb_id = checkpoint.info.progress, checkpoint.info.wandb_id
+        if checkpoint.metadata.scaler:  # the run may have begun in another precision
+            self.scaler.load_state_dict(checkpoint.metadata.scaler)
+        self.state, self.wandb_id = checkpoint.metadata.state, checkpoint.metadata.wandb_id
 
     def preflight(self) -> None:
         """Say what the run means before it starts."""
@@ -360,13 +360,13 @@ class Trainer:
         compiled = runtimes.compile_or_eager(
             self.model, self.settings.compile, self.runtime, (example[:, :-1], example[:, 1:])
         )
-        return replicate(compiled, self.runtime) if self.runtime.world_size > 1 and not self.sharded else compiled
+        return replicate_model(compiled, self.runtime) if self.runtime.world_size > 1 and not self.sharded else compiled
 
     def batch(self) -> Tensor:
         """Return this process's share of the step's sequences, each with its target: (share, block_size + 1)."""
         length = self.settings.block_size + 1
-        sequences = self.train_windows.at(self.starts(self.progress.step), length)
-        self.train_windows.expect(self.starts(self.progress.step + 1), length)
+        sequences = self.train_windows.at(self.starts(self.state.step), length)
+        self.train_windows.prefetch(self.starts(self.state.step + 1), length)
         return sequences
 
     def starts(self, step: int) -> NDArray[np.int64]:
@@ -379,9 +379,9 @@ class Trainer:
         """Do one update; return how it went, and whether any process was asked to stop.
 
         Raises:
-            Failure: loss or gradients are not finite; the weights are left as they were.
+            UserError: loss or gradients are not finite; the weights are left as they were.
         """
-        settings, runtime, step = self.settings, self.runtime, self.progress.step
+        settings, runtime, step = self.settings, self.runtime, self.state.step
         rate = learning_rate(step, settings)
         set_learning_rate(self.optimizers, rate)
         if settings.dropout:  # dropout follows from seed and step, so there is no random state to save
@@ -402,7 +402,7 @@ class Trainer:
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # from 65,536: one halving after another
             raise diverged(step + 1, "gradients at every scale", "after many updates left out")
-        self.progress.step += 1
+        self.state.step += 1
         return Update(loss, grad_norm, rate), stops > 0
 
     def gradients(self, sequences: Tensor) -> float:
@@ -410,7 +410,7 @@ class Trainer:
         total = torch.zeros((), device=self.runtime.device)
         parts = torch.tensor_split(sequences, math.ceil(len(sequences) / self.settings.batch_size))
         for number, part in enumerate(parts, start=1):
-            with exchanging(self.forward, now=number == len(parts)):
+            with gradient_sync(self.forward, now=number == len(parts)):
                 with self.runtime.autocast():
                     loss = self.forward(part[:, :-1], part[:, 1:]) * (len(part) / len(sequences))
                 self.scaler.scale(loss).backward()
@@ -419,7 +419,7 @@ class Trainer:
 
     def tell(self, update: Update, bar: "tqdm[Any]") -> None:
         """Show an update on the progress bar, and log it when it is time."""
-        step, tokens = self.progress.step, self.sequences * self.settings.block_size
+        step, tokens = self.state.step, self.sequences * self.settings.block_size
         speed = bar.format_dict["rate"] or 0.0
         bar.set_postfix_str(f"loss {update.loss:.3f}, {speed * tokens:,.0f} tokens/s", refresh=False)
         bar.update()
@@ -436,9 +436,9 @@ class Trainer:
         """Score the validation split, log it, keep the best weights, save the last, and show a sample.
 
         Raises:
-            Failure: the loss is not finite; nothing is saved.
+            UserError: the loss is not finite; nothing is saved.
         """
-        settings, progress = self.settings, self.progress
+        settings, state = self.settings, self.state
         score = evaluate(
             self.model,
             self.val_windows,
@@ -448,19 +448,19 @@ class Trainer:
             max_tokens=settings.eval_tokens,
         )
         if not math.isfinite(score.loss):
-            raise diverged(progress.step, f"validation loss {score.loss}", "before saving")
-        tokens = progress.step * self.sequences * settings.block_size
-        self.metrics.write("val", progress.step, **asdict(score), tokens=tokens, seconds=self.seconds())
-        better = score.loss < progress.best_loss
-        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+            raise diverged(state.step, f"validation loss {score.loss}", "before saving")
+        tokens = state.step * self.sequences * settings.block_size
+        self.metrics.write("val", state.step, **asdict(score), tokens=tokens, seconds=self.seconds())
+        better = score.loss < state.best_loss
+        state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
         weights, sample = self.weights(), ""
         if settings.sample_tokens and (self.runtime.is_main or self.runtime.device.type != "cpu"):
             sample = self.sample(weights)
-            self.metrics.write_sample(progress.step, sample)  # before the checkpoint, after which it would not come
+            self.metrics.write_sample(state.step, sample)  # before the checkpoint, after which it would not come
         if better:
-            progress.best_loss = score.loss
+            state.best_loss = score.loss
         self.save(weights, score, best=better)
-        self.say(f"step {progress.step:,}: validation {score}{', the best so far' if better else ''}")
+        self.say(f"step {state.step:,}: validation {score}{', the best so far' if better else ''}")
         if sample:
             self.say("".join(f"  | {line}\n" for line in sample.splitlines()))
 
@@ -476,14 +476,14 @@ class Trainer:
         optimizer = optimizer_arrays(self.model, self.optimizers, keep=self.runtime.is_main)
         if not self.runtime.is_main:
             return
-        self.progress.seconds = self.seconds()
-        info = checkpoints.Info(
+        self.state.seconds = self.seconds()
+        info = checkpoints.Metadata(
             model=asdict(self.config),
             tokenizer=self.dataset.meta.tokenizer,
             settings=self.settings.model_dump(exclude=set(PATHS)),
             data=self.dataset.meta.fingerprint,
             val_loss=score.loss if score else None,
-            progress=self.progress,
+            state=self.state,
             scaler=self.scaler.state_dict(),
             torchrun=runtimes.torchrun_id(),
             wandb_id=self.metrics.wandb_id,
@@ -494,22 +494,22 @@ class Trainer:
             self.begin_run(files)
             return
         for name, checkpoint in files.items():
-            checkpoints.save(checkpoint, self.out_dir / name)
+            checkpoints.save_checkpoint(checkpoint, self.out_dir / name)
 
     def sample(self, weights: Arrays) -> str:
         """Generate a little text, the same way each time; on GPUs in every process, which may hold but a shard."""
         self.model.eval()
         if self.runtime.device.type == "cpu":
-            model: LanguageModel = Decoder(asdict(self.config), weights)
+            model: LanguageModel = NumpyGPT(asdict(self.config), weights)
         else:
-            model = OnDevice(self.model, self.runtime)
+            model = TorchLM(self.model, self.runtime)
         tokens = generate(
             model,
-            np.array([first_token(self.dataset.tokenizer)]),
+            np.array([start_token(self.dataset.tokenizer)]),
             block_size=self.settings.block_size,
             num_samples=1,
             max_new_tokens=self.settings.sample_tokens,
-            rule=SamplingRule(temperature=0.8),
+            rule=SamplingParams(temperature=0.8),
             seed=self.settings.seed,
         )
         text = decode(self.dataset.tokenizer, [int(token[0]) for token in tokens])
@@ -518,32 +518,32 @@ class Trainer:
 
     def out_of_patience(self) -> bool:
         """Tell whether the validation loss has not improved for `patience` evaluations."""
-        return 0 < self.settings.patience <= self.progress.evaluations_since_best
+        return 0 < self.settings.patience <= self.state.evaluations_since_best
 
     def farewell(self, stopped_by: signal.Signals | None) -> None:
         """Say how the run ended and what to do next; a signal becomes the exit status."""
-        settings, progress, out_dir = self.settings, self.progress, self.out_dir
+        settings, state, out_dir = self.settings, self.state, self.out_dir
         resume = self.resume_command()
-        if stopped_by and progress.step < settings.max_steps:
-            self.say(f"stopped by {stopped_by.name} at step {progress.step:,}, saved; resume it: {resume}")
+        if stopped_by and state.step < settings.max_steps:
+            self.say(f"stopped by {stopped_by.name} at step {state.step:,}, saved; resume it: {resume}")
             self.report()
             raise SystemExit(128 + stopped_by)
         if self.out_of_patience():
-            self.say(f"stopped at step {progress.step:,}: no better loss in {settings.patience} evaluations")
+            self.say(f"stopped at step {state.step:,}: no better loss in {settings.patience} evaluations")
             self.say(f"train on all the same: {resume} --patience=0")
         sample = command("sample.py", out_dir)
-        self.say(f"best validation loss {progress.best_loss:.4f}; sample it: {sample}")
-        if progress.step >= settings.max_steps:
-            self.say(f"train longer: {resume} --max_steps={2 * progress.step or 1000}")
+        self.say(f"best validation loss {state.best_loss:.4f}; sample it: {sample}")
+        if state.step >= settings.max_steps:
+            self.say(f"train longer: {resume} --max_steps={2 * state.step or 1000}")
         self.report()
-        if settings.picture and self.runtime.is_main and plot.installed():
+        if settings.plot and self.runtime.is_main and plot.installed():
             try:
                 plot.draw([out_dir], out_dir / plot.PICTURE)
                 self.say(f"losses and speed as a picture: {out_dir / plot.PICTURE}")
             except Exception as error:  # matplotlib's, say, that finds no room for its cache; the run itself is safe
                 warn(f"no picture of the losses: {error}")
-        if self.stop.lost_reader:
-            raise SystemExit(LOST_READER)
+        if self.stop.broken_pipe:
+            raise SystemExit(BROKEN_PIPE_STATUS)
 
     def resume_command(self) -> str:
         """Return the command that resumes this run."""
@@ -557,7 +557,7 @@ class Trainer:
         try:
             report.write(self.out_dir, page)
             self.say(f"the run as a page: {page}")
-        except (Failure, OSError) as error:
+        except (UserError, OSError) as error:
             warn(str(error))
 
     def say(self, text: str) -> None:
@@ -567,10 +567,10 @@ class Trainer:
             try:
                 tqdm.write(text)
             except OSError as error:
-                if reader_is_lost(error):
-                    self.stop.take_lost_reader()
+                if is_broken_pipe(error):
+                    self.stop.stop_on_broken_pipe()
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main(SETTINGS)

@@ -22,7 +22,7 @@ import torch
 
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import BEST, LAST
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.files import READY
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.metrics import SAMPLES
@@ -110,7 +110,7 @@ class Arena:
             "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "position": "rotary", "ngram": 2,
             "ngram_rows": 20, "batch_size": 4, "max_steps": STEPS, "optimizer": "muon", "learning_rate": 0.03,
             "warmup_steps": 5, "schedule": "constant", "dropout": 0.1, "eval_every": 10, "eval_tokens": 200,
-            "save_every": 1, "sample_tokens": 5, "log_every": 1, "picture": False,
+            "save_every": 1, "sample_tokens": 5, "log_every": 1, "plot": False,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in {**settings, **changes}.items()]
 
@@ -236,12 +236,12 @@ def as_script(script: str, words: list[str], log: Path, before: Callable[..., No
 def difference(one: Path, other: Path) -> str:
     """Say what differs between two runs, but for times; nothing, if weights, metrics and samples are the same bits."""
     for name in (BEST, LAST):
-        first, second = (checkpoints.load(folder / name) for folder in (one, other))
+        first, second = (checkpoints.load_checkpoint(folder / name) for folder in (one, other))
         for part in ("model", "optimizer"):
             arrays, others = getattr(first, part), getattr(second, part)
             if arrays.keys() != others.keys() or any(arrays[key].tobytes() != others[key].tobytes() for key in arrays):
                 return f"{name}: another {part}"
-        progress = [checkpoint.info.progress.model_dump(exclude={"seconds"}) for checkpoint in (first, second)]
+        progress = [checkpoint.metadata.state.model_dump(exclude={"seconds"}) for checkpoint in (first, second)]
         if progress[0] != progress[1]:
             return f"{name}: other progress"
     rows = [metrics(folder) for folder in (one, other)]
@@ -260,8 +260,8 @@ def lost(out_dir: Path) -> str:
     """Say what a mishap has cost a run that saves at each step: a checkpoint that does not load, or steps before."""
     there = [name for name in (BEST, LAST) if (out_dir / name).exists()]
     try:
-        steps = {name: checkpoints.load(out_dir / name).info.progress.step for name in there}
-    except Failure as failure:
+        steps = {name: checkpoints.load_checkpoint(out_dir / name).metadata.state.step for name in there}
+    except UserError as failure:
         return str(failure)
     told = metrics(out_dir)[-1:] if (out_dir / "metrics.jsonl").exists() else []
     safe = told[0]["step"] - 1 if told else 0  # was saved before the step that was told of
@@ -273,7 +273,7 @@ def trouble(work: Callable[[], object], tally: Tally) -> str:
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), np.errstate(all="ignore"):
             work()
-    except (Failure, SystemExit):
+    except (UserError, SystemExit):
         tally.note("refused")
         return ""
     except Exception as error:  # whatever it is, a user would have seen it

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from glyphgpt.inference.generate import LanguageModel, SamplingRule, generate
+from glyphgpt.inference.generate import LanguageModel, SamplingParams, generate
 from glyphgpt.inference.loading import language_model, open_checkpoint
-from glyphgpt.inference.numpy_gpt import Decoder, Linear
-from glyphgpt.runtime import OnDevice
+from glyphgpt.inference.numpy_gpt import Linear, NumpyGPT
+from glyphgpt.runtime import TorchLM
 
 CHARACTERS = 1000
 
@@ -34,10 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint, _ = open_checkpoint(options.run, Path("data"))
     with language_model(checkpoint, options.device, "auto", "num_samples") as model:
-        block_size = checkpoint.info.model["block_size"]
+        block_size = checkpoint.metadata.model["block_size"]
         speed = CHARACTERS / seconds(lambda: stream(model, block_size))
         products = CHARACTERS / seconds(
-            products_in_numpy(model) if isinstance(model, Decoder) else products_in_torch(model)
+            products_in_numpy(model) if isinstance(model, NumpyGPT) else products_in_torch(model)
         )
     print(f"characters per second, and at most, from matrix products alone: {speed:.0f} {products:.0f}")
 
@@ -55,7 +55,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 def stream(model: LanguageModel, block_size: int) -> None:
     """Generate text from one token on, handing each token over."""
-    rule = SamplingRule(temperature=0.8)
+    rule = SamplingParams(temperature=0.8)
     prompt = np.zeros(1, dtype=np.int64)
     for token in generate(
         model, prompt, num_samples=1, block_size=block_size, max_new_tokens=CHARACTERS, rule=rule, seed=0
@@ -63,7 +63,7 @@ def stream(model: LanguageModel, block_size: int) -> None:
         token.tolist()
 
 
-def products_in_numpy(model: Decoder) -> Callable[[], None]:
+def products_in_numpy(model: NumpyGPT) -> Callable[[], None]:
     """Return a function that does a token's matrix-vector products, as often as the stream does."""
     matrices = [layer.weight for block in model.blocks for layer in vars(block).values() if isinstance(layer, Linear)]
     pairs = [(np.ones((1, len(matrix)), np.float32), matrix) for matrix in [*matrices, model.head.weight]]
@@ -78,7 +78,7 @@ def products_in_numpy(model: Decoder) -> Callable[[], None]:
 
 def products_in_torch(model: LanguageModel) -> Callable[[], None]:
     """Return the same for a torch model on its device."""
-    assert isinstance(model, OnDevice)
+    assert isinstance(model, TorchLM)
     network, dtype = model.model, model.runtime.dtype
     weights = [layer.weight.to(dtype) for layer in network.modules() if isinstance(layer, nn.Linear)]
     weights += [network.token_embedding.weight.to(dtype)] * (network.head is None)

@@ -138,7 +138,7 @@ def lost_process(arena: Arena, count: int) -> Tally:
         found = lost(out_dir)
         if process.returncode == 0 or "error: lost another process of this run" not in said or seconds[-1] > 60:
             found = f"status {process.returncode} after {seconds[-1]:.0f} s: {said[-3000:]}"
-        step = checkpoints.load(out_dir / LAST).info.progress.step
+        step = checkpoints.load_checkpoint(out_dir / LAST).metadata.state.step
         if not found and step <= STEPS:
             again = command_line(arena, *torchrun, *arena.flags(out_dir, resume=True))
             found = again.communicate(timeout=PATIENCE)[1] if again.wait(PATIENCE) else difference(straight, out_dir)
@@ -308,7 +308,7 @@ def configs(arena: Arena, count: int) -> Tally:
     tally, straight = Tally(), {}
     files = sorted((ROOT / "config").glob("*.toml"))
     few = {"dataset": "small", "data_dir": arena.data_dir, "device": "cpu", "save_every": 1, "eval_every": 10**6}
-    few |= {"max_steps": 12, "log_every": 1, "eval_tokens": 500, "report": False, "picture": False}
+    few |= {"max_steps": 12, "log_every": 1, "eval_tokens": 500, "report": False, "plot": False}
     cache = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_CACHE_DIR": str(arena.scratch / "compiled")}
 
     def start(file: Path, out_dir: Path, **changes: object) -> "subprocess.Popen[str]":
@@ -330,7 +330,9 @@ def configs(arena: Arena, count: int) -> Tally:
                 break
             time.sleep(0.001)
         process.communicate()
-        tally.note(f"at step {checkpoints.peek(out_dir / LAST).progress.step}" if process.returncode else "had ended")
+        tally.note(
+            f"at step {checkpoints.read_metadata(out_dir / LAST).state.step}" if process.returncode else "had ended"
+        )
         found = finished_badly(start(file, out_dir, dtype=dtype, resume=True)) or difference(
             straight[file, dtype], out_dir
         )

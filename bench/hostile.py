@@ -1,6 +1,6 @@
 """Hostile files, texts and words: attacks of bench/faults.py that need no second process.
 
-Withstood means that the thing was used as it is, or refused with a `Failure`, whose lines are all that a user sees.
+Withstood means that the thing was used as it is, or refused with a `UserError`, whose lines are all that a user sees.
 """
 
 import copy
@@ -31,7 +31,7 @@ from glyphgpt.cli import parse
 from glyphgpt.data.dataset import META, load_dataset
 from glyphgpt.data.text import open_text
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.settings import PrepareSettings, SampleSettings, TrainSettings
 
 Json = Any
@@ -53,9 +53,9 @@ def cuts(arena: Arena, count: int) -> Tally:
         changed = bytes([whole[place] ^ arena.random.randint(1, 255)]) + whole[place + 1 :]
         path.write_bytes(whole[:place] + changed * (number % 2))
         try:
-            checkpoints.load(path)
+            checkpoints.load_checkpoint(path)
             tally.add(f"loaded, though damaged at {place} of {len(whole)} bytes")
-        except Failure as failure:
+        except UserError as failure:
             tally.add(str(failure) if "\n" in str(failure) else "")
     return tally
 
@@ -123,12 +123,12 @@ def arbitrary_bytes(arena: Arena, count: int) -> Tally:
         flags = PrepareSettings.model_validate(
             {"name": "any", "tokenizer": tokenizer, "data_dir": str(arena.data_dir), "overwrite": True}
         )
-        failed: list[Failure] = []
+        failed: list[UserError] = []
 
         def work() -> None:
             try:
                 prepare.prepare_files([str(file)], flags)
-            except Failure as failure:
+            except UserError as failure:
                 failed.append(failure)
                 raise
 
@@ -199,7 +199,7 @@ def arbitrary_unicode(_: Arena, count: int) -> Tally:
     tally, fixed = Tally(), list[Tokenizer]([ByteTokenizer()])
     try:
         fixed.append(GPT2Tokenizer(ROOT / "data"))
-    except Failure:
+    except UserError:
         tally.note("GPT-2's vocabulary could not be fetched, which took it out")
 
     @given(st.text(max_size=100), st.integers(0, len(fixed)))
@@ -273,23 +273,23 @@ def prompts(arena: Arena, count: int) -> Tally:
     """Sample from odd prompts: they stand before the sample, or the unknown is named, or left out if asked."""
     tally = Tally()
     for number, (kind, prompt) in enumerate(list(PROMPTS.items()) * -(-count // len(PROMPTS))):
-        for unknown in ("error", "skip"):
+        for skip in (False, True):
             flags = SampleSettings.model_validate(
-                {"prompt": prompt, "max_new_tokens": 5, "unknown": unknown, "seed": number, "device": "cpu"}
+                {"prompt": prompt, "max_new_tokens": 5, "skip_unknown": skip, "seed": number, "device": "cpu"}
             )
             said, foreign = StringIO(), set(prompt) - set(arena.text)
             found = ""
             try:
                 with redirect_stdout(said), redirect_stderr(StringIO()):
                     sample.main(flags, str(arena.straight))
-                right = said.getvalue().startswith(prompt) and not (foreign and unknown == "error")
+                right = said.getvalue().startswith(prompt) and not (foreign and not skip)
                 found = "" if right else f"unexpected: {said.getvalue()[:100]!r}"
-            except Failure as failure:
+            except UserError as failure:
                 named = all(repr(character) in str(failure) for character in sorted(foreign)[:10])
-                found = "" if foreign and unknown == "error" and named else f"refused: {failure}"
+                found = "" if foreign and not skip and named else f"refused: {failure}"
             except Exception as error:
                 found = f"{type(error).__name__}: {error}"
-            tally.add(found and f"{kind}, unknown={unknown}: {found}")
+            tally.add(found and f"{kind}, skip_unknown={skip}: {found}")
     return tally
 
 

@@ -18,9 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from glyphgpt.runtime import start
+from glyphgpt.runtime import init_runtime
 from glyphgpt.settings import Network, TrainSettings
-from glyphgpt.training.distributed import checkpoint_activations, exchanging, local, replicate, shard
+from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, local, replicate_model, shard_model
 from glyphgpt.training.optimizers import make_optimizers
 from model import GPT, GPTConfig
 
@@ -210,17 +210,17 @@ def kept_bytes(shape: Shape, *, recompute: bool) -> int:
 def worker(kind: str) -> None:
     """Train a small network among several processes; print its memory and what it exchanges, beside the formulas'."""
     shape, way = Shape("small", 4, 64, 2, 1000, 64), Way(kind, sharded=kind == "fsdp")
-    with start("cpu", "float32") as runtime:
+    with init_runtime("cpu", "float32") as runtime:
         model = network(shape)
         if way.sharded:
-            shard(model, runtime)
-        forward = model if way.sharded else replicate(model, runtime)
+            shard_model(model, runtime)
+        forward = model if way.sharded else replicate_model(model, runtime)
         [adamw] = make_optimizers(model, TrainSettings())
         tokens = torch.zeros(2, shape.context, dtype=torch.long)
 
         def step() -> None:
             for number in range(2):
-                with exchanging(forward, now=number == 1):
+                with gradient_sync(forward, now=number == 1):
                     forward(tokens, tokens).backward()
             adamw.step()
             model.zero_grad()

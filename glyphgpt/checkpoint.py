@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from glyphgpt.cli import ROOT, command, from_here
-from glyphgpt.errors import Failure
-from glyphgpt.files import copy_mode, sync, sync_folder
+from glyphgpt.errors import UserError
+from glyphgpt.files import copy_mode, fsync_dir, fsync_file
 from glyphgpt.settings import CountOrZero, NotNegative
 
 FORMAT = 1
@@ -40,7 +40,7 @@ _CHUNK_BYTES = 1 << 22
 Arrays = dict[str, NDArray[Any]]
 
 
-class Progress(BaseModel):
+class TrainState(BaseModel):
     """Where a run stands: with the weights and the optimizer, all that resuming needs."""
 
     model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
@@ -54,7 +54,7 @@ class Progress(BaseModel):
     evaluations_since_best: CountOrZero = 0
 
 
-class Info(BaseModel):
+class Metadata(BaseModel):
     """All of a checkpoint that is not a tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
@@ -68,7 +68,7 @@ class Info(BaseModel):
     """Fingerprint of the data set."""
     val_loss: float | None
     """Of these very weights, where they were evaluated."""
-    progress: Progress
+    state: TrainState
     scaler: dict[str, int | float]
     """State of float16's gradient scaler."""
     torchrun: str = ""
@@ -81,7 +81,7 @@ class Info(BaseModel):
 class Checkpoint:
     """A checkpoint in memory, its tensors as arrays by name; `path` is where it came from."""
 
-    info: Info
+    metadata: Metadata
     model: Arrays
     optimizer: Arrays = field(default_factory=dict)
     path: Path = Path()
@@ -90,21 +90,21 @@ class Checkpoint:
         """Make sure that the model's weights are numbers.
 
         Raises:
-            Failure: some are infinite or no number.
+            UserError: some are infinite or no number.
         """
         if not all(np.isfinite(array).all() for array in self.model.values()):
-            raise Failure(f"{self.path}: some weights are not finite; use an earlier checkpoint")
+            raise UserError(f"{self.path}: some weights are not finite; use an earlier checkpoint")
 
 
-def save(checkpoint: Checkpoint, path: Path) -> None:
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint beside `path`, flush it, seal it, and rename it into place.
 
     Raises:
-        Failure: it could not be written; what stood at `path` is untouched.
+        UserError: it could not be written; what stood at `path` is untouched.
     """
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
-    header = {"glyphgpt": checkpoint.info.model_dump_json(), "sha256": _NO_DIGEST.decode()}
+    header = {"glyphgpt": checkpoint.metadata.model_dump_json(), "sha256": _NO_DIGEST.decode()}
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, unfinished, header)
@@ -115,21 +115,21 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
             file.seek(place)
             file.write(digest)
             file.flush()
-            sync(file.fileno())
+            fsync_file(file.fileno())
         unfinished.replace(path)
-        sync_folder(path.parent)
+        fsync_dir(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             unfinished.unlink()
         before = "; the checkpoint before it is as it was" if path.exists() else ""
-        raise Failure(f"{path}: could not be written: {_reason(error)}{before}") from error
+        raise UserError(f"{path}: could not be written: {_reason(error)}{before}") from error
 
 
-def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
+def load_checkpoint(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
     """Read a checkpoint onto the CPU, verified.
 
     Raises:
-        Failure: it is missing, damaged, of a newer format, or no checkpoint of glyphgpt.
+        UserError: it is missing, damaged, of a newer format, or no checkpoint of glyphgpt.
     """
     try:
         with path.open("rb") as file:
@@ -137,44 +137,44 @@ def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
             digest = _digest(file, place)
             file.seek(place)
             if file.read(len(_NO_DIGEST)) != digest:
-                raise Failure(f"{path}: damaged: its checksum does not match; use another checkpoint")
+                raise UserError(f"{path}: damaged: its checksum does not match; use another checkpoint")
         with safe_open(path, framework="numpy") as file:
             info = _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
             wanted = [name for name in file.keys() if with_optimizer or name.startswith("model.")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in wanted}
     except FileNotFoundError as error:
-        raise Failure(f"{path}: no checkpoint there") from error
+        raise UserError(f"{path}: no checkpoint there") from error
     except OSError as error:
-        raise Failure(f"{path}: cannot be read: {_reason(error)}") from error
+        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
     except SafetensorError as error:
-        raise Failure(f"{path}: damaged or cut short: {_reason(error)}; use another checkpoint") from error
+        raise UserError(f"{path}: damaged or cut short: {_reason(error)}; use another checkpoint") from error
     parts: dict[str, Arrays] = {"model": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:
-            raise Failure(f"{path}: holds a tensor of an unknown kind, {name!r}")
+            raise UserError(f"{path}: holds a tensor of an unknown kind, {name!r}")
         parts[part][rest] = tensor
     return Checkpoint(info, parts["model"], parts["optimizer"], path)
 
 
-def peek(path: Path) -> Info:
+def read_metadata(path: Path) -> Metadata:
     """Read what a checkpoint tells of itself, without its tensors and so unverified: to show, not to go on from.
 
     Raises:
-        Failure: it is missing, or no checkpoint of glyphgpt.
+        UserError: it is missing, or no checkpoint of glyphgpt.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             return _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
     except (OSError, SafetensorError) as error:
-        raise Failure(f"{path}: cannot be read: {_reason(error)}") from error
+        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
 
 
-def find(place: Path) -> Path:
+def find_checkpoint(place: Path) -> Path:
     """Return the checkpoint file that a path names: itself, or a run's best, or its last.
 
     Raises:
-        Failure: the run holds none yet.
+        UserError: the run holds none yet.
     """
     if not place.is_dir():
         return place
@@ -182,18 +182,18 @@ def find(place: Path) -> Path:
         if (place / name).is_file():
             return place / name
     train = command("train.py", from_here(ROOT / "config" / "quick.toml"), f"--out_dir={place}")
-    raise Failure(f"{place}: no checkpoint in this folder; train first, for example: {train}")
+    raise UserError(f"{place}: no checkpoint in this folder; train first, for example: {train}")
 
 
-def _read_info(text: str, path: Path) -> Info:
+def _read_info(text: str, path: Path) -> Metadata:
     try:
         data = json.loads(text)
         newer = isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT
         if newer:
-            raise Failure(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
-        return Info.model_validate(data)
+            raise UserError(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
+        return Metadata.model_validate(data)
     except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
-        raise Failure(f"{path}: no checkpoint of glyphgpt: its header tells nothing of a model") from error
+        raise UserError(f"{path}: no checkpoint of glyphgpt: its header tells nothing of a model") from error
 
 
 def _digest_place(file: BinaryIO, path: Path) -> int:
@@ -202,10 +202,10 @@ def _digest_place(file: BinaryIO, path: Path) -> int:
     length = int.from_bytes(file.read(8), "little")
     header = file.read(length) if length <= size - 8 else b""
     if not header.startswith(b"{"):
-        raise Failure(f"{path}: no checkpoint of glyphgpt, or cut short")
+        raise UserError(f"{path}: no checkpoint of glyphgpt, or cut short")
     place = header.find(_DIGEST_KEY)
     if place < 0:
-        raise Failure(f"{path}: a safetensors file, but no checkpoint of glyphgpt")
+        raise UserError(f"{path}: a safetensors file, but no checkpoint of glyphgpt")
     return 8 + place + len(_DIGEST_KEY)
 
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from glyphgpt.errors import UsageError
-from glyphgpt.settings import Action, Settings
+from glyphgpt.settings import Mode, Settings
 
 S = TypeVar("S", bound=Settings)
 Values = dict[str, Any]
@@ -32,7 +32,7 @@ CHECKPOINTS = ("best.safetensors", "last.safetensors")
 """What a run's folder holds beside them (`glyphgpt/checkpoint.py`, which takes longer to import)."""
 ROOT = Path(__file__).parent.parent
 """Where the scripts are."""
-ACTIONS = Action.model_fields.keys()
+ACTIONS = Mode.model_fields.keys()
 BEYOND_WORDS = 10**6
 """Bounds from here on are there for the sake of arithmetic."""
 

@@ -10,16 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-LOST_READER = 128 + 13  # SIGPIPE, as shells report it
+BROKEN_PIPE_STATUS = 128 + 13  # SIGPIPE, as shells report it
 
 
-class Failure(Exception):
+class UserError(Exception):
     """Something the user can mend; its message says what is wrong and what to do. One line per problem."""
 
     status = 1
 
 
-class UsageError(Failure):
+class UsageError(UserError):
     """A wrong command line or setting."""
 
     status = 2
@@ -28,7 +28,7 @@ class UsageError(Failure):
 def start_script() -> None:
     """Prepare the process for a script, before anything large is imported."""
     open_standard_streams()
-    end_at_ctrl_c()
+    exit_on_ctrl_c()
 
 
 def open_standard_streams() -> None:
@@ -46,10 +46,10 @@ def open_standard_streams() -> None:
 
 
 @contextmanager
-def plain_errors(lost_reader: int = LOST_READER) -> Iterator[None]:
+def exit_on_error(broken_pipe_status: int = BROKEN_PIPE_STATUS) -> Iterator[None]:
     """Turn failures within a script into one line each on standard error, and its exit status.
 
-    `lost_reader` is the status where nobody reads the output any more.
+    `broken_pipe_status` is the status where nobody reads the output any more.
     """
     open_standard_streams()
     modes = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
@@ -58,37 +58,37 @@ def plain_errors(lost_reader: int = LOST_READER) -> Iterator[None]:
             stream.reconfigure(encoding="utf-8", errors=errors, line_buffering=True)  # logs grow line by line
     status: int | str | None
     try:
-        with interruptible():
+        with raise_on_ctrl_c():
             yield
             sys.stdout.flush()
         return
     except SystemExit as end:
         status = end.code
-    except Failure as failure:
-        status = report(failure)
+    except UserError as failure:
+        status = print_error(failure)
     except KeyboardInterrupt:
         status = 130
     except OSError as error:
-        status = lost_reader if reader_is_lost(error) else report(Failure(describe(error)))
+        status = broken_pipe_status if is_broken_pipe(error) else print_error(UserError(format_os_error(error)))
     except MemoryError:
-        status = report(Failure("out of memory; make something smaller"))
+        status = print_error(UserError("out of memory; make something smaller"))
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
             raise
-        status = report(Failure("the system allows no more threads or processes; raise its limit (ulimit -u)"))
+        status = print_error(UserError("the system allows no more threads or processes; raise its limit (ulimit -u)"))
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # reported already
-            silence(stream)
+            discard_output(stream)
     sys.exit(status)
 
 
-def reader_is_lost(error: OSError) -> bool:
+def is_broken_pipe(error: OSError) -> bool:
     """Return whether an error is of standard output or error whose reader, `head` say, has gone; silence these then."""
     lost = isinstance(error, BrokenPipeError) and [s for s in (sys.stdout, sys.stderr) if not has_reader(s)]
     for stream in lost or ():
-        silence(stream)
+        discard_output(stream)
     return bool(lost)
 
 
@@ -101,7 +101,7 @@ def has_reader(stream: Any) -> bool:
     return os.name != "nt"
 
 
-def silence(stream: Any) -> None:
+def discard_output(stream: Any) -> None:
     """Discard what is still to be written to a stream that takes nothing any more, so that Python does not try."""
     with suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -109,7 +109,7 @@ def silence(stream: Any) -> None:
         os.close(null)
 
 
-def end_at_ctrl_c() -> None:
+def exit_on_ctrl_c() -> None:
     """Have Ctrl-C end the process at once and without a word.
 
     Otherwise there would be a traceback of what Python happened to import, or to clear up at its end.
@@ -119,30 +119,30 @@ def end_at_ctrl_c() -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def raise_on_ctrl_c() -> Iterator[None]:
     """Have Ctrl-C raise KeyboardInterrupt in here, and after it end the process."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        end_at_ctrl_c()
+        exit_on_ctrl_c()
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path) -> Iterator[None]:
     """Name the file of which something could not be written.
 
     Raises:
-        Failure: something was not.
+        UserError: something was not.
     """
     try:
         yield
     except OSError as error:
-        raise Failure(f"{path}: could not be written: {error.strerror or error}") from error
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
 
 
-def report(failure: Failure) -> int:
+def print_error(failure: UserError) -> int:
     """Print each of a failure's lines, and return the exit status that it asks for."""
     with suppress(OSError):
         sys.stderr.write("".join(f"error: {line}\n" for line in str(failure).splitlines()))
@@ -156,7 +156,7 @@ def warn(message: str) -> None:
 
 
 @contextmanager
-def importing(package: str, purpose: str, module: str = "") -> Iterator[None]:
+def optional_import(package: str, purpose: str, module: str = "") -> Iterator[None]:
     """Report in one line that an optional package, whose `module` may have another name, cannot be imported in here.
 
     Raises:
@@ -174,7 +174,7 @@ def importing(package: str, purpose: str, module: str = "") -> Iterator[None]:
         ) from error
 
 
-def describe(error: OSError) -> str:
+def format_os_error(error: OSError) -> str:
     """Tell an operating system's error in one line: the file, then the reason."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason

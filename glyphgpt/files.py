@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from glyphgpt.errors import UsageError, writing
+from glyphgpt.errors import UsageError, wrap_write_errors
 
 LOCK = ".lock"
 NEW, READY = ".new", ".ready"
@@ -21,15 +21,15 @@ STALE = ".stale"
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` for a new file that is renamed in the end, so that it is never there in part.
 
     Raises:
-        Failure: it could not be written; what stood there is untouched.
+        UserError: it could not be written; what stood there is untouched.
     """
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        with writing(path):
+        with wrap_write_errors(path):
             yield unfinished
             unfinished.replace(path)
     except BaseException:
@@ -38,17 +38,17 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a small file in this way.
 
     Raises:
-        Failure: it could not be written; what stood there is untouched.
+        UserError: it could not be written; what stood there is untouched.
     """
-    with whole(path) as unfinished:
+    with atomic_path(path) as unfinished:
         unfinished.write_bytes(content)
 
 
-def exchange(folder: Path, new: Path, old: Path) -> None:
+def swap_dirs(folder: Path, new: Path, old: Path) -> None:
     """Put a folder made at `new` in its place; what stood there goes to `old`, or back if anything comes between."""
     try:
         if folder.exists():
@@ -61,31 +61,31 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path, stale: Sequence[str]) -> Iterator[Path]:
+def replace_files(folder: Path, stale: Sequence[str]) -> Iterator[Path]:
     """Yield a place for new files that take their places in `folder` together, once all of them are there.
 
-    Until then nothing in the folder changes. If the process is killed while they take their places, `finish_replacing`
-    completes that. Files called as in `stale` are deleted; other files stay.
+    Until then nothing in the folder changes. If the process is killed while they are being renamed,
+    `finish_replacement` completes that. Files whose names are in `stale` are deleted; other files stay.
     """
     new, ready = folder / NEW, folder / READY
     shutil.rmtree(new, ignore_errors=True)
-    with writing(folder):
+    with wrap_write_errors(folder):
         new.mkdir()
     copy_mode(folder, new)
     try:
         yield new
-        with writing(folder):
+        with wrap_write_errors(folder):
             for name in stale:  # a name without a file stands for one to delete
                 (new / f"{name}{STALE}").touch()
             new.rename(ready)
-            finish_replacing(folder)
+            finish_replacement(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
 
 
-def finish_replacing(folder: Path) -> None:
-    """Put files that `replacing` has made into their places, if it was killed in the middle of that."""
+def finish_replacement(folder: Path) -> None:
+    """Put files that `replace_files` has made into their places, if it was killed in the middle of that."""
     ready = folder / READY
     for file in sorted(ready.glob("*")):
         if file.name.endswith(STALE):
@@ -104,7 +104,7 @@ def copy_mode(of: Path, to: Path) -> None:
         to.chmod(of.stat().st_mode & (0o777 if to.is_dir() else 0o666))
 
 
-def sync(handle: int) -> None:
+def fsync_file(handle: int) -> None:
     """Have an open file written to the disk itself, or only to the system where the file system knows no more.
 
     Raises:
@@ -117,7 +117,7 @@ def sync(handle: int) -> None:
             raise
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Make renames in a folder durable, where the system can."""
     with suppress(OSError):  # Windows opens no folders; some file systems refuse
         handle = os.open(folder, os.O_RDONLY)
@@ -134,12 +134,12 @@ def locked(folder: Path, instead: str) -> Iterator[None]:
 
     Raises:
         UsageError: another process has it; `instead` is what to use then.
-        Failure: nothing can be written there.
+        UserError: nothing can be written there.
     """
-    with writing(folder):
+    with wrap_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
-    with writing(folder), warnings.catch_warnings():
+    with wrap_write_errors(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a file system without flock: it finds another way
         try:
             lock.acquire()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glyphgpt.errors import Failure, UsageError, warn
+from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.memory import keep_freed_memory
 
 CPU_OPTIONS: dict[str, Any] = {
@@ -59,14 +59,14 @@ class Runtime:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
-def start(device: str, dtype: str) -> Iterator[Runtime]:
+def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
     """Choose the device and precision, and join the other processes if torchrun started several.
 
     Raises:
@@ -83,7 +83,7 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     else:
         keep_freed_memory()
     if chosen.type == "cpu":
-        be_deterministic()
+        use_deterministic_algorithms()
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
     if world_size == 1:
         yield runtime
@@ -91,11 +91,11 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
     gpu: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
     try:
         backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, store=meeting_place(), rank=rank, world_size=world_size, **gpu)
+        dist.init_process_group(backend, store=rendezvous_store(), rank=rank, world_size=world_size, **gpu)
         yield runtime
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise Failure("lost another process of this run, which ended or hangs; go on with --resume") from error
+            raise UserError("lost another process of this run, which ended or hangs; go on with --resume") from error
         raise
     finally:
         if dist.is_initialized():
@@ -105,7 +105,7 @@ def start(device: str, dtype: str) -> Iterator[Runtime]:
             time.sleep(GLOO_SECONDS)
 
 
-def be_deterministic() -> None:
+def use_deterministic_algorithms() -> None:
     """Have compiled code sum in a fixed order: its backward pass of embeddings otherwise adds atomically, from threads.
 
     GPUs are left alone: there it takes slower kernels, and some operations have none.
@@ -121,7 +121,7 @@ def torchrun_id() -> str:
     return hashlib.sha256(f"{run} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16] if run else ""
 
 
-def meeting_place() -> Any:
+def rendezvous_store() -> Any:
     """Return where processes find each other: torchrun's store, which lasts over restarts.
 
     What processes of an earlier start left there is kept apart where all are on one machine. Between machines, which
@@ -180,14 +180,14 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
     except Exception as error:  # whatever breaks inside the compiler, eager still trains
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if hasattr(model, "unshard"):  # other processes wait for this one in the middle of it
-            raise Failure(f"torch.compile failed ({reason[0][:200]}); add --compile=False") from error
+            raise UserError(f"torch.compile failed ({reason[0][:200]}); add --compile=False") from error
         warn(f"torch.compile failed ({reason[0][:200]}); going on without it, slower")
         compiled = model
     model.zero_grad(set_to_none=True)
     return compiled
 
 
-class OnDevice:
+class TorchLM:
     """A torch model as decoding sees it (`generate.LanguageModel`): ids in, logits out, both on the CPU."""
 
     def __init__(self, model: Any, runtime: Runtime) -> None:
@@ -212,7 +212,7 @@ class StopRequest:
     def __init__(self) -> None:
         """Begin with no request."""
         self.signal: signal.Signals | None = None
-        self.lost_reader = False
+        self.broken_pipe = False
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -227,9 +227,9 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def take_lost_reader(self) -> None:
+    def stop_on_broken_pipe(self) -> None:
         """Take the loss of who read the output, `head` say, as a request to stop, as a closed terminal is one."""
-        self.lost_reader = True
+        self.broken_pipe = True
         self.signal = self.signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
@@ -241,15 +241,15 @@ class StopRequest:
 
 
 @contextmanager
-def memory_hint(settings_to_lower: str) -> Iterator[None]:
+def oom_hint(settings_to_lower: str) -> Iterator[None]:
     """Turn running out of memory into one line that says which settings to lower.
 
     Raises:
-        Failure: memory ran out.
+        UserError: memory ran out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise Failure(f"out of memory; lower {settings_to_lower}") from error
+            raise UserError(f"out of memory; lower {settings_to_lower}") from error
         raise

@@ -17,8 +17,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
-Place = Annotated[Name, AfterValidator(os.path.expanduser)]
+SingleLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
+PathStr = Annotated[SingleLine, AfterValidator(os.path.expanduser)]
 """A file or folder; ~ is the home folder, which shells expand neither in quotes nor after --key=."""
 
 
@@ -41,13 +41,13 @@ class Settings(BaseModel):
 class Files(Settings):
     """Data and results"""
 
-    dataset: Place = "shakespeare_char"
+    dataset: PathStr = "shakespeare_char"
     """Name of a prepared dataset in data_dir, or the path of its folder."""
-    data_dir: Place = "data"
+    data_dir: PathStr = "data"
     """Folder of the data sets."""
-    out_dir: Place = "out/run"
+    out_dir: PathStr = "out/run"
     """Folder of this run: checkpoints, metrics and settings."""
-    init_from: Place = ""
+    init_from: PathStr = ""
     """A run, a checkpoint, or a Hugging Face GPT-2's folder, whose weights and network to begin with; block_size may
     be less, dropout another."""
 
@@ -123,7 +123,7 @@ class Optimization(Settings):
     """Decides the initial weights, the order of the data and the dropout."""
 
 
-class Watching(Settings):
+class Evaluation(Settings):
     """Evaluation, logs and checkpoints"""
 
     eval_every: Count = 250
@@ -138,22 +138,22 @@ class Watching(Settings):
     """Steps between lines of training loss in metrics.jsonl."""
     save_every: CountOrZero = 0
     """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
-    picture: bool = True
-    """Draw the run into out_dir/metrics.png at its end, if matplotlib is there (pip install matplotlib)."""
+    plot: bool = True
+    """Plot the run into out_dir/metrics.png at its end, if matplotlib is installed (pip install matplotlib)."""
     report: bool = True
     """Tell the run in out_dir/report.html at its end: curves, samples, settings, for any browser."""
     tensorboard: bool = False
     """Write TensorBoard logs to out_dir (pip install tensorboard)."""
     wandb: bool = False
     """Log to Weights & Biases (pip install wandb)."""
-    wandb_project: Name = "glyphgpt"
+    wandb_project: SingleLine = "glyphgpt"
     """Project to log to there."""
 
 
-class Machine(Settings):
+class Hardware(Settings):
     """The machine"""
 
-    device: Name = "auto"
+    device: SingleLine = "auto"
     """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the products; weights stay float32. auto: bfloat16 on a GPU or CPU that has it, float16 on an
@@ -167,7 +167,7 @@ class Machine(Settings):
     """Compute each block's activations anew for the backward pass: far less memory, about a third more time."""
 
 
-class Action(Settings):
+class Mode(Settings):
     """What to do (on the command line only)"""
 
     resume: bool = False
@@ -176,11 +176,11 @@ class Action(Settings):
     """Replace the run that out_dir holds."""
     eval_only: bool = False
     """Evaluate out_dir/best.safetensors, and stop."""
-    dry_run: bool = False
-    """Print a walk through the network, shape by shape, and stop."""
+    summary: bool = False
+    """Print a summary of the model, its shapes, parameters and operations, and exit."""
 
 
-class TrainSettings(Action, Machine, Watching, Optimization, Network, Files):  # pydantic takes the last first
+class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  # pydantic takes the last first
     """Settings of train.py."""
 
     def conflicts(self) -> Iterator[str]:
@@ -208,7 +208,7 @@ class SampleSettings(Settings):
 
     prompt: str = ""
     """Text to go on from; when empty, a new line."""
-    prompt_file: Place = ""
+    prompt_file: PathStr = ""
     """Read the prompt from this UTF-8 file; - is standard input."""
     num_samples: Size = 1
     """Samples to draw, all in one batch."""
@@ -226,20 +226,20 @@ class SampleSettings(Settings):
     """End a sample before this text, in which \\n stands for a new line; may be given several times."""
     seed: Seed = 1337
     """Same seed, same samples."""
-    unknown: Literal["error", "skip"] = "error"
-    """What to do with characters that the model has never seen."""
+    skip_unknown: bool = False
+    """Leave out characters that are not in the model's vocabulary; otherwise they are an error."""
     interactive: bool = False
     """Ask for prompts in a loop; the text so far is kept as context."""
-    score: Place = ""
+    score: PathStr = ""
     """Instead of sampling, tell the loss of this text file, or of this data set's validation split, under the model;
     - is standard input."""
     attention: str = ""
-    """Instead of sampling, draw into picture where each token of this text looks, in every layer and head; computed in
+    """Instead of sampling, write the attention weights of this text, in every layer and head, to out; computed in
     float32 on the CPU."""
-    picture: Place = ""
-    """File to draw attention into: a page for a browser if it ends in .html, or a picture for papers if in .png
+    out: PathStr = ""
+    """File to write attention to: a page for a browser if it ends in .html, a figure for papers if it ends in .png
     (pip install matplotlib)."""
-    data_dir: Place = "data"
+    data_dir: PathStr = "data"
     """Folder of data sets, and of GPT-2's vocabulary for models that use it."""
     cache: bool = True
     """Keep keys and values between tokens: the same text, sooner."""
@@ -261,12 +261,12 @@ class SampleSettings(Settings):
             yield "score and interactive contradict each other; choose one"
         if self.attention and (self.score or self.interactive):
             yield f"attention and {'score' if self.score else 'interactive'} contradict each other; choose one"
-        if self.attention and not self.picture:
-            yield "attention needs a file to draw into: --picture=attention.html, or attention.png"
-        if self.picture and not self.attention:
-            yield 'picture needs a text to draw: --attention="TEXT"'
-        if self.picture and not self.picture.lower().endswith((".html", ".png")):
-            yield f"picture = '{self.picture}' must end in .html or .png"
+        if self.attention and not self.out:
+            yield "attention needs a file to write: --out=attention.html, or attention.png"
+        if self.out and not self.attention:
+            yield 'out is for attention: --attention="TEXT"'
+        if self.out and not self.out.lower().endswith((".html", ".png")):
+            yield f"out = '{self.out}' must end in .html or .png"
 
 
 class PrepareSettings(Settings):
@@ -276,10 +276,10 @@ class PrepareSettings(Settings):
     """Name of the dataset; a recipe's or a single file's own name when left out."""
     tokenizer: Literal["char", "byte", "gpt2"] = "char"
     """char: one token per character of the text; byte: per UTF-8 byte; gpt2: GPT-2's 50,257 BPE tokens."""
-    vocabulary: Place = ""
+    vocabulary: PathStr = ""
     """Run, checkpoint file or folder of a prepared dataset whose tokenizer to take over, for train.py --init_from."""
-    unknown: Literal["error", "skip"] = "error"
-    """Whether characters that are not in vocabulary are an error, or are left out."""
+    skip_unknown: bool = False
+    """Leave out characters that are not in that vocabulary; otherwise they are an error."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the text, at its end, that is kept for validation."""
     encoding: str = "utf-8"
@@ -290,27 +290,27 @@ class PrepareSettings(Settings):
     """Threads that encode; 0 takes one for each core for gpt2, else one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
     """Tokens per shard file."""
-    data_dir: Place = "data"
+    data_dir: PathStr = "data"
     """Folder of recipes and datasets."""
     overwrite: bool = False
     """Replace the dataset of that name."""
 
     def conflicts(self) -> Iterator[str]:
         """Yield, a line each, which values do not go together."""
-        if self.unknown == "skip" and not self.vocabulary:
-            yield "unknown = 'skip' needs a vocabulary that lacks characters: --vocabulary=RUN"
+        if self.skip_unknown and not self.vocabulary:
+            yield "skip_unknown needs a vocabulary: --vocabulary=RUN"
 
 
 class ConvertSettings(Settings):
     """Settings of glyphgpt.convert"""
 
-    out: Place = ""
+    out: PathStr = ""
     """File or folder to write."""
-    meta: Place = ""
+    meta: PathStr = ""
     """nanoGPT's meta.pkl, for a checkpoint of characters."""
-    name: Name = ""
+    name: SingleLine = ""
     """Name of the data set; the folder's own when left out."""
-    data_dir: Place = "data"
+    data_dir: PathStr = "data"
     """Folder of the data sets."""
     overwrite: bool = False
     """Replace what is there."""
@@ -319,7 +319,7 @@ class ConvertSettings(Settings):
 class PlotSettings(Settings):
     """Settings of glyphgpt.reports.plot"""
 
-    out: Place = ""
+    out: PathStr = ""
     """PNG file to draw; metrics.png in the run's folder when left out."""
 
 
@@ -330,13 +330,13 @@ class TranslateSettings(Settings):
     """How many ways to translate a line are kept in view; 1 always takes the likeliest token, which is faster."""
     batch_size: Size = 32
     """Lines translated at once, of those that are equally long."""
-    reference: Place = ""
+    reference: PathStr = ""
     """File of right translations, line by line, to tell the BLEU of ours (pip install sacrebleu)."""
-    out: Place = ""
+    out: PathStr = ""
     """File to write the translations to; printed when left out."""
-    unknown: Literal["error", "skip"] = "error"
-    """What to do with characters that the model has never seen."""
-    data_dir: Place = "data"
+    skip_unknown: bool = False
+    """Leave out characters that are not in the model's vocabulary; otherwise they are an error."""
+    data_dir: PathStr = "data"
     """Folder of GPT-2's vocabulary, for models that use it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
@@ -347,5 +347,5 @@ class TranslateSettings(Settings):
 class ReportSettings(Settings):
     """Settings of glyphgpt.reports.run_report"""
 
-    out: Place = ""
+    out: PathStr = ""
     """HTML file to write; report.html in the run's folder when left out."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glyphgpt.errors import UsageError, plain_errors
+from glyphgpt.errors import UsageError, exit_on_error
 
 Floats = NDArray[np.float64]
 Score = Callable[[Floats, Floats], Floats]
@@ -230,5 +230,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

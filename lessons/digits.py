@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from glyphgpt.data.downloads import Source, fetch
-from glyphgpt.errors import UsageError, importing, plain_errors
+from glyphgpt.errors import UsageError, exit_on_error, optional_import
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.uint8]
@@ -136,9 +136,9 @@ def small_digits() -> tuple[Data, Data]:
     """Return scikit-learn's 1,797 digits of 8 x 8 pixels: four in five to learn from, the others held out.
 
     Raises:
-        Failure: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
-    with importing("scikit-learn", "this lesson without --mnist", module="sklearn"):
+    with optional_import("scikit-learn", "this lesson without --mnist", module="sklearn"):
         from sklearn.datasets import load_digits  # noqa: PLC0415  (optional)
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
     order = np.random.default_rng(0).permutation(len(labels))  # their writers come one after the other
@@ -150,7 +150,7 @@ def mnist() -> tuple[Data, Data]:
     """Return MNIST's 60,000 images of 28 x 28 pixels to learn from, and its 10,000 held out (LeCun et al. 1998).
 
     Raises:
-        Failure: the archive that holds them could not be fetched.
+        UserError: the archive that holds them could not be fetched.
     """
     with zipfile.ZipFile(fetch(MNIST, DATA)) as archive:
         train_images, train_labels, images, labels = (
@@ -188,5 +188,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

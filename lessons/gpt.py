@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import UsageError, UserError, exit_on_error
 
 Array = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -271,14 +271,14 @@ def read(file: Path | None) -> str:
     """Return the text to learn.
 
     Raises:
-        Failure: the file is no text.
+        UserError: the file is no text.
     """
     if file is None:
         return " ".join(map(str, range(100, 1000)))
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise Failure(f"{file}: not a text in UTF-8; name another") from error
+        raise UserError(f"{file}: not a text in UTF-8; name another") from error
 
 
 @np.errstate(over="ignore", invalid="ignore")  # lest NumPy warn of a loss that grows beyond all bounds: we tell of it
@@ -287,7 +287,7 @@ def train(text: str, options: argparse.Namespace) -> None:
 
     Raises:
         UsageError: the text is shorter than block_size and the token after it.
-        Failure: the loss grew beyond all bounds.
+        UserError: the loss grew beyond all bounds.
     """
     T, random = options.block_size, np.random.default_rng(options.seed)
     if len(text) <= T:
@@ -305,7 +305,7 @@ def train(text: str, options: argparse.Namespace) -> None:
         logits = model.forward(windows[:, :-1])  # (B, T, V)
         loss, dlogits = cross_entropy(logits, windows[:, 1:])  # each token's target is the next one
         if not math.isfinite(loss):
-            raise Failure(f"the loss became {loss} at step {step}; try a smaller --learning_rate")
+            raise UserError(f"the loss became {loss} at step {step}; try a smaller --learning_rate")
         optimizer.update(parameters, model.backward(dlogits), options.learning_rate * (1 - step / options.steps))
         if step % 100 == 0 or step == options.steps - 1:
             tqdm.write(f"step {step:4}: loss {loss:.3f} nats per character")
@@ -317,5 +317,5 @@ def train(text: str, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

@@ -26,12 +26,12 @@ from attention import Mask, Score, causal, dot, inverse, itself, negated, no_mas
 from glyphgpt import runtime as runtimes
 from glyphgpt.cli import parse, printable, read_toml
 from glyphgpt.data.dataset import Dataset, load_dataset
-from glyphgpt.data.tokenizers import decode, first_token
-from glyphgpt.errors import UsageError, plain_errors
-from glyphgpt.inference.generate import SamplingRule, generate
-from glyphgpt.runtime import OnDevice, Runtime
-from glyphgpt.settings import CountOrZero, Name, Settings, TrainSettings
-from model import GPT, CausalSelfAttention, LayerCache, NoRotation
+from glyphgpt.data.tokenizers import decode, start_token
+from glyphgpt.errors import UsageError, exit_on_error
+from glyphgpt.inference.generate import SamplingParams, generate
+from glyphgpt.runtime import Runtime, TorchLM
+from glyphgpt.settings import CountOrZero, Settings, SingleLine, TrainSettings
+from model import GPT, CausalSelfAttention, LayerKVCache, NoRotation
 from train import Trainer
 
 QUICK = Path(__file__).parent.parent / "config" / "quick.toml"
@@ -73,11 +73,11 @@ WHAT_IFS = {
 class WhatIfSettings(Settings):
     """Settings of what_ifs.py"""
 
-    only: Name = ""
+    only: SingleLine = ""
     """Names of what-ifs, with commas between them; all when left out."""
     max_steps: CountOrZero = 0
     """Updates of each training; 0 takes 72 as quick, 250 with attention alone."""
-    data_dir: Name = "data"
+    data_dir: SingleLine = "data"
     """Folder of the data sets."""
 
 
@@ -89,13 +89,13 @@ class WhatIfAttention(nn.Module):
         self.own, self.mask = own, what_if.mask
         self.score: Callable[..., Any] = what_if.score  # which takes tensors too
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:  # noqa: ARG002
         """Map (B, T, C) to (B, T, C). A cache stays empty: where characters look ahead, each new one changes all."""
-        q, k, v = self.own.heads(x)  # (B, H, T, D) each
+        q, k, v = self.own.project_qkv(x)  # (B, H, T, D) each
         scores = self.score(q, k)  # (B, H, T, T)
         mask = torch.from_numpy(self.mask(x.size(1))).to(x.device)  # (T, T)
         weights = scores.where(mask, -torch.inf).softmax(-1)  # (B, H, T, T)
-        return self.own.merge(weights @ v)
+        return self.own.project_out(weights @ v)
 
 
 def change(model: GPT, what_if: WhatIf) -> None:
@@ -122,7 +122,7 @@ class WhatIfTrainer(Trainer):
 
     def evaluate_and_save(self) -> None:
         """Score the validation split at the end."""
-        if self.progress.step == self.settings.max_steps:
+        if self.state.step == self.settings.max_steps:
             super().evaluate_and_save()
 
     @torch.no_grad()
@@ -139,12 +139,12 @@ class WhatIfTrainer(Trainer):
         """Return a sample, through the changed model and without a cache."""
         tokenizer = self.dataset.tokenizer
         tokens = generate(
-            OnDevice(self.model.eval(), self.runtime),
-            np.array([first_token(tokenizer)]),
+            TorchLM(self.model.eval(), self.runtime),
+            np.array([start_token(tokenizer)]),
             block_size=self.settings.block_size,
             num_samples=1,
             max_new_tokens=CHARACTERS,
-            rule=SamplingRule(temperature=0.8),
+            rule=SamplingParams(temperature=0.8),
             seed=self.settings.seed,
             use_cache=False,
         )
@@ -154,7 +154,7 @@ class WhatIfTrainer(Trainer):
 def settings_of(what_if: WhatIf | None, form: str, given: WhatIfSettings, out_dir: str) -> TrainSettings:
     """Return the settings of one training."""
     changes: dict[str, Any] = {"data_dir": given.data_dir, "out_dir": out_dir, "sample_tokens": 0}
-    changes |= {"picture": False, "report": False}
+    changes |= {"plot": False, "report": False}
     if given.max_steps:
         changes["max_steps"] = given.max_steps
     if what_if and what_if.position != "none":  # which is rotary without its rotation
@@ -168,7 +168,7 @@ def main(given: WhatIfSettings) -> None:
     for name in names:
         if name not in WHAT_IFS:
             raise UsageError(f"there is no what-if '{printable(name)}'; here: {', '.join(WHAT_IFS)}")
-    with runtimes.start("auto", "auto") as runtime:
+    with runtimes.init_runtime("auto", "auto") as runtime:
         data_dir = Path(given.data_dir)
         dataset = load_dataset(data_dir / "shakespeare_char", data_dir)
         for form in FORMS:
@@ -179,13 +179,13 @@ def main(given: WhatIfSettings) -> None:
                     what_if = WHAT_IFS[name]
                     trainer = WhatIfTrainer(settings_of(what_if, form, given, out_dir), dataset, runtime, what_if)
                     trainer.train()
-                losses = f"{trainer.progress.best_loss:.3f} | {trainer.loss_in_writing():.2f}"
+                losses = f"{trainer.state.best_loss:.3f} | {trainer.loss_in_writing():.2f}"
                 written = printable(trainer.write().replace("\n", "↵"))
                 print(f"| {name} | {losses} | `{written}` |")
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         SETTINGS, WORDS = parse(WhatIfSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
         if WORDS:
             raise UsageError(f"what is '{printable(WORDS[0])}'? choose what-ifs with --only=NAME,...")

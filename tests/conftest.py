@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import prepare
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
-from glyphgpt.errors import Failure
-from glyphgpt.inference.numpy_gpt import Decoder
+from glyphgpt.errors import UserError
+from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.settings import PrepareSettings, TrainSettings
 from glyphgpt.training.torch_state import model_arrays
 from model import GPT, GPTConfig
@@ -141,9 +141,9 @@ def tiny_model(seed: int = 0, **changes: object) -> GPT:
     return GPT(tiny_config(**changes)).eval()
 
 
-def decoder_of(model: GPT) -> Decoder:
+def decoder_of(model: GPT) -> NumpyGPT:
     """Return what a CPU decodes with, with a model's weights."""
-    return Decoder(asdict(model.config), model_arrays(model))
+    return NumpyGPT(asdict(model.config), model_arrays(model))
 
 
 def some_text(characters: int, seed: int = 0) -> str:
@@ -189,7 +189,7 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
         "eval_every": 10,
         "eval_tokens": 200,
         "sample_tokens": 10,
-        "picture": False,
+        "plot": False,
         "report": False,
         "log_every": 1,
         "warmup_steps": 2,
@@ -223,7 +223,7 @@ def gpt2_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source in (GPT2_ENCODER, GPT2_MERGES):
         try:
             found = fetch(source, ROOT / "data")
-        except Failure as failure:
+        except UserError as failure:
             pytest.skip(str(failure))
         (folder / "downloads" / source.file).write_bytes(found.read_bytes())
     return folder

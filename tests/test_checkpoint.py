@@ -28,18 +28,18 @@ from glyphgpt.checkpoint import (
     LAST,
     Arrays,
     Checkpoint,
-    Info,
-    Progress,
-    find,
-    load,
-    save,
+    Metadata,
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
 )
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.training.optimizers import AdamW, Muon, Optimizer, set_learning_rate
-from glyphgpt.training.torch_state import load_weights, make_model, model_arrays, optimizer_arrays, restore_optimizers
+from glyphgpt.training.torch_state import build_model, load_weights, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
 
-INFO = Info(
+INFO = Metadata(
     model=asdict(tiny_config()),
     tokenizer={"kind": "char", "characters": '\x00\n "\\abé\u2028\ufeff中🙂'},
     settings={
@@ -51,7 +51,7 @@ INFO = Info(
     },
     data="f" * 64,
     val_loss=1 / 3,
-    progress=Progress(step=10**12 - 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
+    state=TrainState(step=10**12 - 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
     scaler={"scale": 65536.0, "growth_factor": 2.1},
 )
 SMALL = Checkpoint(
@@ -86,7 +86,7 @@ def train(model: GPT, optimizers: list[Optimizer], steps: range) -> None:
 
 
 def group(parameters: Iterable[nn.Parameter], weight_decay: float = 0.1) -> dict[str, Any]:
-    return {"params": list(parameters), "weight_decay": weight_decay, "lr_factor": 1.0, "lr": 0.01}
+    return {"params": list(parameters), "weight_decay": weight_decay, "lr_scale": 1.0, "lr": 0.01}
 
 
 def adamw(model: nn.Module) -> list[Optimizer]:
@@ -104,41 +104,42 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     optimizers = adamw(model)
     train(model, optimizers, range(2))
     before = Checkpoint(INFO, model_arrays(model), optimizer_arrays(model, optimizers))
-    save(before, tmp_path / LAST)
-    after = load(tmp_path / LAST)
-    assert after.info == INFO
+    save_checkpoint(before, tmp_path / LAST)
+    after = load_checkpoint(tmp_path / LAST)
+    assert after.metadata == INFO
     assert after.path == tmp_path / LAST
     assert_same(after.model, before.model)
     assert_same(after.optimizer, before.optimizer)
     assert len(after.optimizer) == 3 * len(before.model)  # AdamW: step and two means
-    assert load(tmp_path / LAST, with_optimizer=False).optimizer == {}
+    assert load_checkpoint(tmp_path / LAST, with_optimizer=False).optimizer == {}
 
 
 @pytest.mark.parametrize("bits", ["float32", "float64", "float16", "int64", "uint8", "bool"])
 def test_every_type_of_number_survives(tmp_path: Path, bits: str) -> None:
     values = np.random.default_rng(0).normal(size=(3, 4)).astype(bits)
     turned = values.T  # not contiguous
-    save(
+    save_checkpoint(
         Checkpoint(INFO, {"values": values, "turned": turned, "none": values[:0], "one": values[0, 0]}), tmp_path / BEST
     )
     assert_same(
-        load(tmp_path / BEST).model, {"values": values, "turned": turned, "none": values[:0], "one": values[0, 0]}
+        load_checkpoint(tmp_path / BEST).model,
+        {"values": values, "turned": turned, "none": values[:0], "one": values[0, 0]},
     )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_losses_that_are_not_finite_come_back(tmp_path: Path, number: float) -> None:
-    info = INFO.model_copy(update={"val_loss": number, "progress": Progress(best_loss=number)})
-    save(Checkpoint(info, SMALL.model), tmp_path / LAST)
-    after = load(tmp_path / LAST).info
-    assert (after.val_loss, after.progress.best_loss) == pytest.approx((number, number), nan_ok=True)
+    info = INFO.model_copy(update={"val_loss": number, "state": TrainState(best_loss=number)})
+    save_checkpoint(Checkpoint(info, SMALL.model), tmp_path / LAST)
+    after = load_checkpoint(tmp_path / LAST).metadata
+    assert (after.val_loss, after.state.best_loss) == pytest.approx((number, number), nan_ok=True)
 
 
 def test_the_gradient_scaler_goes_on_from_its_state(tmp_path: Path) -> None:
     first, second = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu")
-    info = Info.model_validate({**INFO.model_dump(), "scaler": first.state_dict()})
-    save(Checkpoint(info, SMALL.model), tmp_path / LAST)
-    second.load_state_dict(load(tmp_path / LAST).info.scaler)
+    info = Metadata.model_validate({**INFO.model_dump(), "scaler": first.state_dict()})
+    save_checkpoint(Checkpoint(info, SMALL.model), tmp_path / LAST)
+    second.load_state_dict(load_checkpoint(tmp_path / LAST).metadata.scaler)
     assert second.state_dict() == first.state_dict()
 
     model = nn.Linear(2, 1)
@@ -157,11 +158,11 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, make: Callable[[nn.Module]
     first = tiny_model(seed=1)
     optimizers = make(first)
     train(first, optimizers, range(3))
-    save(Checkpoint(INFO, model_arrays(first), optimizer_arrays(first, optimizers)), tmp_path / LAST)
+    save_checkpoint(Checkpoint(INFO, model_arrays(first), optimizer_arrays(first, optimizers)), tmp_path / LAST)
 
     second = tiny_model(seed=2)
     optimizers = make(second)
-    checkpoint = load(tmp_path / LAST)
+    checkpoint = load_checkpoint(tmp_path / LAST)
     load_weights(second, checkpoint)
     restore_optimizers(second, optimizers, checkpoint)
     train(second, optimizers, range(3, 6))
@@ -186,7 +187,7 @@ def test_optimizer_state_of_something_else_is_refused() -> None:
     train(model, other, range(1))
     checkpoint = Checkpoint(INFO, model_arrays(model), optimizer_arrays(model, other), Path("x/last"))
     for state in (checkpoint, Checkpoint(INFO, model.state_dict(), {}, Path("x/last"))):
-        with pytest.raises(Failure, match=r"x/last: .*optimizer"):
+        with pytest.raises(UserError, match=r"x/last: .*optimizer"):
             restore_optimizers(model, adamw(model), state)
 
 
@@ -198,7 +199,7 @@ def test_optimizer_state_of_another_type_or_shape_is_refused(change: Callable[[A
     state = optimizer_arrays(model, optimizer)
     name = next(name for name in state if name.endswith("exp_avg_sq"))
     state[name] = change(state[name])
-    with pytest.raises(Failure, match=r"x/last: .*optimizer"):
+    with pytest.raises(UserError, match=r"x/last: .*optimizer"):
         restore_optimizers(model, adamw(model), Checkpoint(INFO, model_arrays(model), state, Path("x/last")))
 
 
@@ -209,8 +210,8 @@ def test_a_config_costs_nothing_that_its_weights_do_not_vouch_for(change: dict[s
     info = INFO.model_copy(update={"model": {**INFO.model, **change}})
     checkpoint = Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best"))
     tracemalloc.start()
-    with pytest.raises(Failure):
-        make_model(checkpoint, GPT, GPTConfig)
+    with pytest.raises(UserError):
+        build_model(checkpoint, GPT, GPTConfig)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**6
@@ -220,16 +221,16 @@ def test_a_config_costs_nothing_that_its_weights_do_not_vouch_for(change: dict[s
     "change", [{"step": -1}, {"step": 10**13}, {"seconds": -1.0}, {"evaluations_since_best": -1}], ids=str
 )
 def test_a_progress_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    info = INFO.model_copy(update={"progress": INFO.progress.model_copy(update=change)})
-    save(Checkpoint(info, {}), tmp_path / BEST)
-    with pytest.raises(Failure, match="its header tells nothing of a model"):
-        load(tmp_path / BEST)
+    info = INFO.model_copy(update={"state": INFO.state.model_copy(update=change)})
+    save_checkpoint(Checkpoint(info, {}), tmp_path / BEST)
+    with pytest.raises(UserError, match="its header tells nothing of a model"):
+        load_checkpoint(tmp_path / BEST)
 
 
 def test_the_model_alone_is_complete(tmp_path: Path) -> None:
     model = tiny_model(seed=5)
-    save(Checkpoint(INFO, model_arrays(model)), tmp_path / BEST)
-    made = make_model(load(tmp_path / BEST), GPT, GPTConfig)
+    save_checkpoint(Checkpoint(INFO, model_arrays(model)), tmp_path / BEST)
+    made = build_model(load_checkpoint(tmp_path / BEST), GPT, GPTConfig)
     assert made.config == model.config
     assert_same(model_arrays(made), model_arrays(model))
 
@@ -262,42 +263,42 @@ def test_the_model_alone_is_complete(tmp_path: Path) -> None:
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any]) -> None:
     info = INFO.model_copy(update={"model": {**INFO.model, **change}})
-    with pytest.raises(Failure, match=r"^x/best: [^\n]*$"):
-        make_model(Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best")), GPT, GPTConfig)
+    with pytest.raises(UserError, match=r"^x/best: [^\n]*$"):
+        build_model(Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best")), GPT, GPTConfig)
 
 
 @pytest.mark.parametrize("key", INFO.model)
 def test_a_config_without_one_of_its_keys_is_refused(key: str) -> None:
     config = {name: value for name, value in INFO.model.items() if name != key}
-    with pytest.raises(Failure):
-        make_model(Checkpoint(INFO.model_copy(update={"model": config}), model_arrays(tiny_model())), GPT, GPTConfig)
+    with pytest.raises(UserError):
+        build_model(Checkpoint(INFO.model_copy(update={"model": config}), model_arrays(tiny_model())), GPT, GPTConfig)
 
 
 def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
     path = tmp_path / LAST
-    save(SMALL, path)
+    save_checkpoint(SMALL, path)
     whole = path.read_bytes()
     random_bits = random.Random(0)
     for place, byte in enumerate(whole):
         for mask in (0xFF, 1 << random_bits.randrange(8)):
             path.write_bytes(whole[:place] + bytes([byte ^ mask]) + whole[place + 1 :])
-            with pytest.raises(Failure, match=r"^.*last\.safetensors: [^\n]*$"):
-                load(path)
+            with pytest.raises(UserError, match=r"^.*last\.safetensors: [^\n]*$"):
+                load_checkpoint(path)
     path.write_bytes(whole)
-    load(path)
+    load_checkpoint(path)
 
 
 def test_a_cut_at_any_length_is_found(tmp_path: Path) -> None:
     path = tmp_path / LAST
-    save(SMALL, path)
+    save_checkpoint(SMALL, path)
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(Failure, match=r"^.*last\.safetensors: [^\n]*$"):
-            load(path)
+        with pytest.raises(UserError, match=r"^.*last\.safetensors: [^\n]*$"):
+            load_checkpoint(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(Failure, match="damaged"):
-        load(path)
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
 
 
 class Trap:
@@ -317,8 +318,8 @@ def test_pickles_are_never_executed(tmp_path: Path, kind: str) -> None:
         path.write_bytes(pickle.dumps(Trap(sprung)))
     else:
         torch.save({"model": Trap(sprung)}, path)
-    with pytest.raises(Failure, match="no checkpoint of glyphgpt"):
-        load(path)
+    with pytest.raises(UserError, match="no checkpoint of glyphgpt"):
+        load_checkpoint(path)
     assert not sprung.exists()
 
 
@@ -356,23 +357,23 @@ def test_pickles_are_never_executed(tmp_path: Path, kind: str) -> None:
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / BEST
     path.write_bytes(content)
-    with pytest.raises(Failure, match=r"^.*best\.safetensors: [^\n]*$"):
-        load(path)
+    with pytest.raises(UserError, match=r"^.*best\.safetensors: [^\n]*$"):
+        load_checkpoint(path)
 
 
 def test_a_folder_or_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"nowhere: no checkpoint there$"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(Failure, match=r"cannot be read: \S"):
-        load(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: no checkpoint there$"):
+        load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"cannot be read: \S"):
+        load_checkpoint(tmp_path)
 
 
 def test_the_format_is_as_described(tmp_path: Path) -> None:
     path = tmp_path / BEST
     tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     path.write_bytes(seal({"glyphgpt": INFO.model_dump_json()}, {"model.x": tensor}, b"\0\0\x80\x3f"))
-    assert load(path).info == INFO
-    assert_same(load(path).model, {"x": np.array([1.0], dtype=np.float32)})
+    assert load_checkpoint(path).metadata == INFO
+    assert_same(load_checkpoint(path).model, {"x": np.array([1.0], dtype=np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -394,8 +395,8 @@ def test_the_format_is_as_described(tmp_path: Path) -> None:
 def test_impossible_tensors_are_refused(tmp_path: Path, tensors: dict[str, Any]) -> None:
     path = tmp_path / BEST
     path.write_bytes(seal({"glyphgpt": INFO.model_dump_json()}, tensors, bytes(4)))
-    with pytest.raises(Failure, match=r"^.*best\.safetensors: [^\n]*$"):
-        load(path)
+    with pytest.raises(UserError, match=r"^.*best\.safetensors: [^\n]*$"):
+        load_checkpoint(path)
 
 
 def info_with(**changes: object) -> str:
@@ -419,17 +420,17 @@ def info_with(**changes: object) -> str:
         info_with(model=[]),
         info_with(model={"n_layer": 1}, extra=1),
         info_with(tokenizer="char"),
-        info_with(progress={"step": "3"}),
-        info_with(progress={"step": 1.5}),
-        info_with(progress={"steps": 1}),
+        info_with(state={"step": "3"}),
+        info_with(state={"step": 1.5}),
+        info_with(state={"steps": 1}),
         info_with(scaler={"scale": "big"}),
         info_with(val_loss="low"),
-        info_with(progress=None),
+        info_with(state=None),
         info_with(data=None),
-        info_with().replace(str(INFO.progress.step), "9" * 5000),
+        info_with().replace(str(INFO.state.step), "9" * 5000),
         *(
             json.dumps({k: v for k, v in INFO.model_dump().items() if k not in (key, "format")})
-            for key in ("data", "progress")
+            for key in ("data", "state")
         ),
     ],
     ids=lambda text: text[:30],
@@ -437,8 +438,8 @@ def info_with(**changes: object) -> str:
 def test_hostile_info_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / BEST
     path.write_bytes(seal({"glyphgpt": text}))
-    with pytest.raises(Failure, match=r"^.*best\.safetensors: [^\n]*$"):
-        load(path)
+    with pytest.raises(UserError, match=r"^.*best\.safetensors: [^\n]*$"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("depth", [50, 400, 900, 5000])
@@ -446,20 +447,20 @@ def test_deep_nesting_is_no_crash(tmp_path: Path, depth: int) -> None:
     path = tmp_path / BEST
     deep = '{"a":' * depth + "1" + "}" * depth
     path.write_bytes(seal({"glyphgpt": info_with(model="DEEP").replace('"DEEP"', deep)}))
-    with pytest.raises(Failure):
-        make_model(load(path), GPT, GPTConfig)
+    with pytest.raises(UserError):
+        build_model(load_checkpoint(path), GPT, GPTConfig)
 
 
 def test_a_newer_format_says_to_update(tmp_path: Path) -> None:
-    save(Checkpoint(INFO.model_copy(update={"format": 99}), SMALL.model), tmp_path / BEST)
-    with pytest.raises(Failure, match=r"format 99\); update glyphgpt"):
-        load(tmp_path / BEST)
+    save_checkpoint(Checkpoint(INFO.model_copy(update={"format": 99}), SMALL.model), tmp_path / BEST)
+    with pytest.raises(UserError, match=r"format 99\); update glyphgpt"):
+        load_checkpoint(tmp_path / BEST)
 
 
 def test_a_newer_format_may_hold_anything(tmp_path: Path) -> None:
     (tmp_path / BEST).write_bytes(seal({"glyphgpt": '{"format": 2, "new": {}}'}))
-    with pytest.raises(Failure, match="update glyphgpt"):
-        load(tmp_path / BEST)
+    with pytest.raises(UserError, match="update glyphgpt"):
+        load_checkpoint(tmp_path / BEST)
 
 
 @contextmanager
@@ -500,20 +501,20 @@ def test_a_failed_write_leaves_things_as_they_were(
 ) -> None:
     path = tmp_path / LAST
     if replacing:
-        save(SMALL, path)
+        save_checkpoint(SMALL, path)
     newer = Checkpoint(INFO.model_copy(update={"data": "another"}), {"weight": np.ones(1000)})
-    with pytest.raises(Failure, match=r"^.*last\.safetensors: could not be written: [^\n]*$"), trouble(monkeypatch):
-        save(newer, path)
+    with pytest.raises(UserError, match=r"^.*last\.safetensors: could not be written: [^\n]*$"), trouble(monkeypatch):
+        save_checkpoint(newer, path)
     assert [file.name for file in tmp_path.iterdir()] == ([LAST] if replacing else [])
     if replacing:
-        assert load(path).info == INFO
-    save(newer, path)
-    assert load(path).info == newer.info
+        assert load_checkpoint(path).metadata == INFO
+    save_checkpoint(newer, path)
+    assert load_checkpoint(path).metadata == newer.metadata
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"gone.*last\.safetensors: could not be written"):
-        save(SMALL, tmp_path / "gone" / LAST)
+    with pytest.raises(UserError, match=r"gone.*last\.safetensors: could not be written"):
+        save_checkpoint(SMALL, tmp_path / "gone" / LAST)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
@@ -527,8 +528,8 @@ def test_a_folder_that_cannot_be_synced_is_no_failed_write(tmp_path: Path, monke
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
-    save(SMALL, tmp_path / LAST)
-    assert load(tmp_path / LAST).info == INFO
+    save_checkpoint(SMALL, tmp_path / LAST)
+    assert load_checkpoint(tmp_path / LAST).metadata == INFO
 
 
 def test_the_file_is_flushed_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,7 +540,7 @@ def test_the_file_is_flushed_before_it_takes_its_place(tmp_path: Path, monkeypat
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", watch)
-    save(SMALL, tmp_path / LAST)
+    save_checkpoint(SMALL, tmp_path / LAST)
     assert seen[0] is False
 
 
@@ -547,16 +548,16 @@ def test_the_file_is_flushed_before_it_takes_its_place(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(("folder", "file"), [(0o700, 0o600), (0o750, 0o640), (0o755, 0o644), (0o775, 0o664)])
 def test_files_are_as_open_as_their_folder(tmp_path: Path, folder: int, file: int) -> None:
     tmp_path.chmod(folder)
-    save(SMALL, tmp_path / LAST)
+    save_checkpoint(SMALL, tmp_path / LAST)
     assert stat.S_IMODE((tmp_path / LAST).stat().st_mode) == file
 
 
 def test_find_prefers_the_best(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="no checkpoint in this folder; train first"):
-        find(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint in this folder; train first"):
+        find_checkpoint(tmp_path)
     (tmp_path / LAST).touch()
-    assert find(tmp_path) == tmp_path / LAST
+    assert find_checkpoint(tmp_path) == tmp_path / LAST
     (tmp_path / BEST).touch()
-    assert find(tmp_path) == tmp_path / BEST
-    assert find(tmp_path / LAST) == tmp_path / LAST
-    assert find(tmp_path / "else.safetensors") == tmp_path / "else.safetensors"
+    assert find_checkpoint(tmp_path) == tmp_path / BEST
+    assert find_checkpoint(tmp_path / LAST) == tmp_path / LAST
+    assert find_checkpoint(tmp_path / "else.safetensors") == tmp_path / "else.safetensors"

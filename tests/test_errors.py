@@ -10,14 +10,14 @@ import pytest
 
 from conftest import ROOT, as_flags, read_metrics, tiny_settings
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.errors import Failure, UsageError, describe, importing, plain_errors, report, warn
+from glyphgpt.errors import UsageError, UserError, exit_on_error, format_os_error, optional_import, print_error, warn
 
 
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (Failure("no such thing"), 1, "error: no such thing\n"),
-        (Failure("first\nsecond"), 1, "error: first\nerror: second\n"),
+        (UserError("no such thing"), 1, "error: no such thing\n"),
+        (UserError("first\nsecond"), 1, "error: first\nerror: second\n"),
         (UsageError("a: wrong\nb: wrong too"), 2, "error: a: wrong\nerror: b: wrong too\n"),
         (UsageError("wörd 中 🙂"), 2, "error: wörd 中 🙂\n"),
         (KeyboardInterrupt(), 130, ""),
@@ -31,7 +31,7 @@ from glyphgpt.errors import Failure, UsageError, describe, importing, plain_erro
 def test_errors_become_lines_and_a_status(
     capsys: pytest.CaptureFixture[str], error: BaseException, status: int, words: str
 ) -> None:
-    with pytest.raises(SystemExit) as caught, plain_errors():
+    with pytest.raises(SystemExit) as caught, exit_on_error():
         print("so far", end="")
         raise error
     assert caught.value.code == status
@@ -39,7 +39,7 @@ def test_errors_become_lines_and_a_status(
 
 
 def test_an_exit_keeps_its_status(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, plain_errors():
+    with pytest.raises(SystemExit) as caught, exit_on_error():
         raise SystemExit(7)
     assert caught.value.code == 7
     assert capsys.readouterr().err == ""
@@ -47,20 +47,20 @@ def test_an_exit_keeps_its_status(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), AssertionError("bug")], ids=repr)
 def test_bugs_pass(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, plain_errors():
+    with pytest.raises(type(error)) as caught, exit_on_error():
         raise error
     assert caught.value is error
     assert capsys.readouterr().err == ""
 
 
 def test_without_errors_nothing_happens(capsys: pytest.CaptureFixture[str]) -> None:
-    with plain_errors():
+    with exit_on_error():
         print("fine")
     assert capsys.readouterr() == ("fine\n", "")
 
 
 def test_report_and_warn_write_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(UsageError("one\ntwo")) == 2
+    assert print_error(UsageError("one\ntwo")) == 2
     warn("careful")
     assert capsys.readouterr() == ("", "error: one\nerror: two\nwarning: careful\n")
 
@@ -69,14 +69,14 @@ def test_an_os_error_is_one_line() -> None:
     try:
         (ROOT / "nowhere" / "x").read_text()
     except OSError as error:
-        assert describe(error) == f"{ROOT / 'nowhere' / 'x'}: No such file or directory"
+        assert format_os_error(error) == f"{ROOT / 'nowhere' / 'x'}: No such file or directory"
 
 
 def run(code: str, *, close_output: bool = False, encoding: str = "utf-8") -> tuple[int, str]:
-    """Run lines inside plain_errors in a process of their own; return its status and standard error."""
+    """Run lines inside exit_on_error in a process of their own; return its status and standard error."""
     lines = "\n".join(f"    {line}" for line in code.splitlines())
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from glyphgpt.errors import *\nwith plain_errors():\n{lines}"],
+        [sys.executable, "-c", f"from glyphgpt.errors import *\nwith exit_on_error():\n{lines}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
@@ -98,16 +98,16 @@ def test_a_reader_that_has_seen_enough_ends_the_script_as_in_other_programs(text
 
 @pytest.mark.parametrize(
     ("code", "status", "words"),
-    [("raise Failure('disk on fire')", 1, "error: disk on fire\n"), ("raise SystemExit(7)", 7, "")],
+    [("raise UserError('disk on fire')", 1, "error: disk on fire\n"), ("raise SystemExit(7)", 7, "")],
 )
 def test_the_end_is_told_even_when_nobody_reads_the_output(code: str, status: int, words: str) -> None:
     assert run(f"print('x', end='')\n{code}", close_output=True) == (status, words)
 
 
 def lines_after(lines: str, start: str = "") -> tuple[int, str]:
-    """Run lines after what plain_errors ended in, in a process of their own; return its status and standard error."""
+    """Run lines after what exit_on_error ended in, in a process of their own; return its status and standard error."""
     begin = "import atexit, signal\nfrom glyphgpt.errors import *\ndef ctrl_c(): signal.raise_signal(2)"
-    code = f"{begin}\n{start}\nwith plain_errors():\n    pass\n{lines}"
+    code = f"{begin}\n{start}\nwith exit_on_error():\n    pass\n{lines}"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT, check=False)
     return done.returncode, done.stderr
 
@@ -118,7 +118,7 @@ def lines_after(lines: str, start: str = "") -> tuple[int, str]:
     [
         ("ctrl_c()", "", -2),
         ("atexit.register(ctrl_c)", "", -2),
-        ("with plain_errors():\n    ctrl_c()", "", 130),
+        ("with exit_on_error():\n    ctrl_c()", "", 130),
         ("ctrl_c()", "signal.signal(signal.SIGINT, signal.SIG_IGN)", 0),
     ],
     ids=["while importing", "while clearing up", "in the next part", "of a background job"],
@@ -172,7 +172,7 @@ def test_scripts_work_with_closed_streams(numbers: tuple[int, ...], data_dir: Pa
             )  # fmt: skip
             assert (done.returncode, "Traceback" in done.stderr) == (0, False), (words, done.stderr)
     assert (tmp_path / "a" / "meta.json").exists()
-    assert checkpoints.load(tmp_path / "run" / "last.safetensors").info.progress.step == 2
+    assert checkpoints.load_checkpoint(tmp_path / "run" / "last.safetensors").metadata.state.step == 2
 
 
 def test_files_never_get_the_number_of_a_closed_stream() -> None:
@@ -191,7 +191,7 @@ def test_a_training_whose_reader_has_gone_saves_and_ends(data_dir: Path, tmp_pat
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
-    step = checkpoints.load(tmp_path / "last.safetensors").info.progress.step
+    step = checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step
     assert read_metrics(tmp_path)[-1]["step"] == step > 0
 
 
@@ -208,12 +208,12 @@ def test_no_more_threads_is_one_line() -> None:
 def test_a_package_that_is_broken_is_not_called_missing(error: Exception) -> None:
     with (
         pytest.raises(UsageError, match=rf"^it needs pyarrow, which is installed but cannot .*\({error}\); install it"),
-        importing("pyarrow", "it"),
+        optional_import("pyarrow", "it"),
     ):
         raise error
 
 
 def test_a_package_that_lacks_another_one_is_not_called_missing() -> None:
     reason = r"^it needs wandb, which is installed but .*\(No module named 'xxhash'\)"
-    with pytest.raises(UsageError, match=reason), importing("wandb", "it"):
+    with pytest.raises(UsageError, match=reason), optional_import("wandb", "it"):
         raise ModuleNotFoundError("No module named 'xxhash'", name="xxhash")

@@ -12,8 +12,8 @@ import pytest
 
 import train
 from conftest import ROOT, as_flags, contents, script, tiny_settings
-from glyphgpt.errors import Failure, UsageError
-from glyphgpt.files import LOCK, locked, replacing, sync_folder, write_whole
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.files import LOCK, fsync_dir, locked, replace_files, write_atomic
 
 
 def test_a_folder_is_made_and_locked_for_others(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(Failure, match=rf"^{tmp_path / 'file'}.*: could not be written: "),
+        pytest.raises(UserError, match=rf"^{tmp_path / 'file'}.*: could not be written: "),
         locked(tmp_path / "file", "x"),
     ):
         pass
@@ -61,7 +61,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["replace", "unlink"])
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    write_whole(tmp_path / "a", b"first")
+    write_atomic(tmp_path / "a", b"first")
 
     def fail(*_: object) -> None:
         raise OSError(28, os.strerror(28))
@@ -69,25 +69,25 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "replace", fail)
     if call == "unlink":  # what is left then does no harm
         monkeypatch.setattr(os, "unlink", fail)
-    with pytest.raises(Failure, match=rf"^{tmp_path / 'a'}: could not be written: No space left on device$"):
-        write_whole(tmp_path / "a", b"second")
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'a'}: could not be written: No space left on device$"):
+        write_atomic(tmp_path / "a", b"second")
     monkeypatch.undo()
     assert (tmp_path / "a").read_bytes() == b"first"
-    write_whole(tmp_path / "a", b"third")
+    write_atomic(tmp_path / "a", b"third")
     assert contents(tmp_path) == {"a": b"third"}
 
 
 LOCK_ONCE_MORE = """
 import errno, fcntl, sys
 from pathlib import Path
-from glyphgpt.errors import plain_errors
+from glyphgpt.errors import exit_on_error
 from glyphgpt.files import locked
 
 def no_flock(*_):
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 fcntl.flock = no_flock
-with plain_errors(), locked(Path(sys.argv[1]), "another"):
+with exit_on_error(), locked(Path(sys.argv[1]), "another"):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -137,21 +137,21 @@ def test_what_a_file_system_lacks_does_not_stop_the_work(
 
 def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", Refusal(os.open, errno.EACCES))
-    sync_folder(tmp_path)
+    fsync_dir(tmp_path)
 
 
 def test_data_that_could_not_be_written_to_the_disk_is_a_failure(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", Refusal(os.fsync, errno.EIO))
-    with pytest.raises(Failure, match="could not be written: Input/output error"):
+    with pytest.raises(UserError, match="could not be written: Input/output error"):
         train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
 
 
 def test_new_files_take_their_places_together_and_others_stay(tmp_path: Path) -> None:
     for name in ("a", "old page", "notes"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    with replacing(tmp_path, stale=("old page", "no such page")) as new:
+    with replace_files(tmp_path, stale=("old page", "no such page")) as new:
         (new / "a").write_text("new", encoding="utf-8")
         (new / "b").write_text("new", encoding="utf-8")
         assert contents(tmp_path) == {"a": b"a", "old page": b"old page", "notes": b"notes"}

@@ -10,8 +10,8 @@ import sample
 import train
 from conftest import MODERN, ROOT, as_flags, decoder_of, read_metrics, tiny_model, tiny_settings, torchrun
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.inference.beam_search import search
-from glyphgpt.runtime import OnDevice, start
+from glyphgpt.inference.beam_search import beam_search
+from glyphgpt.runtime import TorchLM, init_runtime
 from glyphgpt.settings import SampleSettings, TrainSettings
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
 def test_the_gpu_is_taken_under_each_of_its_names(device: str) -> None:
-    with start(device, "auto") as runtime:
+    with init_runtime(device, "auto") as runtime:
         assert runtime.device == torch.device("cuda:0")
 
 
@@ -31,7 +31,7 @@ def test_train_resume_and_sample(dtype: str, data_dir: Path, tmp_path: Path) -> 
     train.main(tiny_settings(data_dir, tmp_path, **{**settings, "max_steps": 60, "resume": True}))
     losses = [row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "val"]
     assert losses[-1] < losses[0] - 0.5
-    assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 60
+    assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == 60
     sample.main(SampleSettings(device="cuda", num_samples=3, max_new_tokens=40), str(tmp_path))
 
 
@@ -40,10 +40,10 @@ def test_beam_search_finds_the_same_ways_as_on_the_cpu() -> None:
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     prompts = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    with start("cuda", "float32") as runtime:
-        on_gpu = OnDevice(model.to(runtime.device), runtime)
-        found = search(on_gpu, prompts, end=0, beam=3, max_new_tokens=5)
-    by_numpy = search(decoder_of(model.cpu()), prompts, end=0, beam=3, max_new_tokens=5)
+    with init_runtime("cuda", "float32") as runtime:
+        on_gpu = TorchLM(model.to(runtime.device), runtime)
+        found = beam_search(on_gpu, prompts, end=0, beam=3, max_new_tokens=5)
+    by_numpy = beam_search(decoder_of(model.cpu()), prompts, end=0, beam=3, max_new_tokens=5)
     assert [way.tolist() for way in found] == [way.tolist() for way in by_numpy]
 
 

@@ -33,7 +33,7 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 RECIPES = ["shakespeare_char", "multi30k_de_en"]
-FEW = ["--max_new_tokens=3", "--device=cpu", "--unknown=skip"]  # the small text lacks some letters
+FEW = ["--max_new_tokens=3", "--device=cpu", "--skip_unknown"]  # the small text lacks some letters
 SMALL = [
     "--max_steps=1",
     "--eval_tokens=100",
@@ -41,7 +41,7 @@ SMALL = [
     "--batch_size=1",
     "--device=cpu",
     "--compile=False",
-    "--picture=False",
+    "--plot=False",
 ]
 
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from conftest import tiny_model
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.runtime import (
     Runtime,
     StopRequest,
     choose_device,
     choose_dtype,
     compile_or_eager,
-    memory_hint,
-    start,
+    init_runtime,
+    oom_hint,
 )
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -47,14 +47,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 PAGE_FAULTS = """
 import resource
 import torch
-from glyphgpt.runtime import start
+from glyphgpt.runtime import init_runtime
 
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     activations = [torch.ones(2**20) for _ in range(50)]  # 4 MB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-with start("cpu", "float32"):
+with init_runtime("cpu", "float32"):
     print([step() for _ in range(6)][-1])
 """
 
@@ -132,11 +132,11 @@ def test_products_have_the_precision(dtype: torch.dtype) -> None:
 def test_start_on_a_cpu_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with start("cpu", "float32") as runtime:
+    with init_runtime("cpu", "float32") as runtime:
         assert runtime == CPU
         assert runtime.is_main
         assert runtime.sum(1.5, 2.0) == [1.5, 2.0]
-        runtime.wait()
+        runtime.barrier()
     assert not torch.distributed.is_initialized()
 
 
@@ -144,7 +144,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, m
     machine(cuda=1)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="cuda:1"), start("auto", "auto"):
+    with pytest.raises(UsageError, match="cuda:1"), init_runtime("auto", "auto"):
         pass
 
 
@@ -307,15 +307,15 @@ def raise_it(error: Exception) -> None:
 )
 def test_running_out_of_memory_says_what_to_lower(use: Callable[[], None]) -> None:
     with (
-        pytest.raises(Failure, match=r"^out of memory; lower batch_size or n_embd$"),
-        memory_hint("batch_size or n_embd"),
+        pytest.raises(UserError, match=r"^out of memory; lower batch_size or n_embd$"),
+        oom_hint("batch_size or n_embd"),
     ):
         use()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("allocate memory"), UsageError("wrong")])
 def test_other_errors_pass(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, memory_hint("batch_size"):
+    with pytest.raises(type(error)) as caught, oom_hint("batch_size"):
         raise error
     assert caught.value is error
 
@@ -349,6 +349,6 @@ def test_a_gpu_is_chosen_by_its_number(name: str, expected: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-    with start(name, "float32") as runtime:
+    with init_runtime(name, "float32") as runtime:
         assert runtime.device == torch.device(expected)
     assert chosen == [torch.device(expected)]

@@ -26,7 +26,7 @@ from conftest import (
     tiny_settings,
 )
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import UsageError, UserError, exit_on_error
 from glyphgpt.files import LOCK, NEW, READY
 from glyphgpt.settings import TrainSettings
 
@@ -40,7 +40,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def one_error(settings: TrainSettings, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
     """Train as the script does; return the exit status and the one line on standard error."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ending, plain_errors():
+    with pytest.raises(SystemExit) as ending, exit_on_error():
         train.main(settings)
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]+\n", said)
@@ -88,7 +88,7 @@ def test_refused_settings_do_not_cost_the_run_that_was_to_be_replaced(data_dir: 
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
     before = contents(tmp_path)
     for changes in ({"block_size": 100_000}, {"device": "cuda:99"}, {"dataset": "none"}):
-        with pytest.raises(Failure):
+        with pytest.raises(UserError):
             train.main(tiny_settings(data_dir, tmp_path, overwrite=True, **changes))
     assert contents(tmp_path) == before
 
@@ -118,10 +118,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(
             patch.setattr(checkpoints, "save_file", fail_at(save, save_file))
         else:  # once for the file and once for its folder
             patch.setattr(os, "fsync", fail_at(2 * save - 1, os.fsync))
-        with pytest.raises(Failure, match=r"^.*could not be written: No space left on device; .*$") as failure:
+        with pytest.raises(UserError, match=r"^.*could not be written: No space left on device; .*$") as failure:
             train.main(settings)
     assert failure.value.status == 1
-    written = {name: checkpoints.load(tmp_path / name).info.progress.step for name in CHECKPOINTS}
+    written = {name: checkpoints.load_checkpoint(tmp_path / name).metadata.state.step for name in CHECKPOINTS}
     before, now = (save - 3) // 2 * 10, (save - 1) // 2 * 10
     assert written == {"best.safetensors": now if save % 2 == 0 else before, "last.safetensors": before}
     assert [path.name for path in tmp_path.glob("*.unfinished")] == []
@@ -186,7 +186,7 @@ def damage(folder: Path) -> dict[str, Callable[[], object]]:
 def test_a_damaged_data_set_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     folder = prepare_text(some_text(500), tmp_path)
     damage(folder)[kind]()
-    with pytest.raises(Failure, match=rf"^{folder}.*(prepare the dataset again|update glyphgpt)$") as failure:
+    with pytest.raises(UserError, match=rf"^{folder}.*(prepare the dataset again|update glyphgpt)$") as failure:
         train.main(tiny_settings(tmp_path, tmp_path / "run"))
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "run").exists()
@@ -264,10 +264,10 @@ def broken(*_: object, **__: object) -> None:
         "train.evaluate",
         "train.Trainer.sample",
         "glyphgpt.checkpoint.save_file",
-        "glyphgpt.checkpoint.sync",
+        "glyphgpt.checkpoint.fsync_file",
         "train.Trainer.write_config",
         "train.Metrics.write_held",
-        "glyphgpt.files.finish_replacing",
+        "glyphgpt.files.finish_replacement",
     ],
 )
 def test_a_run_is_whole_until_another_one_takes_its_place(
@@ -276,7 +276,7 @@ def test_a_run_is_whole_until_another_one_takes_its_place(
     train.main(tiny_settings(data_dir, tmp_path, report=True, max_steps=2))
     before = contents(tmp_path)
     monkeypatch.setattr(place, broken)
-    with pytest.raises((Failure, OSError)):
+    with pytest.raises((UserError, OSError)):
         train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=1))
     monkeypatch.undo()
     assert {name: content for name, content in before.items() if name != LOCK}.items() <= contents(tmp_path).items()
@@ -309,7 +309,10 @@ def test_a_run_killed_while_it_takes_its_place_is_complete_afterwards(
             break
         train.main(settings.model_copy(update={"overwrite": False, "resume": True}))
         assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 2]
-        assert checkpoints.load(tmp_path / "run" / "best.safetensors").info.settings["seed"] == settings.seed
+        assert (
+            checkpoints.load_checkpoint(tmp_path / "run" / "best.safetensors").metadata.settings["seed"]
+            == settings.seed
+        )
         assert sorted(contents(tmp_path / "run")) == sorted(
             [LOCK, "best.safetensors", "config.toml", "last.safetensors", "metrics.jsonl", "samples.jsonl"]
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from glyphgpt.cli import parse
 from glyphgpt.convert import from_huggingface, nanogpt, to_gguf, to_huggingface
-from glyphgpt.errors import UsageError, plain_errors
+from glyphgpt.errors import UsageError, exit_on_error
 from glyphgpt.settings import ConvertSettings
 
 USAGE = "python -m glyphgpt.convert KIND PLACE [--key=value ...]"
@@ -38,5 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Info, Progress
+from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Metadata, TrainState
 from glyphgpt.cli import printable
 from glyphgpt.convert.nanogpt import new_file, our_name
-from glyphgpt.convert.to_huggingface import ACTIVATIONS, CONFIG, TOKENIZER, TURNED, WEIGHTS, vocabulary
+from glyphgpt.convert.to_huggingface import ACTIVATIONS, CONFIG, TOKENIZER, TRANSPOSED, WEIGHTS, vocabulary
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.inference.numpy_gpt import Form, check_form
 from glyphgpt.settings import ConvertSettings, Network
 
@@ -46,14 +46,14 @@ def checkpoint(place: Path, settings: ConvertSettings) -> str:
     """Turn a folder with a GPT-2 into a checkpoint of ours, with the same logits; return what to say.
 
     Raises:
-        Failure: it is none, or one that our network cannot compute.
+        UserError: it is none, or one that our network cannot compute.
     """
     out = new_file(settings.out, "--out=out/gpt2/best.safetensors", settings)
     found = read(place, Path(settings.data_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(found, out)
-    parameters = sum(array.size for array in found.model.values())
-    return f"{out}: {parameters:,} parameters, {found.info.tokenizer['kind']} tokens; sample it: python sample.py {out}"
+    checkpoints.save_checkpoint(found, out)
+    parameters, kind = sum(array.size for array in found.model.values()), found.metadata.tokenizer["kind"]
+    return f"{out}: {parameters:,} parameters, {kind} tokens; sample it: python sample.py {out}"
 
 
 def is_there(place: Path) -> bool:
@@ -71,10 +71,10 @@ def read(place: Path, data_dir: Path) -> Checkpoint:
     """Read a folder with a GPT-2, or its safetensors file, as a checkpoint of ours.
 
     Raises:
-        Failure: it is none, or one that our network cannot compute.
+        UserError: it is none, or one that our network cannot compute.
     """
     if not place.exists():
-        raise Failure(f"{place}: no such file or folder")
+        raise UserError(f"{place}: no such file or folder")
     folder = place if place.is_dir() else place.parent
     form = form_of(folder / CONFIG)
     tokenizer = tokenizer_of(folder, form["vocab_size"], data_dir)
@@ -88,9 +88,9 @@ def read(place: Path, data_dir: Path) -> Checkpoint:
     try:
         check_form(form, weights)
     except ValueError as error:
-        raise Failure(f"{place}: its weights are not those that {folder / CONFIG} tells of") from error
-    info = Info(
-        model=form, tokenizer=tokenizer.to_plain(), settings={}, data="", val_loss=None, progress=Progress(), scaler={}
+        raise UserError(f"{place}: its weights are not those that {folder / CONFIG} tells of") from error
+    info = Metadata(
+        model=form, tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None, state=TrainState(), scaler={}
     )  # fmt: skip
     found = Checkpoint(info, weights, path=place)
     found.check_weights()
@@ -101,15 +101,15 @@ def form_of(path: Path) -> dict[str, Any]:
     """Read a config.json in our terms.
 
     Raises:
-        Failure: it asks for what our network cannot compute.
+        UserError: it asks for what our network cannot compute.
     """
     config = DEFAULTS | read_json(path)
     for name, ours in FIXED.items():
         if config.get(name, ours) != ours:
-            raise Failure(f"{path}: {name} is {printable(str(config[name]))}; only {ours} can be converted")
+            raise UserError(f"{path}: {name} is {printable(str(config[name]))}; only {ours} can be converted")
     if config["activation_function"] not in list(OUR_ACTIVATIONS):  # a list, lest one ask for a hash of anything
         name, known = printable(str(config["activation_function"])), " and ".join(OUR_ACTIVATIONS)
-        raise Failure(f"{path}: activation_function is {name}; only {known} can be converted")
+        raise UserError(f"{path}: activation_function is {name}; only {known} can be converted")
     form = Network().model_dump() | {
         "vocab_size": config["vocab_size"],
         "block_size": config["n_positions"],
@@ -125,9 +125,9 @@ def form_of(path: Path) -> dict[str, Any]:
         form = Form.model_validate(form).model_dump()
     except ValidationError as error:
         names = ", ".join(str(problem["loc"][0]) for problem in error.errors())
-        raise Failure(f"{path}: cannot be converted for its {names}") from error
+        raise UserError(f"{path}: cannot be converted for its {names}") from error
     if config.get("n_inner") not in (None, 4 * form["n_embd"]):
-        raise Failure(f"{path}: n_inner is {printable(str(config['n_inner']))}; only 4 x n_embd can be converted")
+        raise UserError(f"{path}: n_inner is {printable(str(config['n_inner']))}; only 4 x n_embd can be converted")
     return form
 
 
@@ -135,7 +135,7 @@ def files_of(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights.
 
     Raises:
-        Failure: there are none.
+        UserError: there are none.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
@@ -145,15 +145,15 @@ def files_of(folder: Path) -> list[Path]:
             isinstance(name, str) and Path(name).name == name for name in shards.values()
         ):
             return [folder / name for name in sorted(set(shards.values()))]
-        raise Failure(f"{folder / INDEX}: does not tell which files hold the weights")
-    raise Failure(f"{folder / WEIGHTS}: no such file; save the model with transformers: model.save_pretrained(...)")
+        raise UserError(f"{folder / INDEX}: does not tell which files hold the weights")
+    raise UserError(f"{folder / WEIGHTS}: no such file; save the model with transformers: model.save_pretrained(...)")
 
 
 def read_weights(paths: list[Path]) -> Arrays:
     """Read safetensors files as float32, in our names and our way round.
 
     Raises:
-        Failure: they are damaged, or hold what is no weight of GPT-2.
+        UserError: they are damaged, or hold what is no weight of GPT-2.
     """
     weights: Arrays = {}
     for path in paths:
@@ -169,13 +169,13 @@ def read_weights(paths: list[Path]) -> Arrays:
                     if name in weights or not tensor.is_floating_point():
                         raise KeyError(theirs)
                     array = tensor.float().numpy()
-                    weights[name] = array.T if name.endswith(TURNED) else array
+                    weights[name] = array.T if name.endswith(TRANSPOSED) else array
         except OSError as error:
-            raise Failure(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (KeyError, ValueError) as error:
-            raise Failure(f"{path}: holds {printable(theirs)}, which is no weight of a GPT-2") from error
+            raise UserError(f"{path}: holds {printable(theirs)}, which is no weight of a GPT-2") from error
         except (SafetensorError, RuntimeError) as error:
-            raise Failure(f"{path}: damaged or cut short; fetch or save it again") from error
+            raise UserError(f"{path}: damaged or cut short; fetch or save it again") from error
     return weights
 
 
@@ -183,7 +183,7 @@ def tokenizer_of(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
     """Return our tokenizer whose ids mean the same as the folder's own.
 
     Raises:
-        Failure: there is none.
+        UserError: there is none.
     """
     try:
         theirs = read_vocabulary(folder)
@@ -191,8 +191,10 @@ def tokenizer_of(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
             if ours.vocab_size == vocab_size and theirs in (None, meaning(vocabulary(ours, data_dir))):
                 return ours
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Failure(f"{folder}: its tokenizer's files are damaged") from error
-    raise Failure(f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor characters or bytes as written by us")
+        raise UserError(f"{folder}: its tokenizer's files are damaged") from error
+    raise UserError(
+        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor characters or bytes as written by us"
+    )
 
 
 def candidates(theirs: Meaning | None, vocab_size: int, data_dir: Path) -> Iterator[Tokenizer]:
@@ -216,7 +218,9 @@ def read_vocabulary(folder: Path) -> Meaning | None:
     try:
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise Failure(f"{folder / 'merges.txt'}: cannot be read, but vocab.json is there: {error.strerror}") from error
+        raise UserError(
+            f"{folder / 'merges.txt'}: cannot be read, but vocab.json is there: {error.strerror}"
+        ) from error
     return read_json(folder / "vocab.json"), [line for line in merges if line and not line.startswith("#version")]
 
 
@@ -232,14 +236,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file.
 
     Raises:
-        Failure: it is missing, or holds no JSON object.
+        UserError: it is missing, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{path}: not JSON that can be read") from error
+        raise UserError(f"{path}: not JSON that can be read") from error
     if not isinstance(content, dict):
-        raise Failure(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: holds no JSON object")
     return content

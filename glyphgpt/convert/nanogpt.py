@@ -18,18 +18,18 @@ import tomli_w
 from numpy.typing import NDArray
 
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Arrays, Checkpoint, Info, Progress
+from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState
 from glyphgpt.cli import resolve
-from glyphgpt.data.dataset import FORMAT, Meta, ShardWriter, SourceMeta, SplitMeta, write_dataset
+from glyphgpt.data.dataset import FORMAT, DatasetMeta, ShardWriter, SourceMeta, SplitMeta, write_meta
 from glyphgpt.data.sources import sanitize
-from glyphgpt.data.staging import earlier, place_of, workshop
+from glyphgpt.data.staging import dataset_dir, load_progress, staging_dir
 from glyphgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.errors import Failure, UsageError
-from glyphgpt.files import write_whole
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.files import write_atomic
 from glyphgpt.inference.numpy_gpt import check_form
 from glyphgpt.settings import ConvertSettings, Network, TrainSettings
 
-OURS = {
+NANOGPT_TO_OURS = {
     "transformer.wte": "token_embedding",
     "transformer.wpe": "position.embedding",
     "transformer.ln_f": "norm",
@@ -52,7 +52,7 @@ def checkpoint(path: Path, settings: ConvertSettings) -> str:
     """Turn a ckpt.pt into a checkpoint of ours, with the same logits; return what to say.
 
     Raises:
-        Failure: it is none of nanoGPT's, holds anything but plain data, or does not fit the vocabulary.
+        UserError: it is none of nanoGPT's, holds anything but plain data, or does not fit the vocabulary.
     """
     out = new_file(settings.out, "--out=out/mine/best.safetensors", settings)
     saved = load_plain(path)
@@ -62,14 +62,14 @@ def checkpoint(path: Path, settings: ConvertSettings) -> str:
         if tokenizer["kind"] == GPT2Tokenizer.kind:
             form, weights = without_padding(form, weights)
         check_form(form, weights)
-        progress = Progress(step=int(saved.get("iter_num", 0)))
+        state = TrainState(step=int(saved.get("iter_num", 0)))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise Failure(f"{path}: no checkpoint of nanoGPT's GPT, or its weights and model_args differ") from error
-    info = Info(
-        model=form, tokenizer=tokenizer, settings={}, data="", val_loss=None, progress=progress, scaler={}
+        raise UserError(f"{path}: no checkpoint of nanoGPT's GPT, or its weights and model_args differ") from error
+    info = Metadata(
+        model=form, tokenizer=tokenizer, settings={}, data="", val_loss=None, state=state, scaler={}
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(Checkpoint(info, weights), out)
+    checkpoints.save_checkpoint(Checkpoint(info, weights), out)
     parameters = sum(array.size for array in weights.values())
     return f"{out}: {parameters:,} parameters, {form['vocab_size']:,} tokens; sample it: python sample.py {out}"
 
@@ -91,18 +91,18 @@ def load_plain(path: Path) -> dict[str, Any]:
     """Load the tensors and plain data of a torch file; anything else in it is refused, unexecuted.
 
     Raises:
-        Failure: it cannot be loaded.
+        UserError: it cannot be loaded.
     """
     import torch  # noqa: PLC0415  (data and configs do without)
 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise Failure(f"{path}: no such file") from error
+        raise UserError(f"{path}: no such file") from error
     except Exception as error:  # a crafted file can make torch raise anything
-        raise Failure(f"{path}: does not load as weights and plain data; nothing in it was executed") from error
+        raise UserError(f"{path}: does not load as weights and plain data; nothing in it was executed") from error
     if not isinstance(saved, dict):
-        raise Failure(f"{path}: no checkpoint of nanoGPT's")
+        raise UserError(f"{path}: no checkpoint of nanoGPT's")
     return saved
 
 
@@ -133,7 +133,7 @@ def our_name(name: str) -> str:
     if module.startswith("transformer.h."):
         _, _, layer, module = module.split(".", 3)
         block = f"blocks.{layer}."
-    return f"{block}{OURS[module]}.{kind}"
+    return f"{block}{NANOGPT_TO_OURS[module]}.{kind}"
 
 
 def without_padding(form: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
@@ -148,15 +148,15 @@ def vocabulary(meta: str, vocab_size: int) -> dict[str, Any]:
     """Return the tokenizer of a meta.pkl, or GPT-2's where none is named, as plain data.
 
     Raises:
-        Failure: it is not that of so many tokens.
+        UserError: it is not that of so many tokens.
     """
     if meta:
         tokenizer = characters_of(Path(meta))
         if tokenizer.vocab_size != vocab_size:
-            raise Failure(f"{meta}: {tokenizer.vocab_size:,} characters, but the model has {vocab_size:,} tokens")
-        return tokenizer.to_plain()
+            raise UserError(f"{meta}: {tokenizer.vocab_size:,} characters, but the model has {vocab_size:,} tokens")
+        return tokenizer.to_dict()
     if vocab_size not in (GPT2Tokenizer.vocab_size, PADDED_VOCABULARY):
-        raise Failure(f"a model of {vocab_size:,} tokens needs its vocabulary: --meta=.../meta.pkl")
+        raise UserError(f"a model of {vocab_size:,} tokens needs its vocabulary: --meta=.../meta.pkl")
     return {"kind": GPT2Tokenizer.kind}
 
 
@@ -164,7 +164,7 @@ def characters_of(path: Path) -> CharTokenizer:
     """Read a meta.pkl.
 
     Raises:
-        Failure: it is not a character vocabulary in the order of the code points.
+        UserError: it is not a character vocabulary in the order of the code points.
     """
     try:
         itos = read_plain_pickle(path.read_bytes())["itos"]
@@ -172,9 +172,9 @@ def characters_of(path: Path) -> CharTokenizer:
         if not all(isinstance(character, str) and len(character) == 1 for character in characters):
             raise TypeError
     except FileNotFoundError as error:
-        raise Failure(f"{path}: no such file") from error
+        raise UserError(f"{path}: no such file") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Failure(f"{path}: no character vocabulary of nanoGPT's; nothing in it was executed") from error
+        raise UserError(f"{path}: no character vocabulary of nanoGPT's; nothing in it was executed") from error
     return CharTokenizer("".join(characters))
 
 
@@ -218,36 +218,36 @@ def data_set(folder: Path, settings: ConvertSettings) -> str:
     """Turn a folder with train.bin and val.bin, and a meta.pkl where they hold characters, into a data set of ours.
 
     Raises:
-        Failure: files are missing, or hold ids beyond the vocabulary.
+        UserError: files are missing, or hold ids beyond the vocabulary.
     """
     data_dir = Path(settings.data_dir)
-    target = place_of(settings.name or folder.resolve().name, data_dir)
+    target = dataset_dir(settings.name or folder.resolve().name, data_dir)
     paths = [folder / "train.bin", folder / "val.bin"]
     for path in paths:
         if not path.is_file():
-            raise Failure(f"{path}: no such file; run nanoGPT's prepare.py there first")
+            raise UserError(f"{path}: no such file; run nanoGPT's prepare.py there first")
     pickled = folder / "meta.pkl"
     tokenizer: Tokenizer = characters_of(pickled) if pickled.exists() else GPT2Tokenizer(data_dir)
     digest = hashlib.sha256()
-    with workshop(target, overwrite=settings.overwrite) as new:
-        earlier(new, "")  # what a preparation of that name may have left
+    with staging_dir(target, overwrite=settings.overwrite) as new:
+        load_progress(new, "")  # what a preparation of that name may have left
         train, val = (convert_split(path, new, tokenizer, digest) for path in paths)
         source = SourceMeta(
             names=[sanitize(path) for path in paths],
             bytes=sum(path.stat().st_size for path in paths),
             sha256=digest.hexdigest(),
         )
-        meta = Meta(
+        meta = DatasetMeta(
             format=FORMAT,
             recipe="",
-            tokenizer=tokenizer.to_plain(),
+            tokenizer=tokenizer.to_dict(),
             vocab_size=tokenizer.vocab_size,
             val_fraction=val.tokens / (train.tokens + val.tokens),
             source=source,
             train=train,
             val=val,
         )
-        write_dataset(new, meta)
+        write_meta(new, meta)
     return f"{target}: {train.tokens:,} tokens to train, {val.tokens:,} to validate"
 
 
@@ -256,12 +256,12 @@ def convert_split(path: Path, folder: Path, tokenizer: Tokenizer, digest: Any) -
     writer = ShardWriter(folder, path.stem, tokenizer.vocab_size, 10**8)
     size = path.stat().st_size
     if size % 2 or size < 4:
-        raise Failure(f"{path}: {size:,} bytes are not two or more ids of 16 bits")
+        raise UserError(f"{path}: {size:,} bytes are not two or more ids of 16 bits")
     sizes = np.array([characters_in(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
     characters = 0
     for ids in pieces(path):
         if int(ids.max()) >= tokenizer.vocab_size:
-            raise Failure(
+            raise UserError(
                 f"{path}: holds the id {int(ids.max())}, beyond the {tokenizer.vocab_size:,} of its vocabulary"
             )
         digest.update(ids.tobytes())
@@ -317,7 +317,7 @@ def config(path: Path, settings: ConvertSettings) -> str:
     """Turn a config in Python into a TOML file of ours for the same training; return what to say.
 
     Raises:
-        Failure: it is no list of plain settings.
+        UserError: it is no list of plain settings.
         UsageError: it asks for what cannot be.
     """
     out = new_file(settings.out, f"--out=config/{path.stem}.toml", settings)
@@ -342,7 +342,7 @@ def config(path: Path, settings: ConvertSettings) -> str:
         left_out["lr_decay_iters"] = "the learning rate falls until max_steps here"
     notes = "".join(f"# not taken over: {key}: {why}\n" for key, why in left_out.items())
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, f"# From nanoGPT's {path.name}, its defaults written out.\n{notes}{tomli_w.dumps(ours)}".encode())
+    write_atomic(out, f"# From nanoGPT's {path.name}, its defaults written out.\n{notes}{tomli_w.dumps(ours)}".encode())
     return f"{out}: {len(ours)} settings; look through it, then: python train.py {out}"
 
 
@@ -351,9 +351,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise Failure(f"{path}: no such file") from error
+        raise UserError(f"{path}: no such file") from error
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # ast.parse's words for bad input
-        raise Failure(f"{path}: not Python that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: not Python that can be read: {str(error).splitlines()[0]}") from error
     values: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     known = SAME | RENAMED.keys() | {"eval_iters", "decay_lr", "lr_decay_iters"}
@@ -366,7 +366,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             case ast.Expr(value=ast.Constant()) | ast.Import():
                 pass
             case _:
-                raise Failure(f"{path}: line {statement.lineno} is not a setting; write it as key = value")
+                raise UserError(f"{path}: line {statement.lineno} is not a setting; write it as key = value")
     return values, left_out
 
 
@@ -384,16 +384,16 @@ def evaluate(node: ast.expr, values: dict[str, Any], place: str) -> Any:
             try:
                 return OPERATIONS[type(op)](*sides)
             except ArithmeticError as error:
-                raise Failure(f"{place}: {error}") from error
-    raise Failure(f"{place}: only numbers, text and products of numbers are read; nothing is executed")
+                raise UserError(f"{place}: {error}") from error
+    raise UserError(f"{place}: only numbers, text and products of numbers are read; nothing is executed")
 
 
 def number(value: Any, place: str) -> int | float:
     """Return a number.
 
     Raises:
-        Failure: it is none, or beyond all reason.
+        UserError: it is none, or beyond all reason.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 10**18:
-        raise Failure(f"{place}: {str(value)[:50]} is not a number that one can reckon with")
+        raise UserError(f"{place}: {str(value)[:50]} is not a number that one can reckon with")
     return value

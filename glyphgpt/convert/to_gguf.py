@@ -12,16 +12,16 @@ import numpy as np
 
 from glyphgpt.checkpoint import Arrays
 from glyphgpt.cli import printable
-from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
+from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, load, rename_weights
 from glyphgpt.convert.nanogpt import new_file
 from glyphgpt.data.downloads import GPT2_MERGES, fetch
 from glyphgpt.data.tokenizers import Tokenizer
-from glyphgpt.errors import Failure, importing, warn
-from glyphgpt.files import whole
+from glyphgpt.errors import UserError, optional_import, warn
+from glyphgpt.files import atomic_path
 from glyphgpt.inference.numpy_gpt import EPSILON, Form
 from glyphgpt.settings import ConvertSettings
 
-THEIRS = {
+OURS_TO_GGUF = {
     "blocks": "blk",
     "token_embedding": "token_embd",
     "position.embedding": "position_embd",
@@ -46,9 +46,9 @@ def model(path: Path, settings: ConvertSettings) -> str:
     """Turn a checkpoint, or a run's best, into a GGUF file of float32 weights; return what to say.
 
     Raises:
-        Failure: it is no checkpoint, llama.cpp has no such network, or the file cannot be written.
+        UserError: it is no checkpoint, llama.cpp has no such network, or the file cannot be written.
     """
-    with importing("gguf", "writing GGUF"):
+    with optional_import("gguf", "writing GGUF"):
         from gguf import GGUFWriter  # noqa: PLC0415  (optional)
     out = new_file(settings.out, "--out=model.gguf", settings)
     data_dir = Path(settings.data_dir)
@@ -58,7 +58,7 @@ def model(path: Path, settings: ConvertSettings) -> str:
         warn("llama.cpp has GELU by way of tanh only; probabilities will differ by about one in a thousand")
     tensors = convert_weights(form, checkpoint.model, end=tokenizer.end_of_text is None)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(out) as unfinished:
+    with atomic_path(out) as unfinished:
         writer = GGUFWriter(unfinished, kind)
         writer.add_name(printable(checkpoint.path.resolve().parent.name))
         describe_network(writer, form, kind)
@@ -79,7 +79,7 @@ def kind_of(form: Form, path: Path) -> str:
     """Return llama.cpp's name of the kind of network that computes the same.
 
     Raises:
-        Failure: it has none; the line tells what would have to be set otherwise.
+        UserError: it has none; the line tells what would have to be set otherwise.
     """
     wanted: dict[str, tuple[Any, ...]] = {"ngram": (1,), "token_shift": (False,)}
     if form.norm == "layernorm":
@@ -90,7 +90,9 @@ def kind_of(form: Form, path: Path) -> str:
         wanted |= {"position": ("rotary",), "activation": ("relu2",), "bias": (False,)}
     others = [f"{key} = {plain(values[0])}" for key, values in wanted.items() if getattr(form, key) not in values]
     if others:
-        raise Failure(f"{path}: llama.cpp has no such network; with norm = {form.norm!r} it takes {', '.join(others)}")
+        raise UserError(
+            f"{path}: llama.cpp has no such network; with norm = {form.norm!r} it takes {', '.join(others)}"
+        )
     return kind
 
 
@@ -104,14 +106,14 @@ def convert_weights(form: Form, weights: Arrays, *, end: bool) -> Arrays:
     if form.position == "rotary":  # not all of these kinds can be without a head
         weights = {"head.weight": weights["token_embedding.weight"], **weights}
     if form.position == "sinusoidal":
-        form, weights = with_learned_waves(form, weights)
+        form, weights = bake_sinusoids(form, weights)
     # What llama.cpp expects and the form lacks: biases where there are LayerNorms, else gains.
-    weights = fill(form, weights, bias=form.norm == "layernorm", norm="layernorm")
+    weights = add_missing_weights(form, weights, bias=form.norm == "layernorm", norm="layernorm")
     if end:  # its logit is the mean of all, which is never the highest
         for name in ("token_embedding.weight", "head.weight"):
             if name in weights:
                 weights[name] = np.vstack((weights[name], weights[name].mean(0)))
-    theirs = renamed(weights, THEIRS)
+    theirs = rename_weights(weights, OURS_TO_GGUF)
     if form.norm == "rmsnorm":
         for layer in range(form.n_layer):
             theirs |= split_attention(form, f"blk.{layer}.attn_", theirs.pop(f"blk.{layer}.attn_qkv.weight"))
@@ -159,10 +161,10 @@ def describe_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> Non
 
     A character of several bytes is merged from its bytes from left to right; no merge crosses characters, as none
     begins with a byte from within one. Text encodes as with us, but that characters without a token are left out, as
-    --unknown=skip does it, and that <|endoftext|> in a prompt is GPT-2's token of that name. Nothing is put before or
+    --skip_unknown does it, and that <|endoftext|> in a prompt is GPT-2's token of that name. Nothing is put before or
     after a text. END is never drawn: llama.cpp is told so, and older ones, which do not listen, take --ignore-eos.
     """
-    letters = byte_letters()
+    letters = byte_symbols()
     tokens = ["".join(map(letters.__getitem__, tokenizer.token_bytes(token))) for token in range(tokenizer.vocab_size)]
     if tokenizer.kind == "gpt2":
         merges = fetch(GPT2_MERGES, data_dir).read_text(encoding="utf-8").splitlines()[1:]

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from glyphgpt.checkpoint import Arrays
-from glyphgpt.convert.exporting import byte_letters, fill, load, renamed, with_learned_waves
-from glyphgpt.convert.nanogpt import OURS
+from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, load, rename_weights
+from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer
-from glyphgpt.errors import Failure, UsageError, writing
-from glyphgpt.files import copy_mode, exchange
+from glyphgpt.errors import UsageError, UserError, wrap_write_errors
+from glyphgpt.files import copy_mode, swap_dirs
 from glyphgpt.inference.numpy_gpt import EPSILON, Form
 from glyphgpt.settings import ConvertSettings
 
@@ -33,10 +33,12 @@ UNKNOWN = "<unknown>"
 """Stands for no token, on purpose: transformers then refuses a character that the vocabulary lacks."""
 
 ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu2": "relu2"}
-TURNED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
+TRANSPOSED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
 """What its GPT-2 holds the other way round."""
 
-GPT2 = {ours: theirs for theirs, ours in OURS.items()} | {"blocks": "transformer.h"}  # nanoGPT's names come from there
+GPT2 = {ours: theirs for theirs, ours in NANOGPT_TO_OURS.items()} | {
+    "blocks": "transformer.h"
+}  # nanoGPT's names come from there
 NEOX = {
     "token_embedding": "gpt_neox.embed_in", "blocks": "gpt_neox.layers", "attention_norm": "input_layernorm",
     "attention.qkv": "attention.query_key_value", "attention.out": "attention.dense",
@@ -61,14 +63,14 @@ def folder(place: Path, settings: ConvertSettings) -> str:
 
     Raises:
         UsageError: no place to write is named, or something is there already.
-        Failure: the checkpoint cannot be used, or no architecture there can compute its network.
+        UserError: the checkpoint cannot be used, or no architecture there can compute its network.
     """
     if not settings.out:
         raise UsageError("say where to write: --out=out/huggingface")
     checkpoint, form, tokenizer = load(place, Path(settings.data_dir))
-    for there, what, instead in inexpressible(form):
+    for there, what, instead in unsupported(form):
         if there:
-            raise Failure(
+            raise UserError(
                 f"{checkpoint.path}: transformers has no architecture with {what}; train with {instead} to write it"
             )
     config, weights = convert(form, checkpoint.model)
@@ -85,7 +87,7 @@ def folder(place: Path, settings: ConvertSettings) -> str:
     )
 
 
-def inexpressible(form: Form) -> Iterator[tuple[bool, str, str]]:
+def unsupported(form: Form) -> Iterator[tuple[bool, str, str]]:
     """Yield whether a form has something that no architecture there has, what it is, and what to train with instead."""
     rotary, rms = form.position == "rotary", form.norm == "rmsnorm"
     yield form.ngram > 1, f"n-gram tables (ngram = {form.ngram})", "ngram = 1"
@@ -106,9 +108,9 @@ def gpt2(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its GPT-2: learned positions and LayerNorm; fixed waves are a learned table there."""
     bias = form.bias
     if form.position == "sinusoidal":
-        form, weights = with_learned_waves(form, weights)
-    filled = fill(form, weights, bias=True)
-    names = {name: array.T if name.endswith(TURNED) else array for name, array in filled.items()}
+        form, weights = bake_sinusoids(form, weights)
+    filled = add_missing_weights(form, weights, bias=True)
+    names = {name: array.T if name.endswith(TRANSPOSED) else array for name, array in filled.items()}
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -126,12 +128,12 @@ def gpt2(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
         "bias": bias,  # transformers has always biases, and ignores this; it tells us on the way back
         "dtype": "float32",
     }
-    return config, renamed(names, GPT2)
+    return config, rename_weights(names, GPT2)
 
 
 def neox(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its GPT-NeoX: rotary positions and LayerNorm; each head's query, key and value stand together."""
-    filled = fill(form, weights, bias=True)
+    filled = add_missing_weights(form, weights, bias=True)
     for name in [name for name in filled if ".attention.qkv." in name]:
         heads = filled[name].reshape(3, form.n_head, form.n_embd // form.n_head, -1)
         filled[name] = heads.swapaxes(0, 1).reshape(filled[name].shape)
@@ -144,13 +146,13 @@ def neox(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
         "attention_bias": True,
         "hidden_dropout": form.dropout,
     }
-    return shared(form) | config, renamed(filled, NEOX)
+    return shared(form) | config, rename_weights(filled, NEOX)
 
 
 def arcee(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its Arcee, or with normalised queries and keys its Apertus: rotary positions and RMSNorm, whose gains are 1."""
     parts: Arrays = {}
-    for name, array in fill(form, weights, norm="layernorm", bias=False).items():
+    for name, array in add_missing_weights(form, weights, norm="layernorm", bias=False).items():
         if ".attention.qkv." in name:
             parts |= {name.replace("qkv", part): third for part, third in zip("qkv", np.split(array, 3), strict=True)}
         else:
@@ -158,11 +160,11 @@ def arcee(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     config: dict[str, Any] = {"rms_norm_eps": EPSILON["rmsnorm"], "num_key_value_heads": form.n_head}
     if not form.qk_norm:
         config |= {"model_type": "arcee", "architectures": ["ArceeForCausalLM"], "mlp_bias": form.bias}
-        return shared(form) | config, renamed(parts, ARCEE)
+        return shared(form) | config, rename_weights(parts, ARCEE)
     gain = np.ones(form.n_embd // form.n_head, np.float32)
     parts |= {f"blocks.{layer}.attention.{x}_norm.weight": gain for layer in range(form.n_layer) for x in "qk"}
     config |= {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
-    return shared(form) | config, renamed(parts, APERTUS)
+    return shared(form) | config, rename_weights(parts, APERTUS)
 
 
 def shared(form: Form) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def vocabulary(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
     """Return the part of tokenizer.json that tells what each id means: whole characters, or bytes with their merges."""
     if isinstance(tokenizer, CharTokenizer):
         return {"type": "WordLevel", "vocab": ids_of(tokenizer.characters), "unk_token": UNKNOWN}
-    ids, merges = ids_of(byte_letters()), []
+    ids, merges = ids_of(byte_symbols()), []
     if tokenizer.kind == "gpt2":
         ids = json.loads(fetch(GPT2_ENCODER, data_dir).read_bytes())
         merges = fetch(GPT2_MERGES, data_dir).read_text(encoding="utf-8").splitlines()[1:]  # after the version
@@ -255,16 +257,16 @@ def new_folder(place: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         UsageError: something is there already, which `overwrite` does not allow to replace.
-        Failure: it could not be written.
+        UserError: it could not be written.
     """
     if place.exists() and not overwrite:
         raise UsageError(f"{place} is there already; add --overwrite to replace it, or choose another --out")
     if place.exists() and not ((place / CONFIG).is_file() and (place / WEIGHTS).is_file()):
         raise UsageError(f"{place} is no model of Hugging Face's, so it is not replaced; choose another --out")
-    with writing(place):
+    with wrap_write_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as hidden:
             new, old = Path(hidden) / "new", Path(hidden) / "old"
             new.mkdir()
             yield new
-            exchange(place, new, old)
+            swap_dirs(place, new, old)

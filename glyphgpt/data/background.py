@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 AHEAD = 16  # pieces of work that may wait, so that neither side waits for the other's slowest
 
 
-class Helper:
+class BackgroundWorker:
     """A thread that hashes or writes while the next pieces are being read: in order, a few pieces behind at most."""
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class Helper:
         self._work: deque[Future[None]] = deque()
         self._failed = False
 
-    def do(self, work: Callable[..., object], *arguments: object) -> None:
+    def submit(self, work: Callable[..., object], *arguments: object) -> None:
         """Do something once what went before is done; raise what that raised, and then do nothing any more."""
         if len(self._work) == AHEAD:
             self._work.popleft().result()
@@ -40,7 +40,7 @@ class Helper:
         """Let go of the thread; work that has not begun is dropped."""
         self._thread.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> "Helper":
+    def __enter__(self) -> "BackgroundWorker":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -76,7 +76,7 @@ class Windows:
             rows = rows.pin_memory()
         return rows.to(self.device, non_blocking=True)
 
-    def expect(self, starts: NDArray[np.int64], length: int) -> None:
+    def prefetch(self, starts: NDArray[np.int64], length: int) -> None:
         """Begin to read in another thread what `at` will be asked for next."""
         if self._resident is None:
             self._ahead = starts, length, self._reader.submit(self._read, starts, length)

@@ -19,9 +19,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glyphgpt.cli import command
-from glyphgpt.data.background import Helper
-from glyphgpt.data.tokenizers import Tokenizer, Tokens, from_plain, token_dtype
-from glyphgpt.errors import Failure, describe, writing
+from glyphgpt.data.background import BackgroundWorker
+from glyphgpt.data.tokenizers import Tokenizer, Tokens, token_dtype, tokenizer_from_dict
+from glyphgpt.errors import UserError, format_os_error, wrap_write_errors
 from glyphgpt.files import file_sha256
 
 FORMAT = 1
@@ -29,7 +29,7 @@ META = "meta.json"
 OPEN_SHARDS = 64
 """Shards open at once, at most: systems allow a process a few hundred files."""
 
-FileStat = tuple[int, int, int, int]
+FileIdentity = tuple[int, int, int, int]
 
 
 class _Plain(BaseModel):
@@ -62,7 +62,7 @@ class SourceMeta(_Plain):
     sha256: str
 
 
-class Meta(_Plain):
+class DatasetMeta(_Plain):
     """What meta.json holds."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
@@ -95,7 +95,7 @@ class ShardWriter:
         self._count = 0  # tokens in the file
         self._digest = hashlib.sha256()  # of the file, should it become full
         self._all = hashlib.sha256()  # of the tokens
-        self._hasher = Helper()
+        self._hasher = BackgroundWorker()
         for shard in self.shards:
             self._all.update(np.lib.format.open_memmap(folder / shard.file, mode="r").data)
 
@@ -105,9 +105,9 @@ class ShardWriter:
             file = self._file or self._begin()
             part = tokens[: self.shard_tokens - self._count]
             data = np.ascontiguousarray(part, dtype=self.dtype).data
-            self._hasher.do(self._digest.update, data)
-            self._hasher.do(self._all.update, data)
-            with writing(self._path):
+            self._hasher.submit(self._digest.update, data)
+            self._hasher.submit(self._all.update, data)
+            with wrap_write_errors(self._path):
                 file.write(data)
             self._count += part.size
             tokens = tokens[part.size :]
@@ -138,7 +138,7 @@ class ShardWriter:
         self._count = 0
         header = self._header(self.shard_tokens)
         self._digest = hashlib.sha256(header)
-        with writing(self._path):
+        with wrap_write_errors(self._path):
             self._file = self._path.open("wb")
             self._file.write(header)
         return self._file
@@ -152,7 +152,7 @@ class ShardWriter:
 
     def _end(self, file: BinaryIO) -> None:
         full = self._count == self.shard_tokens
-        with writing(self._path):
+        with wrap_write_errors(self._path):
             if not full:
                 file.seek(0)
                 file.write(self._header(self._count))
@@ -168,32 +168,32 @@ class ShardFile:
     """The tokens of a shard on disk, mapped into memory while they are read: a slice of it is an array."""
 
     path: Path
-    stat: FileStat
+    stat: FileIdentity
     size: int
     dtype: np.dtype[Any]
 
     def __getitem__(self, place: slice) -> Tokens:
-        return mapped(self.path, self.stat)[place]
+        return map_shard(self.path, self.stat)[place]
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def mapped(path: Path, stat: FileStat) -> Tokens:
+def map_shard(path: Path, stat: FileIdentity) -> Tokens:
     """Map a shard into memory, if it still is the file that was verified.
 
     Raises:
-        Failure: it is not, or cannot be read.
+        UserError: it is not, or cannot be read.
     """
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-        unchanged = file_stat(path) == stat
+        unchanged = file_identity(path) == stat
     except OSError as error:
-        raise Failure(describe(error)) from error
+        raise UserError(format_os_error(error)) from error
     if not unchanged:
-        raise Failure(f"{path}: changed since it was opened; start again, on the new data")
+        raise UserError(f"{path}: changed since it was opened; start again, on the new data")
     return tokens.view(np.ndarray)  # whose slices, unlike a memmap's, cost next to nothing
 
 
-def file_stat(path: Path) -> FileStat:
+def file_identity(path: Path) -> FileIdentity:
     """Return what changes when a file is replaced or written to."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -245,17 +245,17 @@ class Dataset:
     """A prepared data set, verified."""
 
     folder: Path
-    meta: Meta
+    meta: DatasetMeta
     tokenizer: Tokenizer
     train: Split
     val: Split
 
 
-def read_meta(folder: Path) -> Meta:
+def read_meta(folder: Path) -> DatasetMeta:
     """Read a data set's meta.json.
 
     Raises:
-        Failure: it is missing or not one of this format.
+        UserError: it is missing or not one of this format.
     """
     path = folder / META
     try:
@@ -264,18 +264,18 @@ def read_meta(folder: Path) -> Meta:
         where = [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
         recipe = command("prepare.py", folder.name, *where)
         own = command("prepare.py", "FILE", f"--name={folder.name}", *where)
-        raise Failure(f"{folder}: no dataset here; prepare it first: {recipe} (a recipe) or {own}") from error
+        raise UserError(f"{folder}: no dataset here; prepare it first: {recipe} (a recipe) or {own}") from error
     except OSError as error:
-        raise Failure(describe(error)) from error
+        raise UserError(format_os_error(error)) from error
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{path}: damaged ({error}); prepare the dataset again") from error
+        raise UserError(f"{path}: damaged ({error}); prepare the dataset again") from error
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
-        raise Failure(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
+        raise UserError(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
     try:
-        return Meta.model_validate(data)
+        return DatasetMeta.model_validate(data)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise Failure(f"{path}: damaged at '{place}'; prepare the dataset again") from error
+        raise UserError(f"{path}: damaged at '{place}'; prepare the dataset again") from error
 
 
 def find_dataset(name: str, data_dir: Path) -> Path:
@@ -288,12 +288,12 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
     """Open a data set, every shard checked against meta.json.
 
     Raises:
-        Failure: it is missing, damaged, or not of this format.
+        UserError: it is missing, damaged, or not of this format.
     """
     meta = read_meta(folder)
-    tokenizer = from_plain(meta.tokenizer, data_dir)
+    tokenizer = tokenizer_from_dict(meta.tokenizer, data_dir)
     if tokenizer.vocab_size != meta.vocab_size:
-        raise Failure(f"{folder / META}: tokenizer and vocab_size disagree; prepare the dataset again")
+        raise UserError(f"{folder / META}: tokenizer and vocab_size disagree; prepare the dataset again")
     train, val = (_load_split(folder, split, meta.vocab_size) for split in (meta.train, meta.val))
     return Dataset(folder, meta, tokenizer, train, val)
 
@@ -301,32 +301,32 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
 def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:
     shards = tuple(_load_shard(folder / shard.file, shard, vocab_size) for shard in split.shards)
     if sum(shard.size for shard in shards) != split.tokens or split.tokens < 2 or split.characters < 1:
-        raise Failure(f"{folder / META}: the counts of tokens disagree; prepare the dataset again")
+        raise UserError(f"{folder / META}: the counts of tokens disagree; prepare the dataset again")
     return Split(shards, split.characters)
 
 
 def _load_shard(path: Path, shard: Shard, vocab_size: int) -> ShardFile:
     try:
-        stat, intact = file_stat(path), file_sha256(path) == shard.sha256
-        tokens = mapped(path, stat) if intact else None
+        stat, intact = file_identity(path), file_sha256(path) == shard.sha256
+        tokens = map_shard(path, stat) if intact else None
     except FileNotFoundError as error:
-        raise Failure(f"{path}: is missing; prepare the dataset again") from error
+        raise UserError(f"{path}: is missing; prepare the dataset again") from error
     except OSError as error:
-        raise Failure(describe(error)) from error
-    except Failure:
+        raise UserError(format_os_error(error)) from error
+    except UserError:
         raise
     except Exception as error:  # a crafted header can make numpy raise anything
-        raise Failure(f"{path}: damaged ({error}); prepare the dataset again") from error
+        raise UserError(f"{path}: damaged ({error}); prepare the dataset again") from error
     if tokens is None:
-        raise Failure(f"{path}: damaged, its checksum is another; prepare the dataset again")
+        raise UserError(f"{path}: damaged, its checksum is another; prepare the dataset again")
     fits = tokens.ndim == 1 and tokens.dtype == token_dtype(vocab_size) and tokens.size == shard.tokens
     if not fits or (tokens.size and int(tokens.max()) >= vocab_size):
-        raise Failure(f"{path}: does not hold what {META} tells; prepare the dataset again")
+        raise UserError(f"{path}: does not hold what {META} tells; prepare the dataset again")
     return ShardFile(path, stat, tokens.size, tokens.dtype)
 
 
-def write_dataset(folder: Path, meta: Meta) -> None:
+def write_meta(folder: Path, meta: DatasetMeta) -> None:
     """Write meta.json into a folder that holds the shards."""
     text = json.dumps(meta.model_dump(), ensure_ascii=False, indent=1)
-    with writing(folder / META):
+    with wrap_write_errors(folder / META):
         (folder / META).write_text(text + "\n", encoding="utf-8")

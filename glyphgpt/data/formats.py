@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from glyphgpt.data.sources import STANDARD_INPUT, shell_word
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 
 HEAD_BYTES = 512
 GZIP = b"\x1f\x8b\x08"
@@ -43,11 +43,11 @@ def refuse(head: bytes, name: str, unpack: str) -> None:
     """Refuse a file whose first bytes are those of a container; `unpack` is the command that made these bytes, if any.
 
     Raises:
-        Failure: it is one; names the format and what to do.
+        UserError: it is one; names the format and what to do.
     """
     for pattern, what, remedy in REFUSED:
         if re.match(pattern, head, re.DOTALL):
-            raise Failure(f"{name}: {what}, not plain text; {remedy.format(file=file_word(name), unpack=unpack)}")
+            raise UserError(f"{name}: {what}, not plain text; {remedy.format(file=file_word(name), unpack=unpack)}")
 
 
 def file_word(name: str) -> str:

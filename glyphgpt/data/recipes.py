@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from glyphgpt.data.downloads import FileName, Sha256, Source, fetch
 from glyphgpt.data.text import read_lines
-from glyphgpt.errors import Failure, UsageError
-from glyphgpt.files import write_whole
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.files import write_atomic
 
 QUICK = "config/quick.toml"
 
@@ -23,13 +23,13 @@ class Pairs(BaseModel):
     file: FileName
     sha256: Sha256
     sources: tuple[Source, ...]
-    beside: tuple[tuple[str, str], ...]
+    aligned: tuple[tuple[str, str], ...]
     """Which files stand side by side, by name; one pair of files after the other."""
 
     @model_validator(mode="after")
     def check_names(self) -> "Pairs":
         """See that every file that stands beside another is a source."""
-        missing = {name for names in self.beside for name in names} - {source.file for source in self.sources}
+        missing = {name for names in self.aligned for name in names} - {source.file for source in self.sources}
         if missing:
             raise ValueError(f"no source is called {min(missing)}")
         return self
@@ -80,34 +80,34 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError("\n".join(told)) from error
 
 
-def text_file(recipe: Recipe, data_dir: Path) -> Path:
+def download_text(recipe: Recipe, data_dir: Path) -> Path:
     """Return the path of a recipe's text, bringing what it is made from into `data_dir`/downloads.
 
     Raises:
-        Failure: something could not be had, or is not what its checksum tells of.
+        UserError: something could not be had, or is not what its checksum tells of.
     """
-    return fetch(recipe.text, data_dir) if isinstance(recipe.text, Source) else join(recipe.text, data_dir)
+    return fetch(recipe.text, data_dir) if isinstance(recipe.text, Source) else align(recipe.text, data_dir)
 
 
-def join(pairs: Pairs, data_dir: Path) -> Path:
+def align(pairs: Pairs, data_dir: Path) -> Path:
     """Write a text of pairs, and return its path.
 
     Raises:
-        Failure: a file could not be had, or they do not make the text that the checksum tells of.
+        UserError: a file could not be had, or they do not make the text that the checksum tells of.
     """
     paths = {source.file: fetch(source, data_dir) for source in pairs.sources}
     target = data_dir / "downloads" / pairs.file
     lines: list[str] = []
-    for names in pairs.beside:
+    for names in pairs.aligned:
         left, right = (read_lines(str(paths[name])) for name in names)
         if len(left) != len(right):
-            raise Failure(f"{' and '.join(names)} differ in their numbers of lines: {len(left):,} and {len(right):,}")
+            raise UserError(f"{' and '.join(names)} differ in their numbers of lines: {len(left):,} and {len(right):,}")
         lines += [f"{one}\t{other}\n" for one, other in zip(left, right, strict=True)]
     text = "".join(lines).encode()
     if hashlib.sha256(text).hexdigest() != pairs.sha256:
-        raise Failure(
+        raise UserError(
             f"{pairs.file}: not the text that the recipe tells of: its SHA-256 is "
             f"{hashlib.sha256(text).hexdigest()}, not {pairs.sha256}"
         )
-    write_whole(target, text)
+    write_atomic(target, text)
     return target

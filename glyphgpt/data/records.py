@@ -12,7 +12,7 @@ from itertools import chain, count
 from typing import Any, BinaryIO
 
 from glyphgpt.data.sources import list_names, sanitize
-from glyphgpt.errors import Failure, importing
+from glyphgpt.errors import UserError, optional_import
 
 BATCH_CHARACTERS = 1 << 18
 FIELDS_SHOWN = 10
@@ -28,7 +28,7 @@ def json_records(pieces: Iterator[str], name: str, field: str) -> Iterator[Docum
     """Yield the texts of JSON Lines; blank lines are left out.
 
     Raises:
-        Failure: a line is not JSON, or holds no text.
+        UserError: a line is not JSON, or holds no text.
     """
     begun: list[str] = []  # parts of a line
     numbers = count(1)
@@ -50,14 +50,14 @@ def parsed(line: str, place: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{place} is not JSON ({error})") from error
+        raise UserError(f"{place} is not JSON ({error})") from error
 
 
 def json_values(pieces: Iterator[str], name: str, field: str) -> Iterator[Documents]:
     """Yield the texts of a JSON array, or of JSON values one after the other.
 
     Raises:
-        Failure: the file is not JSON, or a value holds no text.
+        UserError: the file is not JSON, or a value holds no text.
     """
 
     def texts() -> Iterator[str]:
@@ -70,7 +70,7 @@ def json_values(pieces: Iterator[str], name: str, field: str) -> Iterator[Docume
                 return
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise Failure(f"{place} is not JSON ({reason})") from error
+                raise UserError(f"{place} is not JSON ({reason})") from error
             yield record_text(value, place, field)
 
     return in_batches(texts())
@@ -147,7 +147,7 @@ def csv_rows(pieces: Iterator[str], name: str, field: str, delimiter: str) -> It
     """Yield the texts of a column of CSV, whose first line names the columns.
 
     Raises:
-        Failure: there is no such column, or a row is damaged.
+        UserError: there is no such column, or a row is damaged.
     """
 
     def texts() -> Iterator[str]:
@@ -157,17 +157,17 @@ def csv_rows(pieces: Iterator[str], name: str, field: str, delimiter: str) -> It
             rows = filter(None, reader)  # blank lines are none
             header = next(rows, [field])
             if field not in header:
-                raise Failure(f"{name}: has no column '{field}'; {fields_hint(header)}")
+                raise UserError(f"{name}: has no column '{field}'; {fields_hint(header)}")
             column = header.index(field)
             for row in rows:
                 if len(row) != len(header):
-                    raise Failure(
+                    raise UserError(
                         f"{name}: line {reader.line_num:,}: {len(row)} columns, but the first line names "
                         f'{len(header)}; a text that holds a delimiter must stand in quotes: "..."'
                     )
                 yield row[column]
         except csv.Error as error:
-            raise Failure(
+            raise UserError(
                 f"{name}: line {reader.line_num:,}: {error}; a text that holds quotes must stand in quotes, and each "
                 'of its own be doubled: "a ""quoted"" word"'
             ) from error
@@ -205,15 +205,15 @@ def parquet_rows(file: BinaryIO, name: str, field: str, read_up_to: Callable[[fl
     """Yield the texts of a Parquet file, and call `read_up_to` with the fraction of its rows that have been read.
 
     Raises:
-        Failure: pyarrow is not installed, the file is damaged, or a row has no such field of text.
+        UserError: pyarrow is not installed, the file is damaged, or a row has no such field of text.
     """
-    with importing("pyarrow", f"{name}: reading Parquet"):
+    with optional_import("pyarrow", f"{name}: reading Parquet"):
         import pyarrow  # noqa: PLC0415  (large, and only for those who use it)
         from pyarrow import parquet  # noqa: PLC0415
     try:
         table, row = parquet.ParquetFile(file), 0
         if field not in table.schema_arrow.names:
-            raise Failure(f"{name}: has no column '{sanitize(field)}'; {fields_hint(table.schema_arrow.names)}")
+            raise UserError(f"{name}: has no column '{sanitize(field)}'; {fields_hint(table.schema_arrow.names)}")
         for batch in table.iter_batches(batch_size=1000, columns=[field]):
             values = batch.column(0).to_pylist()
             records = [checked(v, f"{name}: row {row + i:,}", field) for i, v in enumerate(values, start=1)]
@@ -222,7 +222,7 @@ def parquet_rows(file: BinaryIO, name: str, field: str, read_up_to: Callable[[fl
             yield records
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Failure(f"{name}: cannot be read: {reason}; get the file anew, or leave it out") from error
+        raise UserError(f"{name}: cannot be read: {reason}; get the file anew, or leave it out") from error
     read_up_to(1)
 
 
@@ -230,14 +230,14 @@ def record_text(value: object, place: str, field: str) -> str:
     """Return the text that a JSON value is, or that its field holds.
 
     Raises:
-        Failure: there is none.
+        UserError: there is none.
     """
     if isinstance(value, str):
         return without_halves(value, f"{place}: the text")
     if not isinstance(value, dict):
-        raise Failure(f"{place} is neither text nor a JSON object with a field '{field}'")
+        raise UserError(f"{place} is neither text nor a JSON object with a field '{field}'")
     if field not in value:
-        raise Failure(f"{place} has no field '{field}'; {fields_hint(list(value))}")
+        raise UserError(f"{place} has no field '{field}'; {fields_hint(list(value))}")
     return checked(value[field], place, field)
 
 
@@ -245,10 +245,10 @@ def checked(value: object, place: str, field: str) -> str:
     """Return a record's text.
 
     Raises:
-        Failure: it is none.
+        UserError: it is none.
     """
     if not isinstance(value, str):
-        raise Failure(f"{place}: '{field}' is not text but {json.dumps(value, default=str)[:50]}")
+        raise UserError(f"{place}: '{field}' is not text but {json.dumps(value, default=str)[:50]}")
     return without_halves(value, f"{place}: '{field}'")
 
 
@@ -256,12 +256,12 @@ def without_halves(text: str, place: str) -> str:
     """Return a text, having made sure that it is one.
 
     Raises:
-        Failure: it holds half a surrogate pair.
+        UserError: it holds half a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Failure(f"{place} holds half a surrogate pair, which is no character") from error
+        raise UserError(f"{place} holds half a surrogate pair, which is no character") from error
     return text
 
 

@@ -14,15 +14,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from glyphgpt.data.dataset import META, Shard
 from glyphgpt.data.sources import list_names
-from glyphgpt.errors import Failure, UsageError, warn
-from glyphgpt.files import exchange, file_sha256, locked, write_whole
+from glyphgpt.errors import UsageError, UserError, warn
+from glyphgpt.files import file_sha256, locked, swap_dirs, write_atomic
 
 PROGRESS = "progress.json"
 OWN_FILE = re.compile(r"meta\.json|(?:train|val)-\d{5,}\.npy|report\.html")
 """Files of a dataset's folder that a new one may replace."""
 
 
-class Progress(BaseModel):
+class PrepareProgress(BaseModel):
     """How far a preparation has come: what is finished, and from where on the text is still to be encoded."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -46,12 +46,12 @@ class Progress(BaseModel):
     """tokens of the split before that piece."""
 
 
-def job_name(**facts: object) -> str:
+def task_fingerprint(**facts: object) -> str:
     """Name a job by all that its result follows from, as JSON types."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def place_of(name: str, data_dir: Path) -> Path:
+def dataset_dir(name: str, data_dir: Path) -> Path:
     """Return the folder of a data set to make.
 
     Raises:
@@ -65,7 +65,7 @@ def place_of(name: str, data_dir: Path) -> Path:
 
 
 @contextmanager
-def workshop(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[Path]:
+def staging_dir(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[Path]:
     """Give a folder to make a data set in, that becomes `folder` at the end, whole.
 
     After a failure it is kept if there is something to continue from, else nothing is left behind. `named` is whether
@@ -73,9 +73,9 @@ def workshop(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[P
 
     Raises:
         UsageError: another process prepares this data set.
-        Failure: there is something in the place already.
+        UserError: there is something in the place already.
     """
-    check_place(folder, overwrite=overwrite, named=named)
+    check_target(folder, overwrite=overwrite, named=named)
     hidden = folder.with_name(f".{folder.name}.unfinished")
     new, old = hidden / "new", hidden / "old"
     with locked(hidden, "--name=ANOTHER"):
@@ -83,11 +83,11 @@ def workshop(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[P
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
         try:
-            check_place(folder, overwrite=overwrite, named=named)  # once more, now that nobody else can make it
+            check_target(folder, overwrite=overwrite, named=named)  # once more, now that nobody else can make it
             new.mkdir(exist_ok=True)
             yield new
-            exchange(folder, new, old)
-            forget(folder)
+            swap_dirs(folder, new, old)
+            clear_progress(folder)
         except BaseException:
             if (new / PROGRESS).exists():
                 warn(f"what is done so far is kept in {hidden}; the same command continues from there")
@@ -97,29 +97,29 @@ def workshop(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[P
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def check_place(folder: Path, *, overwrite: bool, named: bool) -> None:
+def check_target(folder: Path, *, overwrite: bool, named: bool) -> None:
     """Make sure that a dataset may be written to a folder: only a dataset is ever replaced, with nothing beside it.
 
     Raises:
-        Failure: there is something already.
+        UserError: there is something already.
     """
     instead = "choose another --name" if named else "move it away"
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise Failure(f"{folder} is not a folder, so it is never replaced; {instead}")
+        raise UserError(f"{folder} is not a folder, so it is never replaced; {instead}")
     names = sorted(path.name for path in folder.iterdir())
     if others := [name for name in names if META not in names or not OWN_FILE.fullmatch(name)]:
-        raise Failure(f"{folder} holds other files ({list_names(others)}), which are never replaced; {instead}")
+        raise UserError(f"{folder} holds other files ({list_names(others)}), which are never replaced; {instead}")
     if names and not overwrite:
         another = ", or --name=ANOTHER" if named else ""
-        raise Failure(f"{folder} holds a dataset already; add --overwrite to replace it{another}")
+        raise UserError(f"{folder} holds a dataset already; add --overwrite to replace it{another}")
 
 
-def earlier(folder: Path, job: str) -> Progress | None:
+def load_progress(folder: Path, job: str) -> PrepareProgress | None:
     """Return how far an earlier run of the same job came; what any other left in the folder is deleted."""
     try:
-        progress = Progress.model_validate_json((folder / PROGRESS).read_bytes())
+        progress = PrepareProgress.model_validate_json((folder / PROGRESS).read_bytes())
     except (OSError, ValidationError):
         progress = None
     if progress and progress.job == job:
@@ -131,11 +131,11 @@ def earlier(folder: Path, job: str) -> Progress | None:
     return None
 
 
-def keep(progress: Progress, folder: Path) -> None:
+def save_progress(progress: PrepareProgress, folder: Path) -> None:
     """Write down how far a job has come."""
-    write_whole(folder / PROGRESS, progress.model_dump_json().encode())
+    write_atomic(folder / PROGRESS, progress.model_dump_json().encode())
 
 
-def forget(folder: Path) -> None:
+def clear_progress(folder: Path) -> None:
     """Leave nothing to go on with: the job is done, or cannot be."""
     (folder / PROGRESS).unlink(missing_ok=True)

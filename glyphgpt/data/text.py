@@ -27,11 +27,11 @@ from glyphgpt.data.formats import (
 )
 from glyphgpt.data.records import Documents, csv_rows, json_records, json_values, parquet_rows
 from glyphgpt.data.sources import STANDARD_INPUT, FileFinder, find_files, is_stream, sanitize
-from glyphgpt.errors import Failure, UsageError, warn, writing
+from glyphgpt.errors import UsageError, UserError, warn, wrap_write_errors
 
 CHUNK_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
-MARKED, NUL = "begin with a byte order mark", "hold NUL characters"
+HAS_BOM, HAS_NUL = "begin with a byte order mark", "hold NUL characters"
 """What is noticed of files."""
 OnChunk = Callable[[bytes], object]
 OnNotice = Callable[[str, str], object]
@@ -48,14 +48,14 @@ class Text:
     encoding: str = "utf-8"
     field: str = "text"
     """Of a record, which holds its text."""
-    separate: bool = False
+    keep_documents: bool = False
     """Whether documents are kept apart; else all is one, and each record ends with a new line."""
-    stays: bool = True
+    rereadable: bool = True
     """Whether it can be read again in another process."""
     flags: bool = True
     """Whether the user can name the encoding, so that messages may advise that."""
 
-    def stamps(self) -> list[tuple[int, int]]:
+    def file_stats(self) -> list[tuple[int, int]]:
         """Return each file's size and the time of its last change: other stamps, another text."""
         return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths if path)]
 
@@ -65,20 +65,20 @@ class Text:
         `on_notice` is called with MARKED or NUL and the name of a file of which that is so, and may be called again.
 
         Raises:
-            Failure: bytes that are no text, or a damaged file; names the file and the place.
+            UserError: bytes that are no text, or a damaged file; names the file and the place.
         """
         begun = False
         for path, name in zip(self.paths, self.names, strict=True):
             with ExitStack() as stack:
-                file = Tee(stack.enter_context(opened(path, name)) if path else sys.stdin.buffer, on_chunk)
+                file = Tee(stack.enter_context(open_binary(path, name)) if path else sys.stdin.buffer, on_chunk)
                 records, lists = self._documents(file, path, name, stack)
                 for number, documents in enumerate(lists):
                     if on_notice:
                         if number == 0 and not records and documents[0].startswith(BYTE_ORDER_MARK):
-                            on_notice(MARKED, name)
+                            on_notice(HAS_BOM, name)
                         if any("\0" in document for document in documents):
-                            on_notice(NUL, name)
-                    if self.separate:
+                            on_notice(HAS_NUL, name)
+                    if self.keep_documents:
                         new = records or number == 0
                         yield ["", *documents] if begun and new else documents
                     else:
@@ -91,19 +91,21 @@ class Text:
         """Return whether a file holds records, and its documents."""
         head = file.peek(HEAD_BYTES)
         if is_parquet(head, name):
-            random_access = stack.enter_context(opened(path, name)) if path and path.is_file() else BytesIO(file.read())
+            random_access = (
+                stack.enter_context(open_binary(path, name)) if path and path.is_file() else BytesIO(file.read())
+            )
             return True, parquet_rows(random_access, name, self.field, file.read_up_to)
         unpack = unpacking(head, name)
         head, chunks = with_head(byte_chunks(cast(BinaryIO, file), name, unpack))
         refuse(head, name, unpack)
-        pieces = decoded(chunks, name, self.encoding, encoding_remedy(head, name, unpack, flags=self.flags))
+        pieces = decode_stream(chunks, name, self.encoding, encoding_remedy(head, name, unpack, flags=self.flags))
         match record_kind(name):
             case "jsonl":
-                return True, json_records(without_mark(pieces), name, self.field)
+                return True, json_records(strip_bom(pieces), name, self.field)
             case "json":
-                return True, json_values(without_mark(pieces), name, self.field)
+                return True, json_values(strip_bom(pieces), name, self.field)
             case "csv" | "tsv" as kind:
-                return True, csv_rows(without_mark(pieces), name, self.field, "," if kind == "csv" else "\t")
+                return True, csv_rows(strip_bom(pieces), name, self.field, "," if kind == "csv" else "\t")
         return False, ([piece] for piece in pieces)
 
 
@@ -146,30 +148,30 @@ class Tee:
         return chunk
 
 
-def opened(path: Path, name: str) -> BinaryIO:
+def open_binary(path: Path, name: str) -> BinaryIO:
     """Open a file.
 
     Raises:
-        Failure: it cannot be.
+        UserError: it cannot be.
     """
     try:
         return path.open("rb")
     except OSError as error:
-        raise Failure(f"{name}: {error.strerror or error}") from error
+        raise UserError(f"{name}: {error.strerror or error}") from error
 
 
 def byte_chunks(file: BinaryIO, name: str, unpack: str) -> Iterator[bytes]:
     """Yield a file's bytes, unpacked as the command `unpack` would, if there is one.
 
     Raises:
-        Failure: it cannot be unpacked.
+        UserError: it cannot be unpacked.
     """
     reader, damage = unpacker(unpack, file) if unpack else (file, ())
     try:
         while chunk := reader.read(CHUNK_BYTES):
             yield chunk
     except damage as error:
-        raise Failure(f"{name}: cannot be unpacked: {error}; get the file anew, or leave it out") from error
+        raise UserError(f"{name}: cannot be unpacked: {error}; get the file anew, or leave it out") from error
 
 
 def with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
@@ -182,11 +184,11 @@ def with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     return b"".join(taken), chain(taken, chunks)
 
 
-def decoded(chunks: Iterator[bytes], name: str, encoding: str, remedy: str) -> Iterator[str]:
+def decode_stream(chunks: Iterator[bytes], name: str, encoding: str, remedy: str) -> Iterator[str]:
     """Yield the text that bytes spell, in pieces that are not empty.
 
     Raises:
-        Failure: they are no text of that encoding; says the `remedy`.
+        UserError: they are no text of that encoding; says the `remedy`.
     """
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     read_bytes = 0
@@ -196,17 +198,17 @@ def decoded(chunks: Iterator[bytes], name: str, encoding: str, remedy: str) -> I
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             place = read_bytes - held_back + error.start
-            raise Failure(
+            raise UserError(
                 f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not {encoding} text; {remedy}"
             ) from error
         except UnicodeError as error:  # of encodings that begin with a mark of their byte order
-            raise Failure(f"{name}: is not {encoding} text: {error}; name its --encoding, utf-16-le say") from error
+            raise UserError(f"{name}: is not {encoding} text: {error}; name its --encoding, utf-16-le say") from error
         if text:
             yield text
         read_bytes += len(chunk)
 
 
-def without_mark(pieces: Iterator[str]) -> Iterator[str]:
+def strip_bom(pieces: Iterator[str]) -> Iterator[str]:
     """Yield pieces without a byte order mark at their beginning."""
     for piece in pieces:
         yield piece.removeprefix(BYTE_ORDER_MARK)
@@ -232,10 +234,10 @@ def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **fo
     for number, path in enumerate(files):
         if path is None or is_stream(path):
             paths[number], stays = scratch / f"input-{number}", False
-            with writing(scratch), (scratch / f"input-{number}").open("wb") as out, ExitStack() as stack:
-                source = stack.enter_context(opened(path, sanitize(path))) if path else sys.stdin.buffer
+            with wrap_write_errors(scratch), (scratch / f"input-{number}").open("wb") as out, ExitStack() as stack:
+                source = stack.enter_context(open_binary(path, sanitize(path))) if path else sys.stdin.buffer
                 shutil.copyfileobj(source, out)
-    return Text(tuple(paths), shown_names(files), encoding, stays=stays, **form)
+    return Text(tuple(paths), shown_names(files), encoding, rereadable=stays, **form)
 
 
 def found_files(words: Sequence[str]) -> Sequence[Path | None]:
@@ -255,7 +257,7 @@ def read_text(word: str) -> str:
     """Read a whole UTF-8 file, or - for standard input.
 
     Raises:
-        Failure: it is missing, or no text.
+        UserError: it is missing, or no text.
     """
     files = found_files([word])
     text = Text(tuple(files), shown_names(files), flags=False)
@@ -266,7 +268,7 @@ def read_lines(word: str) -> list[str]:
     """Read a file's lines; any white space within one becomes a single space, and none stays around it.
 
     Raises:
-        Failure: it is missing, or no text.
+        UserError: it is missing, or no text.
     """
     lines = read_text(word).split("\n")
     return [" ".join(line.split()) for line in (lines if lines[-1] else lines[:-1])]

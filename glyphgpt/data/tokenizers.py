@@ -1,7 +1,7 @@
 """Text to token ids and back: characters, UTF-8 bytes, or GPT-2's word pieces.
 
 A tokenizer turns into plain data (`to_plain`) that travels in meta.json and in every checkpoint, and back
-(`from_plain`).
+(`tokenizer_from_dict`).
 """
 
 import codecs
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
         """Return the UTF-8 bytes of one token, which need not be whole characters."""
         ...
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown_characters(self, text: str) -> list[str]:
         """List the different characters of a text that have no token."""
         ...
 
@@ -44,8 +44,8 @@ class Tokenizer(Protocol):
         """Return a place, as late as possible, where a text can be cut so that its parts encode as the whole."""
         ...
 
-    def to_plain(self) -> dict[str, Any]:
-        """Return all that `from_plain` needs, as JSON types."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that `tokenizer_from_dict` needs, as JSON types."""
         ...
 
 
@@ -75,9 +75,9 @@ class CharTokenizer:
     def __init__(self, characters: str) -> None:
         """Take the characters of the vocabulary, each once, in the order of their code points."""
         if not characters or list(characters) != sorted(set(characters)):
-            raise Failure("a character vocabulary holds each character once, sorted")
+            raise UserError("a character vocabulary holds each character once, sorted")
         if any("\ud800" <= character <= "\udfff" for character in characters):
-            raise Failure("a character vocabulary holds no surrogates, which are no characters")
+            raise UserError("a character vocabulary holds no surrogates, which are no characters")
         self.characters = characters
         self.vocab_size = len(characters)
         known = code_points(characters)
@@ -105,12 +105,12 @@ class CharTokenizer:
         """Turn text into ids.
 
         Raises:
-            Failure: a character has no token.
+            UserError: a character has no token.
         """
         ids = self._lookup(text)
         if ids.size and int(ids.max()) == self._missing:
             character = text[int(np.argmax(ids == self._missing))]
-            raise Failure(f"the vocabulary has no character {character!r}")
+            raise UserError(f"the vocabulary has no character {character!r}")
         return ids.astype(token_dtype(self.vocab_size), copy=False)
 
     def _lookup(self, text: str) -> Tokens:
@@ -122,7 +122,7 @@ class CharTokenizer:
         """Return a character's UTF-8 bytes."""
         return self.characters[token].encode()
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown_characters(self, text: str) -> list[str]:
         """List the different characters of a text that have no token."""
         return sorted(set(text) - set(self.characters))
 
@@ -139,7 +139,7 @@ class CharTokenizer:
         """Return the text's end: any place will do."""
         return len(text)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the kind and the characters."""
         return {"kind": self.kind, "characters": self.characters}
 
@@ -159,7 +159,7 @@ class ByteTokenizer:
         """Return the byte itself."""
         return bytes([token])
 
-    def unknown(self, text: str) -> list[str]:  # noqa: ARG002
+    def unknown_characters(self, text: str) -> list[str]:  # noqa: ARG002
         """Return nothing: every character has bytes."""
         return []
 
@@ -167,7 +167,7 @@ class ByteTokenizer:
         """Return the text's end: any place will do."""
         return len(text)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the kind."""
         return {"kind": self.kind}
 
@@ -213,7 +213,7 @@ class GPT2Tokenizer:
         """Return a word piece's bytes."""
         return self._encoding.decode_single_token_bytes(token)
 
-    def unknown(self, text: str) -> list[str]:  # noqa: ARG002
+    def unknown_characters(self, text: str) -> list[str]:  # noqa: ARG002
         """Return nothing: every character has bytes, and every byte a token."""
         return []
 
@@ -222,16 +222,16 @@ class GPT2Tokenizer:
         last = self._CUT_REVERSED.search(text[::-1])
         return len(text) - last.start() - 1 if last else 0
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the kind."""
         return {"kind": self.kind}
 
 
-def from_plain(plain: Any, data_dir: Path) -> Tokenizer:
+def tokenizer_from_dict(plain: Any, data_dir: Path) -> Tokenizer:
     """Make a tokenizer from what `to_plain` gave.
 
     Raises:
-        Failure: the data is not that of a tokenizer.
+        UserError: the data is not that of a tokenizer.
     """
     match plain:
         case {"kind": "char", "characters": str(characters)}:
@@ -240,25 +240,27 @@ def from_plain(plain: Any, data_dir: Path) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer(data_dir)
-    raise Failure("this is not a tokenizer that this version knows")
+    raise UserError("this is not a tokenizer that this version knows")
 
 
-def list_characters(characters: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
+def describe_characters(characters: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
     """Name the first ten of some characters, with how often each was counted where that is known."""
     times = {character: f", {counts[character]:,} times" for character in characters} if counts else {}
     shown = ", ".join(f"{c!r} (U+{ord(c):04X}{times.get(c, '')})" for c in characters[:10])
     return f"{shown} and {len(characters) - 10:,} more" if len(characters) > 10 else shown
 
 
-def encode_known(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
+def encode_text(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     """Turn a user's text into ids for a model; what it has never seen is left out if `skip` is true.
 
     Raises:
-        Failure: the text has characters that the model has never seen, and `skip` is false.
+        UserError: the text has characters that the model has never seen, and `skip` is false.
     """
-    unknown = tokenizer.unknown(text)
+    unknown = tokenizer.unknown_characters(text)
     if unknown and not skip:
-        raise Failure(f"the model has never seen {list_characters(unknown)}; change the text, or add --unknown=skip")
+        raise UserError(
+            f"the model has never seen {describe_characters(unknown)}; change the text, or add --skip_unknown"
+        )
     return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
 
 
@@ -266,7 +268,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
     """Turn documents into ids, with the end-of-text token between them.
 
     Raises:
-        Failure: a character has no token.
+        UserError: a character has no token.
     """
     first, *others = documents
     parts = [tokenizer.encode(first)]
@@ -280,9 +282,9 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
     return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
 
 
-def first_token(tokenizer: Tokenizer) -> int:
+def start_token(tokenizer: Tokenizer) -> int:
     """Return what a text without a prompt starts from: a new line, or the first token where there is none."""
-    return 0 if tokenizer.unknown("\n") else int(tokenizer.encode("\n")[0])
+    return 0 if tokenizer.unknown_characters("\n") else int(tokenizer.encode("\n")[0])
 
 
 class StreamDecoder:

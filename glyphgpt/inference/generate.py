@@ -26,7 +26,7 @@ class LanguageModel(Protocol):
 
 
 @dataclass(frozen=True)
-class SamplingRule:
+class SamplingParams:
     """How a token is drawn: each rule narrows the choice that the ones before it left."""
 
     temperature: float = 1.0
@@ -38,24 +38,24 @@ class SamplingRule:
     min_p: float = 0.0
     """Only tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
 
-    def chances(self, logits: Floats) -> Floats:
+    def probs(self, logits: Floats) -> Floats:
         """Turn logits (B, V) into what the probabilities are in proportion to, (B, V); the temperature is above 0."""
         logits = logits.astype(np.float64)
-        chances = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)  # nothing overflows
+        probs = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)  # nothing overflows
         if 0 < self.top_k < logits.shape[-1]:
-            least = np.partition(chances, -self.top_k, axis=-1)[:, -self.top_k, None]  # (B, 1)
-            chances = np.where(chances < least, 0, chances)
+            least = np.partition(probs, -self.top_k, axis=-1)[:, -self.top_k, None]  # (B, 1)
+            probs = np.where(probs < least, 0, probs)
         if self.top_p < 1:
-            chances /= chances.sum(-1, keepdims=True)
-            order = np.argsort(-chances, axis=-1, kind="stable")
-            ordered = np.take_along_axis(chances, order, axis=-1)
+            probs /= probs.sum(-1, keepdims=True)
+            order = np.argsort(-probs, axis=-1, kind="stable")
+            ordered = np.take_along_axis(probs, order, axis=-1)
             reached = ordered.cumsum(-1) - ordered >= self.top_p  # before this token
-            np.put_along_axis(chances, order, np.where(reached, 0, ordered), axis=-1)
+            np.put_along_axis(probs, order, np.where(reached, 0, ordered), axis=-1)
         if self.min_p > 0:
-            chances[chances < self.min_p * chances.max(-1, keepdims=True)] = 0
-        return chances
+            probs[probs < self.min_p * probs.max(-1, keepdims=True)] = 0
+        return probs
 
-    def draw(self, logits: Floats, random: np.random.Generator) -> Ids:
+    def sample(self, logits: Floats, random: np.random.Generator) -> Ids:
         """Draw a token for each row of logits (B, V); shape (B,).
 
         The tokens run a race: each takes an exponential time, at a speed in proportion to its chance, and the first
@@ -64,7 +64,7 @@ class SamplingRule:
         if self.temperature < 1e-6:  # the limit, long before numbers overflow
             return logits.argmax(-1)
         times = random.standard_exponential(logits.shape) + 1e-300  # above 0, that who has no chance does not win
-        return (self.chances(logits) / times).argmax(-1)
+        return (self.probs(logits) / times).argmax(-1)
 
 
 def context_start(length: int, block_size: int) -> int:
@@ -87,7 +87,7 @@ def generate(
     block_size: int,
     num_samples: int,
     max_new_tokens: int,
-    rule: SamplingRule,
+    rule: SamplingParams,
     seed: int,
     use_cache: bool = True,
 ) -> Iterator[Ids]:
@@ -100,7 +100,7 @@ def generate(
     context = [np.full(num_samples, token) for token in prompt[start:]]  # (B,) each
     cache, unseen = model.new_cache(num_samples), np.stack(context, axis=1)  # (B, T)
     for _ in range(max_new_tokens):
-        token = rule.draw(model.next_logits(unseen, cache), random)  # (B,)
+        token = rule.sample(model.next_logits(unseen, cache), random)  # (B,)
         yield token
         length += 1
         before, start = start, context_start(length, block_size)

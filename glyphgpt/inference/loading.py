@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import Checkpoint
-from glyphgpt.data.tokenizers import Tokenizer, from_plain
-from glyphgpt.errors import Failure
+from glyphgpt.data.tokenizers import Tokenizer, tokenizer_from_dict
+from glyphgpt.errors import UserError
 from glyphgpt.inference.generate import LanguageModel
-from glyphgpt.inference.numpy_gpt import Decoder
+from glyphgpt.inference.numpy_gpt import NumpyGPT
 
 if TYPE_CHECKING:
     from glyphgpt.runtime import Runtime
@@ -23,12 +23,12 @@ def open_checkpoint(place: str, data_dir: Path) -> tuple[Checkpoint, Tokenizer]:
     """Load the checkpoint that a run or file holds, without its optimizer, and its tokenizer.
 
     Raises:
-        Failure: there is none, it is damaged, or its parts do not belong together.
+        UserError: there is none, it is damaged, or its parts do not belong together.
     """
-    checkpoint = checkpoints.load(checkpoints.find(Path(place)), with_optimizer=False)
-    tokenizer = from_plain(checkpoint.info.tokenizer, data_dir)
-    if tokenizer.vocab_size != checkpoint.info.model.get("vocab_size"):
-        raise Failure(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
+    checkpoint = checkpoints.load_checkpoint(checkpoints.find_checkpoint(Path(place)), with_optimizer=False)
+    tokenizer = tokenizer_from_dict(checkpoint.metadata.tokenizer, data_dir)
+    if tokenizer.vocab_size != checkpoint.metadata.model.get("vocab_size"):
+        raise UserError(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
     return checkpoint, tokenizer
 
 
@@ -37,45 +37,45 @@ def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str)
     """Make a checkpoint's model ready to decode; `remedy` is what to lower when memory runs out.
 
     Raises:
-        Failure: config and weights do not belong together, the weights are no numbers, or memory ran out.
+        UserError: config and weights do not belong together, the weights are no numbers, or memory ran out.
     """
     if device == "cpu" or (device == "auto" and not gpu_driver()):
         try:
             yield on_cpu(checkpoint)
         except MemoryError as error:
-            raise Failure(f"out of memory; lower {remedy}") from error
+            raise UserError(f"out of memory; lower {remedy}") from error
         return
     with torch_model(checkpoint, device, dtype, f"{remedy}, or use --device=cpu") as (model, runtime):
-        from glyphgpt.runtime import OnDevice  # noqa: PLC0415
+        from glyphgpt.runtime import TorchLM  # noqa: PLC0415
 
-        yield on_cpu(checkpoint) if runtime.device.type == "cpu" else OnDevice(model, runtime)
+        yield on_cpu(checkpoint) if runtime.device.type == "cpu" else TorchLM(model, runtime)
 
 
-def on_cpu(checkpoint: Checkpoint) -> Decoder:
+def on_cpu(checkpoint: Checkpoint) -> NumpyGPT:
     """Return a checkpoint's decoder.
 
     Raises:
-        Failure: config and weights do not belong together, or the weights are no numbers.
+        UserError: config and weights do not belong together, or the weights are no numbers.
     """
     checkpoint.check_weights()
     try:
-        return Decoder(checkpoint.info.model, checkpoint.model)
+        return NumpyGPT(checkpoint.metadata.model, checkpoint.model)
     except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+        raise UserError(f"{checkpoint.path}: its config and its weights do not belong together") from error
 
 
 @contextmanager
 def torch_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator[tuple["GPT", "Runtime"]]:
     """Make a checkpoint's torch model ready on a device; `remedy` is what to do when memory runs out, after "lower"."""
     from glyphgpt import runtime as runtimes  # noqa: PLC0415  (torch, only where it is used)
-    from glyphgpt.training.torch_state import make_model  # noqa: PLC0415
+    from glyphgpt.training.torch_state import build_model  # noqa: PLC0415
     from model import GPT, GPTConfig  # noqa: PLC0415
 
     with (
-        runtimes.start(device, dtype) as runtime,
-        runtimes.memory_hint(remedy),
+        runtimes.init_runtime(device, dtype) as runtime,
+        runtimes.oom_hint(remedy),
     ):
-        yield make_model(checkpoint, GPT, GPTConfig).to(runtime.device).eval(), runtime
+        yield build_model(checkpoint, GPT, GPTConfig).to(runtime.device).eval(), runtime
 
 
 def gpu_driver() -> bool:

@@ -32,17 +32,17 @@ class Form(Network):
         return self.init == "gpt2" and self.ngram == 1
 
 
-class DecoderCache:
+class NumpyKVCache:
     """Keys and values of every layer for the tokens seen so far, and the last few tokens."""
 
     def __init__(self, form: Form, batch: int) -> None:
         """Begin empty, with room for block_size tokens."""
         shape = (form.n_layer, batch, 2, form.n_head, form.block_size, form.n_embd // form.n_head)
         self.memory = np.empty(shape, np.float32)  # (L, B, 2, H, S, D)
-        self.recent = np.empty((batch, 0), np.int64)
+        self.last_tokens = np.empty((batch, 0), np.int64)
         self.length = 0
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may come several times."""
         seen = self.memory[..., : self.length, :]
         if len(rows) == seen.shape[1]:
@@ -51,10 +51,10 @@ class DecoderCache:
         else:
             self.memory = np.empty((len(seen), len(rows), *self.memory.shape[2:]), np.float32)
             self.memory[..., : self.length, :] = seen[:, rows]
-        self.recent = self.recent[rows]
+        self.last_tokens = self.last_tokens[rows]
 
 
-class Decoder:
+class NumpyGPT:
     """A network that decodes, from a config and weights by name as a checkpoint holds them."""
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Array]) -> None:
@@ -75,11 +75,11 @@ class Decoder:
         self.blocks = [Block(form, weights, f"blocks.{layer}.") for layer in range(form.n_layer)]
         self.head = Linear(form, weights, "token_embedding." if form.tie_embeddings else "head.", norm="norm.")
 
-    def new_cache(self, batch: int) -> DecoderCache:
+    def new_cache(self, batch: int) -> NumpyKVCache:
         """Return an empty cache for so many samples."""
-        return DecoderCache(self.form, batch)
+        return NumpyKVCache(self.form, batch)
 
-    def next_logits(self, tokens: NDArray[np.int64], cache: DecoderCache) -> Array:
+    def next_logits(self, tokens: NDArray[np.int64], cache: NumpyKVCache) -> Array:
         """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
         start, T = cache.length, tokens.shape[1]
         S = start + T
@@ -93,12 +93,12 @@ class Decoder:
         cache.length = S
         return self.head(x)
 
-    def _embed(self, tokens: NDArray[np.int64], cache: DecoderCache) -> Array:
+    def _embed(self, tokens: NDArray[np.int64], cache: NumpyKVCache) -> Array:
         """Map tokens (B, T) to the residual stream's beginning (B, T, C), with a mean of 0 if norms want that."""
         T, start = tokens.shape[1], cache.length
         if self.lookback:
-            tokens = np.concatenate((cache.recent, tokens), axis=1)
-            cache.recent = tokens[:, -self.lookback :]
+            tokens = np.concatenate((cache.last_tokens, tokens), axis=1)
+            cache.last_tokens = tokens[:, -self.lookback :]
         x = self.embedding[tokens]
         if self.tables:
             x = rms_norm(x + self._ngrams(tokens))

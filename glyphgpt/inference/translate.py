@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from glyphgpt.cli import parse
 from glyphgpt.data.text import read_lines
-from glyphgpt.data.tokenizers import Tokenizer, decode, encode_known
-from glyphgpt.errors import Failure, UsageError, importing, plain_errors
-from glyphgpt.files import write_whole
+from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text
+from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
+from glyphgpt.files import write_atomic
 from glyphgpt.inference import beam_search as beam
 from glyphgpt.inference.generate import Ids, LanguageModel
 from glyphgpt.inference.loading import language_model, open_checkpoint
@@ -41,11 +41,11 @@ def main() -> None:
         raise UsageError(f"--out={settings.out}: there is no such folder; make it first")
     references = read_references(settings.reference, len(sources)) if settings.reference else []
     with language_model(checkpoint, settings.device, settings.dtype, "batch_size or beam") as model:
-        translator = Translator(model, tokenizer, checkpoint.info.model["block_size"], settings)
+        translator = Translator(model, tokenizer, checkpoint.metadata.model["block_size"], settings)
         translations = translator.translate(sources)
     text = "".join(f"{line}\n" for line in translations)
     if settings.out:
-        write_whole(Path(settings.out), text.encode())
+        write_atomic(Path(settings.out), text.encode())
     else:
         sys.stdout.write(text)
     if references:
@@ -61,10 +61,10 @@ class Translator:
         """Take the model and what belongs to it.
 
         Raises:
-            Failure: it knows no tabs or no ends of lines.
+            UserError: it knows no tabs or no ends of lines.
         """
-        if tokenizer.unknown("\t\n"):
-            raise Failure("this model has never seen a tab; train on lines of a source, a tab and its translation")
+        if tokenizer.unknown_characters("\t\n"):
+            raise UserError("this model has never seen a tab; train on lines of a source, a tab and its translation")
         self.model, self.tokenizer, self.block_size, self.settings = model, tokenizer, block_size, settings
         self.end = int(tokenizer.encode("\n")[0])
 
@@ -72,7 +72,7 @@ class Translator:
         """Translate each line; of nothing there is no translation.
 
         Raises:
-            Failure: a line has characters that the model has never seen, or is too long for it.
+            UserError: a line has characters that the model has never seen, or is too long for it.
         """
         prompts = [self.prompt(number, line) for number, line in enumerate(sources, start=1)]
         translations = [""] * len(sources)
@@ -89,15 +89,15 @@ class Translator:
         """Return the tokens of a source, between the end of the line before it and a tab.
 
         Raises:
-            Failure: it has characters that the model has never seen, or leaves no room for a translation.
+            UserError: it has characters that the model has never seen, or leaves no room for a translation.
         """
         try:
-            source = encode_known(line, self.tokenizer, skip=self.settings.unknown == "skip")
-        except Failure as failure:
-            raise Failure(f"line {number}: {failure}") from failure
+            source = encode_text(line, self.tokenizer, skip=self.settings.skip_unknown)
+        except UserError as failure:
+            raise UserError(f"line {number}: {failure}") from failure
         prompt = np.concatenate((self.tokenizer.encode("\n"), source, self.tokenizer.encode("\t"))).astype(np.int64)
         if len(prompt) >= self.block_size:
-            raise Failure(
+            raise UserError(
                 f"line {number}: {len(source):,} tokens leave no room in the model's context of {self.block_size:,}; "
                 "cut the line into several"
             )
@@ -114,7 +114,7 @@ class Translator:
     def go_on(self, prompts: Ids) -> list[str]:
         """Translate prompts (B, T), as far as the model's context reaches."""
         room = self.block_size - prompts.shape[1]
-        ways = beam.search(self.model, prompts, end=self.end, beam=self.settings.beam, max_new_tokens=room)
+        ways = beam.beam_search(self.model, prompts, end=self.end, beam=self.settings.beam, max_new_tokens=room)
         return [decode(self.tokenizer, way.tolist()).removesuffix("\r") for way in ways]  # where lines end in \r\n
 
 
@@ -122,12 +122,12 @@ def read_references(word: str, lines: int) -> list[str]:
     """Read right translations, and see that scoring is possible.
 
     Raises:
-        Failure: they are not as many as the lines to translate, or sacrebleu is not installed.
+        UserError: they are not as many as the lines to translate, or sacrebleu is not installed.
     """
     references = read_lines(word)
     if len(references) != lines:
-        raise Failure(f"{word}: {len(references):,} lines, but there are {lines:,} to translate")
-    with importing("sacrebleu", "scoring"):
+        raise UserError(f"{word}: {len(references):,} lines, but there are {lines:,} to translate")
+    with optional_import("sacrebleu", "scoring"):
         import sacrebleu  # noqa: F401, PLC0415  (optional)
     return references
 
@@ -142,5 +142,5 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

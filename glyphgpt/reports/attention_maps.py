@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from glyphgpt.data.tokenizers import Tokenizer, Tokens
-from glyphgpt.errors import Failure, importing
-from glyphgpt.files import write_whole
-from glyphgpt.reports.templates import fill
+from glyphgpt.errors import UserError, optional_import
+from glyphgpt.files import write_atomic
+from glyphgpt.reports.templates import render
 
 UNITS = {"char": "character", "byte": "byte", "gpt2": "token"}
 """What a tokenizer's tokens are called."""
@@ -54,11 +54,11 @@ def observe(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> Attention
     """Have a model read tokens (T,), at most block_size, and watch it.
 
     Raises:
-        Failure: the model's numbers overflow.
+        UserError: the model's numbers overflow.
     """
     weights, probabilities = attention_weights(model, torch.from_numpy(tokens.astype("int64")))
     if not (weights.isfinite().all() and probabilities.isfinite().all()):
-        raise Failure("the model's numbers overflow; there is nothing to draw")
+        raise UserError("the model's numbers overflow; there is nothing to draw")
     pieces = [tokenizer.token_bytes(int(token)) for token in tokens]
     chances = [
         likeliest(tokenizer, row, follower)
@@ -76,7 +76,7 @@ def attention_weights(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]
     weights: list[Tensor] = []
 
     def watch(attention: Any, arguments: tuple[Tensor, ...]) -> None:
-        q, k, _ = attention.heads(arguments[0])  # (1, H, T, D) each
+        q, k, _ = attention.project_qkv(arguments[0])  # (1, H, T, D) each
         scores = q @ k.mT / math.sqrt(q.size(-1))
         ahead = torch.ones_like(scores, dtype=torch.bool).triu(1)
         weights.append(scores.masked_fill(ahead, -torch.inf).softmax(-1).squeeze(0))
@@ -127,9 +127,9 @@ def write(attention: Attention, path: Path, title: str) -> None:
     """Write a page if the path ends in .html, else a PNG.
 
     Raises:
-        Failure: it could not be written, or matplotlib, which draws a PNG, is not installed.
+        UserError: it could not be written, or matplotlib, which draws a PNG, is not installed.
     """
-    write_whole(path, page(attention, title).encode() if path.name.lower().endswith(".html") else png(attention))
+    write_atomic(path, page(attention, title).encode() if path.name.lower().endswith(".html") else png(attention))
 
 
 def page(attention: Attention, title: str) -> str:
@@ -145,7 +145,7 @@ def page(attention: Attention, title: str) -> str:
         "weights": packed(attention.weights[:, :, *torch.tril_indices(places, places)]),
         "chances": attention.chances,
     }
-    return fill("attention.html", data)
+    return render("attention.html", data)
 
 
 def packed(weights: Tensor) -> str:
@@ -157,9 +157,9 @@ def png(attention: Attention) -> bytes:
     """Draw a panel for each layer and head: who looks downwards, where to rightwards.
 
     Raises:
-        Failure: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
-    with importing("matplotlib", "a PNG, unlike .html,"):
+    with optional_import("matplotlib", "a PNG, unlike .html,"):
         import matplotlib  # noqa: F401, PLC0415  (optional, and slow to import)
         from matplotlib.colors import PowerNorm  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from glyphgpt.cli import parse, printable
-from glyphgpt.errors import Failure, UsageError, importing, plain_errors
-from glyphgpt.files import write_whole
+from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
+from glyphgpt.files import write_atomic
 from glyphgpt.settings import PlotSettings
 from glyphgpt.training.metrics import METRICS, Row, read_rows
 
@@ -53,9 +53,9 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     """Draw runs into a PNG file.
 
     Raises:
-        Failure: matplotlib is not installed, or a run has no metrics.
+        UserError: matplotlib is not installed, or a run has no metrics.
     """
-    with importing("matplotlib", "drawing"):
+    with optional_import("matplotlib", "drawing"):
         import matplotlib  # noqa: F401, PLC0415  (optional, and slow to import)
         from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -72,7 +72,7 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     panels[0].legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
-    write_whole(path, picture.getvalue())
+    write_atomic(path, picture.getvalue())
 
 
 def draw_run(axes: Any, rows: list[Row], x: str, y: str, *, color: str, label: str) -> None:
@@ -88,11 +88,11 @@ def read_metrics(run: Path) -> list[Row]:
     """Read a run's metrics, with the `tokens_a_second` of training between rows of it.
 
     Raises:
-        Failure: there are none, or they are not as train.py writes them.
+        UserError: there are none, or they are not as train.py writes them.
     """
     rows = read_rows(run / METRICS, checked)
     if not rows:
-        raise Failure(f"{run / METRICS}: empty; train first")
+        raise UserError(f"{run / METRICS}: empty; train first")
     for before, row in pairwise(rows):
         seconds = row["seconds"] - before["seconds"]
         if before["kind"] == row["kind"] == "train" and seconds > 1e-4:  # they are told to a thousandth
@@ -119,5 +119,5 @@ def is_number(value: object) -> bool:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from glyphgpt.checkpoint import BEST, LAST, peek
+from glyphgpt.checkpoint import BEST, LAST, read_metadata
 from glyphgpt.cli import ACTIONS, groups, parse, read_toml, resolve
-from glyphgpt.errors import UsageError, plain_errors
-from glyphgpt.files import write_whole
+from glyphgpt.errors import UsageError, exit_on_error
+from glyphgpt.files import write_atomic
 from glyphgpt.reports.plot import read_metrics
-from glyphgpt.reports.summary import LETTERS, Walk
-from glyphgpt.reports.templates import fill
+from glyphgpt.reports.summary import LETTERS, ModelSummary
+from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, ReportSettings, TrainSettings
 from glyphgpt.training.metrics import SAMPLES, Row, read_rows
 
@@ -47,28 +47,28 @@ def write(run: Path, path: Path) -> None:
     """Write a run's page.
 
     Raises:
-        Failure: the run has no metrics, some file of it cannot be read, or the page cannot be written.
+        UserError: the run has no metrics, some file of it cannot be read, or the page cannot be written.
     """
-    write_whole(path, fill(PAGE, content(run)).encode())
+    write_atomic(path, render(PAGE, content(run)).encode())
 
 
 def content(run: Path) -> dict[str, Any]:
     """Return all that the page shows.
 
     Raises:
-        Failure: the run has no metrics, or some file of it cannot be read.
+        UserError: the run has no metrics, or some file of it cannot be read.
     """
     rows = read_metrics(run)
     samples = read_rows(run / SAMPLES, checked) if (run / SAMPLES).exists() else []  # older runs have none
     config = str(run / "config.toml")
     settings = resolve(TrainSettings, [(config, read_toml(config))])
-    info = next((peek(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
-    step = max(info.progress.step if info else 0, rows[-1]["step"])
+    info = next((read_metadata(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
+    step = max(info.state.step if info else 0, rows[-1]["step"])
     evaluations = [row for row in rows if row["kind"] == "val" and row.get("loss") is not None]
     vocab_size = info.model.get("vocab_size") if info else None
     walk = None
     if isinstance(vocab_size, int) and 0 < vocab_size <= 10**6:
-        walk = Walk(settings, vocab_size, settings.batch_size)
+        walk = ModelSummary(settings, vocab_size, settings.batch_size)
     ended, commands = ending(run, settings, step, evaluations)
     return {
         "name": str(run),
@@ -109,7 +109,7 @@ def ending(run: Path, settings: TrainSettings, step: int, evaluations: list[Row]
 
 
 def figures(
-    settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, walk: Walk | None
+    settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, walk: ModelSummary | None
 ) -> list[tuple[str, str, str]]:
     """Return the headline figures: what, how much, and a note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
@@ -179,7 +179,7 @@ def tables(settings: TrainSettings) -> list[dict[str, Any]]:
     return found
 
 
-def shapes(walk: Walk) -> dict[str, Any]:
+def shapes(walk: ModelSummary) -> dict[str, Any]:
     """Return the walk through the network as the page lays it out."""
     parts = [
         ("before the blocks", walk.before_blocks()),
@@ -210,5 +210,5 @@ def shapes(walk: Walk) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with exit_on_error():
         main()

@@ -10,7 +10,7 @@ LETTERS = "B batch, T time, C channels, H heads, D = C / H head size, V vocabula
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerSummary:
     """One step of the forward pass."""
 
     name: str
@@ -22,27 +22,29 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Walk:
+class ModelSummary:
     """The forward pass of a network over batch_size sequences of block_size tokens."""
 
     network: Network
     vocab_size: int
     batch_size: int
 
-    def before_blocks(self) -> list[Stage]:
+    def before_blocks(self) -> list[LayerSummary]:
         """From token ids to the residual stream."""
         net, V = self.network, self.vocab_size
         T, C = net.block_size, net.n_embd
-        ngrams = [Stage(f"ngram_embedding of 2 to {net.ngram} tokens", "B T C", (net.ngram - 1) * net.ngram_rows * C)]
+        ngrams = [
+            LayerSummary(f"ngram_embedding of 2 to {net.ngram} tokens", "B T C", (net.ngram - 1) * net.ngram_rows * C)
+        ]
         return [
-            Stage("tokens", "B T"),
-            Stage("token_embedding", "B T C", V * C),
+            LayerSummary("tokens", "B T"),
+            LayerSummary("token_embedding", "B T C", V * C),
             *(ngrams if net.ngram > 1 else []),
-            *([Stage("token_shift", "B T C", C)] if net.token_shift else []),
-            Stage(f"position ({net.position})", "B T C", T * C if net.position == "learned" else 0),
+            *([LayerSummary("token_shift", "B T C", C)] if net.token_shift else []),
+            LayerSummary(f"position ({net.position})", "B T C", T * C if net.position == "learned" else 0),
         ]
 
-    def block(self) -> list[Stage]:
+    def block(self) -> list[LayerSummary]:
         """One block: attention, then MLP."""
         net, B = self.network, self.batch_size
         T, C, H = net.block_size, net.n_embd, net.n_head
@@ -50,39 +52,41 @@ class Walk:
         return [
             self._norm("attention_norm"),
             self._linear("qkv", "B T 3C", C, 3 * C),
-            Stage("queries, keys, values", "B H T D"),
-            Stage("scores = q k^T / sqrt(D)", "B H T T", 0, B * H * T * T * D),
-            Stage("weights = softmax of the past", "B H T T"),
-            Stage("mixed = weights v", "B H T D", 0, B * H * T * T * D),
+            LayerSummary("queries, keys, values", "B H T D"),
+            LayerSummary("scores = q k^T / sqrt(D)", "B H T T", 0, B * H * T * T * D),
+            LayerSummary("weights = softmax of the past", "B H T T"),
+            LayerSummary("mixed = weights v", "B H T D", 0, B * H * T * T * D),
             self._linear("out, added to the stream", "B T C", C, C),
             self._norm("mlp_norm"),
             self._linear("up", "B T 4C", C, 4 * C),
-            Stage(f"activation ({net.activation})", "B T 4C"),
+            LayerSummary(f"activation ({net.activation})", "B T 4C"),
             self._linear("down, added to the stream", "B T C", 4 * C, C),
         ]
 
-    def after_blocks(self) -> list[Stage]:
+    def after_blocks(self) -> list[LayerSummary]:
         """From the residual stream to the loss."""
         net, V = self.network, self.vocab_size
         C, tokens = net.n_embd, self.batch_size * net.block_size
         tied = net.tie_embeddings
         return [
             self._norm("norm"),
-            Stage("head (the embedding again)" if tied else "head", "B T V", 0 if tied else V * C, tokens * V * C),
-            Stage("loss", "1"),
+            LayerSummary(
+                "head (the embedding again)" if tied else "head", "B T V", 0 if tied else V * C, tokens * V * C
+            ),
+            LayerSummary("loss", "1"),
         ]
 
-    def _norm(self, name: str) -> Stage:
+    def _norm(self, name: str) -> LayerSummary:
         net = self.network
         vectors = 0 if net.norm == "rmsnorm" else 2 if net.bias else 1
-        return Stage(f"{name} ({net.norm})", "B T C", vectors * net.n_embd)
+        return LayerSummary(f"{name} ({net.norm})", "B T C", vectors * net.n_embd)
 
-    def _linear(self, name: str, letters: str, inputs: int, outputs: int) -> Stage:
+    def _linear(self, name: str, letters: str, inputs: int, outputs: int) -> LayerSummary:
         tokens = self.batch_size * self.network.block_size
         biases = outputs if self.network.bias else 0
-        return Stage(name, letters, inputs * outputs + biases, tokens * inputs * outputs)
+        return LayerSummary(name, letters, inputs * outputs + biases, tokens * inputs * outputs)
 
-    def stages(self) -> Iterator[Stage]:
+    def stages(self) -> Iterator[LayerSummary]:
         """Yield every stage, the blocks' as often as there are blocks."""
         yield from self.before_blocks()
         for _ in range(self.network.n_layer):
@@ -109,7 +113,7 @@ class Walk:
         kept = sum(math.prod(self.sizes(stage)) for stage in self.stages() if "T T" not in stage.letters)
         return 4 * (4 * self.parameters + kept)
 
-    def sizes(self, stage: Stage) -> list[int]:
+    def sizes(self, stage: LayerSummary) -> list[int]:
         """Put numbers to a stage's letters: "B T 4C" becomes [12, 64, 512]."""
         net = self.network
         number = {
@@ -148,7 +152,7 @@ class Walk:
             f"Memory to train: about {self.training_bytes / 2**20:,.0f} MiB, if all is kept in float32.",
         ]
 
-    def _row(self, stage: Stage, indent: str) -> str:
+    def _row(self, stage: LayerSummary, indent: str) -> str:
         numbers = " x ".join(map(str, self.sizes(stage)))
         parameters, multiply_adds = (f"{n:,}" if n else "" for n in (stage.parameters, stage.multiply_adds))
         return f"{indent + stage.name:34}{stage.letters:10}{numbers:20}{parameters:>13}{multiply_adds:>18}"

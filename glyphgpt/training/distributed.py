@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from glyphgpt.runtime import Runtime
 
 
-def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
+def replicate_model(model: nn.Module, runtime: Runtime) -> nn.Module:
     """Wrap a model, which every process has, so that its gradients are averaged (DDP, Li et al. 2020)."""
     devices = [runtime.device] if runtime.device.type == "cuda" else None
     with warnings.catch_warnings():
@@ -29,7 +29,7 @@ def replicate(model: nn.Module, runtime: Runtime) -> nn.Module:
         )  # buffers never change
 
 
-def shard(model: Any, runtime: Runtime) -> None:
+def shard_model(model: Any, runtime: Runtime) -> None:
     """Shard a model's weights, in place; each block's come together just before they are used.
 
     FSDP2 (Zhao et al. 2023, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html): weights, gradients
@@ -62,7 +62,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 @contextmanager
-def exchanging(model: Any, *, now: bool) -> Iterator[None]:
+def gradient_sync(model: Any, *, now: bool) -> Iterator[None]:
     """Have backward passes in this context exchange gradients between processes, or only add them up for later."""
     if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
         model.set_requires_gradient_sync(now)
@@ -85,7 +85,7 @@ def full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def shard_of(complete: Tensor, like: Any) -> Tensor:
+def scatter(complete: Tensor, like: Any) -> Tensor:
     """Return what this process would hold of a complete tensor that is sharded as another one is."""
     if not is_sharded(like):
         return complete

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from glyphgpt.errors import Failure, describe, importing, warn, writing
-from glyphgpt.files import write_whole
+from glyphgpt.errors import UserError, format_os_error, optional_import, warn, wrap_write_errors
+from glyphgpt.files import write_atomic
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
@@ -31,24 +31,24 @@ class Tracker(Protocol):
         ...
 
 
-class RowsFile:
+class JsonlWriter:
     """A file of rows: one JSON object a line, with the `step` that it is of, each written at once."""
 
     def __init__(self, path: Path, *, keep_steps: float) -> None:
         """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
         self._path = path
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        write_whole(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
+        write_atomic(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
         self._file = path.open("ab")
 
     def write(self, row: Row) -> None:
         """Append a row.
 
         Raises:
-            Failure: it could not be written.
+            UserError: it could not be written.
         """
-        with writing(self._path):
-            self._file.write(encode(row))
+        with wrap_write_errors(self._path):
+            self._file.write(encode_row(row))
             self._file.flush()
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class RowsFile:
             self._file.close()
 
 
-def encode(row: Row) -> bytes:
+def encode_row(row: Row) -> bytes:
     """Return a row as a line of JSON, which has no word for numbers that are not finite: they become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(plain).encode() + b"\n"
@@ -78,17 +78,17 @@ def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
     `check` returns a row, or raises a KeyError or TypeError where it is none.
 
     Raises:
-        Failure: the file is not there, cannot be read, or is not as train.py writes it.
+        UserError: the file is not there, cannot be read, or is not as train.py writes it.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         return [check(json.loads(line, parse_constant=lambda _: None)) for line in lines]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Failure(f"{path}: no {path.stem} there; name the folder of a run") from error
+        raise UserError(f"{path}: no {path.stem} there; name the folder of a run") from error
     except OSError as error:
-        raise Failure(describe(error)) from error
+        raise UserError(format_os_error(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Failure(f"{path}: not as train.py writes it") from error
+        raise UserError(f"{path}: not as train.py writes it") from error
 
 
 class TensorBoard:
@@ -117,7 +117,7 @@ class WeightsAndBiases:
         """Start a run named as the folder, or continue the one of this id.
 
         Raises:
-            Failure: it cannot be started: no login or no network, say.
+            UserError: it cannot be started: no login or no network, say.
         """
         import wandb  # noqa: PLC0415  (`check_trackers` has seen to it)
 
@@ -132,7 +132,7 @@ class WeightsAndBiases:
             )
         except Exception as error:  # its own errors, those of its server, and some of the system's
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Failure(
+            raise UserError(
                 f"Weights & Biases cannot start: {reason}; log in (wandb login), leave --wandb out, or have it write "
                 "to the disk only: WANDB_MODE=offline"
             ) from error
@@ -154,10 +154,10 @@ def check_trackers(settings: TrainSettings) -> None:
         UsageError: one is not.
     """
     if settings.tensorboard:
-        with importing("tensorboard", "tensorboard = true"):
+        with optional_import("tensorboard", "tensorboard = true"):
             from torch.utils.tensorboard import SummaryWriter  # noqa: F401, PLC0415
     if settings.wandb:
-        with importing("wandb", "wandb = true"):
+        with optional_import("wandb", "wandb = true"):
             import wandb  # noqa: F401, PLC0415
 
 
@@ -177,12 +177,12 @@ class Metrics:
         """Start the tracker that others can refuse, and leave the folder as it is; do nothing at all if `silent`.
 
         Raises:
-            Failure: Weights & Biases cannot start.
+            UserError: Weights & Biases cannot start.
         """
         self._settings, self._silent = settings, silent
         self._folder = Path(settings.out_dir)
         self._held: dict[str, list[Row]] = {METRICS: [], SAMPLES: []}
-        self._files: dict[str, RowsFile] = {}
+        self._files: dict[str, JsonlWriter] = {}
         self._trackers: list[Tracker] = []
         self.wandb_id = wandb_id
         if settings.wandb and not silent:
@@ -193,13 +193,13 @@ class Metrics:
     def write_held(self, folder: Path) -> None:
         """Write the rows so far as files in a folder."""
         for name, rows in self._held.items():
-            write_whole(folder / name, b"".join(map(encode, rows)))
+            write_atomic(folder / name, b"".join(map(encode_row, rows)))
 
     def open(self, *, keep_steps: float) -> None:
         """Open the files of the run's folder; rows after step `keep_steps`, which are to come again, are dropped."""
         if self._silent:
             return
-        self._files = {name: RowsFile(self._folder / name, keep_steps=keep_steps) for name in self._held}
+        self._files = {name: JsonlWriter(self._folder / name, keep_steps=keep_steps) for name in self._held}
         if self._settings.tensorboard:
             first = min((row["step"] for row in self._held[METRICS]), default=keep_steps + 1)
             tensorboard = TensorBoard(self._folder, first_step=int(first))

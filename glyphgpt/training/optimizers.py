@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from glyphgpt.settings import Optimization
-from glyphgpt.training.distributed import full, gather, local, shard_of
+from glyphgpt.training.distributed import full, gather, local, scatter
 
-TABLE_FACTOR = 4.0
+NGRAM_LR_SCALE = 4.0
 
 
 class Optimizer(ABC):
@@ -23,7 +23,7 @@ class Optimizer(ABC):
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        """Take groups of parameters: dicts with params, weight_decay and lr_factor."""
+        """Take groups of parameters: dicts with params, weight_decay and lr_scale."""
         self.param_groups = [{"lr": 0.0, **group} for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
@@ -101,13 +101,13 @@ class Muon(Optimizer):
         for parameter, direction in zip(parameters, ahead, strict=True):
             by_shape[parameter.shape].append((parameter, gather(direction, parameter)))
         for shape, pairs in by_shape.items():
-            together = orthogonal(torch.stack([direction for _, direction in pairs]), self.dtype)
+            together = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            changes = [shard_of(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
+            changes = [scatter(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
             torch._foreach_add_([local(parameter) for parameter, _ in pairs], changes, alpha=-rate)
 
 
-def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return for each matrix (B, M, N) one with nearly its singular vectors and singular values near 1.
 
     Five Newton-Schulz iterations with Jordan's coefficients, in `dtype`, along the shorter side.
@@ -126,7 +126,7 @@ def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
     """Give every parameter group this learning rate, times its own factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+            group["lr"] = rate * group["lr_scale"]
 
 
 def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
@@ -140,14 +140,14 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
     tables = {name for name in matrices if name.startswith("ngram_embedding.")}
     muon = {name for name in matrices if name.startswith("blocks.") and settings.optimizer == "muon"}
 
-    def group_of(names: set[str], weight_decay: float, lr_factor: float = 1.0) -> dict[str, Any]:
+    def group_of(names: set[str], weight_decay: float, lr_scale: float = 1.0) -> dict[str, Any]:
         chosen = [parameter for name, parameter in parameters.items() if name in names]
-        return {"params": chosen, "weight_decay": weight_decay, "lr_factor": lr_factor}
+        return {"params": chosen, "weight_decay": weight_decay, "lr_scale": lr_scale}
 
     groups = [
         group_of(matrices - tables - muon, settings.weight_decay),
         group_of(parameters.keys() - matrices, 0.0),
-        group_of(tables, settings.ngram_weight_decay, TABLE_FACTOR),
+        group_of(tables, settings.ngram_weight_decay, NGRAM_LR_SCALE),
     ]
     optimizers: list[Optimizer] = [AdamW(groups, (settings.beta1, settings.beta2))]
     return [*optimizers, Muon([group_of(muon, settings.weight_decay)], dtype)] if muon else optimizers

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from glyphgpt.checkpoint import Arrays, Checkpoint
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.inference.numpy_gpt import check_form
-from glyphgpt.training.distributed import full, local, shard_of
+from glyphgpt.training.distributed import full, local, scatter
 from glyphgpt.training.optimizers import Optimizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,31 +36,31 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model.
 
     Raises:
-        Failure: names or shapes differ.
+        UserError: names or shapes differ.
     """
-    other = Failure(f"{checkpoint.path}: its config and its weights do not belong together")
+    other = UserError(f"{checkpoint.path}: its config and its weights do not belong together")
     weights = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if shapes != {name: array.shape for name, array in checkpoint.model.items()}:
         raise other
     try:
         for name, tensor in weights.items():
-            local(tensor).copy_(shard_of(torch.from_numpy(checkpoint.model[name]), tensor))
+            local(tensor).copy_(scatter(torch.from_numpy(checkpoint.model[name]), tensor))
     except TypeError as error:  # numpy has types of which torch knows nothing
         raise other from error
 
 
-def make_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[Any]) -> M:
+def build_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[Any]) -> M:
     """Return a checkpoint's model with its weights, on the CPU.
 
     Raises:
-        Failure: config and weights do not belong together, or the weights are no numbers.
+        UserError: config and weights do not belong together, or the weights are no numbers.
     """
     checkpoint.check_weights()
     try:
-        form = check_form(checkpoint.info.model, checkpoint.model)
+        form = check_form(checkpoint.metadata.model, checkpoint.model)
     except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise Failure(f"{checkpoint.path}: its config and its weights do not belong together") from error
+        raise UserError(f"{checkpoint.path}: its config and its weights do not belong together") from error
     model = model_class(config_class(**form.model_dump()))
     load_weights(model, checkpoint)
     return model
@@ -90,11 +90,11 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
     """Load the optimizers' state; learning rates and the like stay those of the settings.
 
     Raises:
-        Failure: the state is of another model or optimizer.
+        UserError: the state is of another model or optimizer.
     """
-    if checkpoint.info.progress.step == 0:
+    if checkpoint.metadata.state.step == 0:
         return
-    other = Failure(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
+    other = UserError(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
     names = _names(model)
     unused = dict(checkpoint.optimizer)
     for optimizer in optimizers:
@@ -104,7 +104,7 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
                 array = unused.pop(f"{type(optimizer).__name__}.{names[parameter]}.{key}", None)
                 if array is None or array.shape != value.shape or array.dtype != np.float32:
                     raise other
-                local(value).copy_(shard_of(torch.from_numpy(array), value))
+                local(value).copy_(scatter(torch.from_numpy(array), value))
             optimizer.state[parameter] = state
     if unused:
         raise other

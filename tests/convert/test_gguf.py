@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 import train
 from conftest import decoder_of, prepare_text, some_text, tiny_model, tiny_settings
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Checkpoint, Info, Progress
+from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState
 from glyphgpt.convert import __main__ as convert
 from glyphgpt.convert import to_gguf
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
-from glyphgpt.errors import Failure, UsageError
-from glyphgpt.inference.generate import SamplingRule, generate
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.inference.generate import SamplingParams, generate
 from glyphgpt.inference.numpy_gpt import check_form
 from glyphgpt.settings import ConvertSettings
-from glyphgpt.training.torch_state import make_model, model_arrays
+from glyphgpt.training.torch_state import build_model, model_arrays
 from model import GPT, GPTConfig
 
 TEXT = "Ça ira 🙂, mon roi!\n"
@@ -114,11 +114,11 @@ def write_checkpoint(folder: Path, tokenizer: Tokenizer, scale: float = 0.4, **c
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.1))
-    info = Info(
-        model=asdict(model.config), tokenizer=tokenizer.to_plain(), settings={}, data="", val_loss=None,
-        progress=Progress(), scaler={},
+    info = Metadata(
+        model=asdict(model.config), tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None,
+        state=TrainState(), scaler={},
     )  # fmt: skip
-    checkpoints.save(Checkpoint(info, model_arrays(model)), folder / "best.safetensors")
+    checkpoints.save_checkpoint(Checkpoint(info, model_arrays(model)), folder / "best.safetensors")
     return folder / "best.safetensors", model
 
 
@@ -155,11 +155,11 @@ def test_a_trained_model_writes_the_same_200_characters(tmp_path: Path, form: di
     learning = {"optimizer": "muon", "learning_rate": 0.02, "min_lr": 0.0}
     train.main(tiny_settings(tmp_path, tmp_path / "run", **{"bias": False, **sizes, **learning, **form}))
     to_gguf.model(tmp_path / "run", settings(out=tmp_path / "model.gguf"))
-    checkpoint = checkpoints.load(tmp_path / "run" / "best.safetensors")
-    decoder = decoder_of(make_model(checkpoint, GPT, GPTConfig))
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "run" / "best.safetensors")
+    decoder = decoder_of(build_model(checkpoint, GPT, GPTConfig))
     tokenizer = CharTokenizer("".join(sorted(set(VERSE))))
     prompt = tokenizer.encode("A small ").astype(np.int64)
-    rule = SamplingRule(temperature=0)
+    rule = SamplingParams(temperature=0)
     ours = generate(decoder, prompt, block_size=208, num_samples=1, max_new_tokens=200, rule=rule, seed=0)
     text = decode(tokenizer, [int(token[0]) for token in ours])
     assert "it learned" in text
@@ -169,7 +169,7 @@ def test_a_trained_model_writes_the_same_200_characters(tmp_path: Path, form: di
 
 def known(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text, characters without one left out."""
-    unknown = tokenizer.unknown(text)
+    unknown = tokenizer.unknown_characters(text)
     return tokenizer.encode("".join(character for character in text if character not in unknown)).tolist()
 
 
@@ -217,8 +217,8 @@ def test_no_text_ends_before_it_is_as_long_as_asked(tmp_path: Path, tokenizer: T
 
 def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), tie_embeddings=False)
-    checkpoint = checkpoints.load(path)
-    form = check_form(checkpoint.info.model, checkpoint.model)
+    checkpoint = checkpoints.load_checkpoint(path)
+    form = check_form(checkpoint.metadata.model, checkpoint.model)
     checkpoint.model["head.weight"] += 1
     head = to_gguf.convert_weights(form, checkpoint.model, end=True)["output.weight"]
     states = np.random.default_rng(0).standard_normal((32, 1000), np.float32)
@@ -238,7 +238,7 @@ def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
 )
 def test_a_form_that_llama_cpp_does_not_know(tmp_path: Path, form: dict[str, Any], advice: str) -> None:
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), **form)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         to_gguf.model(path, settings(out=tmp_path / "model.gguf"))
     assert str(caught.value).startswith(f"{path}: llama.cpp has no such network; ")
     assert str(caught.value).endswith(advice)
@@ -247,21 +247,21 @@ def test_a_form_that_llama_cpp_does_not_know(tmp_path: Path, form: dict[str, Any
 
 def test_a_checkpoint_that_does_not_fit_itself(tmp_path: Path) -> None:
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS))
-    checkpoint = checkpoints.load(path)
+    checkpoint = checkpoints.load_checkpoint(path)
     for part, changes, said in (
         ("tokenizer", {"characters": "ab"}, "its tokenizer and its network differ in their vocabularies"),
         ("model", {"n_layer": 3}, "its config and its weights do not belong together"),
     ):
-        info = checkpoint.info.model_copy(update={part: getattr(checkpoint.info, part) | changes})
-        checkpoints.save(replace(checkpoint, info=info), path)
-        with pytest.raises(Failure, match=f"^{path}: {said}$"):
+        info = checkpoint.metadata.model_copy(update={part: getattr(checkpoint.metadata, part) | changes})
+        checkpoints.save_checkpoint(replace(checkpoint, metadata=info), path)
+        with pytest.raises(UserError, match=f"^{path}: {said}$"):
             to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
     checkpoint.model["norm.weight"][0] = np.nan
-    checkpoints.save(checkpoint, path)
-    with pytest.raises(Failure, match="some weights are not finite"):
+    checkpoints.save_checkpoint(checkpoint, path)
+    with pytest.raises(UserError, match="some weights are not finite"):
         to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
     path.write_bytes(b"GGUF")
-    with pytest.raises(Failure, match=f"^{path}: "):
+    with pytest.raises(UserError, match=f"^{path}: "):
         to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
     assert not (tmp_path / "model.gguf").exists()
 
@@ -287,14 +287,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "model.gguf"
     out.write_bytes(b"mine")
     monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
-    with pytest.raises(Failure, match=r"model.gguf: could not be written: No space left on device$"):
+    with pytest.raises(UserError, match=r"model.gguf: could not be written: No space left on device$"):
         to_gguf.model(path, settings(out=out, overwrite=True))
     assert {file.name: file.read_bytes() for file in tmp_path.glob("model*")} == {"model.gguf": b"mine"}
 
 
 def test_without_the_package_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(Failure, match=r"^writing GGUF needs gguf: pip install gguf$"):
+    with pytest.raises(UserError, match=r"^writing GGUF needs gguf: pip install gguf$"):
         to_gguf.model(tmp_path, settings(out=tmp_path / "model.gguf"))
 
 

@@ -18,21 +18,21 @@ from safetensors.torch import load_file, save_file
 import train
 from conftest import contents, decoder_of, prepare_text, read_metrics, script, some_text, tiny_model
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Checkpoint, Info, Progress
+from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState
 from glyphgpt.convert import from_huggingface, to_huggingface
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.errors import Failure, UsageError
-from glyphgpt.inference.generate import SamplingRule, generate
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.inference.generate import SamplingParams, generate
 from glyphgpt.settings import ConvertSettings, TrainSettings
-from glyphgpt.training.torch_state import make_model, model_arrays
+from glyphgpt.training.torch_state import build_model, model_arrays
 from model import GPT, GPTConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here is to come from elsewhere
 
 CHARACTERS = "".join(sorted("\0\t\n\r '<>abcdé\u0301\u200d\u2028字🙂👩"))
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 12, "n_positions": 16}
-GREEDY = SamplingRule(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def settings(**changes: object) -> ConvertSettings:
@@ -66,11 +66,11 @@ def byte_folder(folder: Path, **changes: Any) -> Any:
 def ours(path: Path, tokenizer: Tokenizer, **changes: Any) -> GPT:
     """Save a checkpoint of ours with random weights; return its model."""
     model: GPT = randomize(tiny_model(**{"vocab_size": tokenizer.vocab_size, "block_size": 16, **changes}))
-    info = Info(
-        model=asdict(model.config), tokenizer=tokenizer.to_plain(), settings={}, data="", val_loss=None,
-        progress=Progress(), scaler={},
+    info = Metadata(
+        model=asdict(model.config), tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None,
+        state=TrainState(), scaler={},
     )  # fmt: skip
-    checkpoints.save(Checkpoint(info, model_arrays(model)), path)
+    checkpoints.save_checkpoint(Checkpoint(info, model_arrays(model)), path)
     return model
 
 
@@ -98,7 +98,7 @@ def test_their_model_gives_the_same_logits_here(tmp_path: Path, activation: str,
     out = tmp_path / "out" / "best.safetensors"
     said = from_huggingface.checkpoint(tmp_path / "theirs", settings(out=out))
     assert said.endswith(f"byte tokens; sample it: python sample.py {out}")
-    converted = make_model(checkpoints.load(out), GPT, GPTConfig).eval()
+    converted = build_model(checkpoints.load_checkpoint(out), GPT, GPTConfig).eval()
     assert (converted.config.activation, converted.config.tie_embeddings) == (ours, tied)
     assert_same_logits(converted, model, 256)
 
@@ -139,15 +139,15 @@ def test_other_ways_to_save_the_same(tmp_path: Path, change: Callable[[Path], No
     model = byte_folder(tmp_path)
     change(tmp_path)
     found = from_huggingface.read(tmp_path, tmp_path)
-    assert found.info.model["tie_embeddings"] is True
-    assert_same_logits(make_model(found, GPT, GPTConfig).eval(), model, 256)
+    assert found.metadata.model["tie_embeddings"] is True
+    assert_same_logits(build_model(found, GPT, GPTConfig).eval(), model, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = byte_folder(tmp_path)
     model.to(dtype).save_pretrained(tmp_path)
-    found = make_model(from_huggingface.read(tmp_path / "model.safetensors", tmp_path), GPT, GPTConfig).eval()
+    found = build_model(from_huggingface.read(tmp_path / "model.safetensors", tmp_path), GPT, GPTConfig).eval()
     assert_same_logits(found, model.float(), 256)
 
 
@@ -195,11 +195,11 @@ def test_there_and_back_again(tmp_path: Path, kind: str, form: dict[str, Any]) -
     there, written = load(tmp_path / "out")
     there.save_pretrained(tmp_path / "again")  # what transformers makes of it is read as well
     written.save_pretrained(tmp_path / "again")
-    before = checkpoints.load(tmp_path / "best.safetensors")
+    before = checkpoints.load_checkpoint(tmp_path / "best.safetensors")
     for folder in (tmp_path / "out", tmp_path / "again"):
         after = from_huggingface.read(folder, tmp_path)
-        assert after.info.tokenizer == before.info.tokenizer
-        assert after.info.model == before.info.model | {"ngram_rows": after.info.model["ngram_rows"]}
+        assert after.metadata.tokenizer == before.metadata.tokenizer
+        assert after.metadata.model == before.metadata.model | {"ngram_rows": after.metadata.model["ngram_rows"]}
         assert after.model.keys() == before.model.keys()
         assert all(np.array_equal(after.model[name], before.model[name]) for name in before.model)
 
@@ -219,7 +219,7 @@ def test_there_and_back_again(tmp_path: Path, kind: str, form: dict[str, Any]) -
 )
 def test_what_no_architecture_can_compute_is_refused(tmp_path: Path, form: dict[str, Any], said: str) -> None:
     ours(tmp_path / "best.safetensors", ByteTokenizer(), **form)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         to_huggingface.folder(tmp_path, settings(out=tmp_path / "out"))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -300,7 +300,7 @@ def gpt2_folder(folder: Path, gpt2_data_dir: Path, written: str) -> Path:
 @pytest.mark.parametrize("written", ["", "tokenizer.json", "as pairs", "vocab.json"])
 def test_the_vocabulary_of_word_pieces_is_known(tmp_path: Path, gpt2_data_dir: Path, written: str) -> None:
     folder = gpt2_folder(tmp_path / "theirs", gpt2_data_dir, written)
-    assert from_huggingface.read(folder, gpt2_data_dir).info.tokenizer == {"kind": "gpt2"}
+    assert from_huggingface.read(folder, gpt2_data_dir).metadata.tokenizer == {"kind": "gpt2"}
 
 
 def test_another_vocabulary_of_as_many_word_pieces_is_refused(tmp_path: Path, gpt2_data_dir: Path) -> None:
@@ -309,7 +309,7 @@ def test_another_vocabulary_of_as_many_word_pieces_is_refused(tmp_path: Path, gp
     vocab = spec["model"]["vocab"]
     vocab["the"], vocab["and"] = vocab["and"], vocab["the"]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(Failure, match=r"its 50,257 tokens are neither GPT-2's, nor characters or bytes"):
+    with pytest.raises(UserError, match=r"its 50,257 tokens are neither GPT-2's, nor characters or bytes"):
         from_huggingface.read(folder, gpt2_data_dir)
 
 
@@ -317,7 +317,7 @@ def training(data_dir: Path, out_dir: Path, **changes: Any) -> TrainSettings:
     """Settings of a run of seconds that say nothing of the network."""
     chosen = {
         "dataset": "told", "data_dir": data_dir, "out_dir": out_dir, "batch_size": 4, "max_steps": 30,
-        "eval_every": 15, "sample_tokens": 3, "warmup_steps": 2, "learning_rate": 0.01, "picture": False,
+        "eval_every": 15, "sample_tokens": 3, "warmup_steps": 2, "learning_rate": 0.01, "plot": False,
         "dtype": "float32", "device": "cpu", "compile": False,
     } | changes  # fmt: skip
     return TrainSettings.model_validate({key: str(value) for key, value in chosen.items()})
@@ -338,16 +338,16 @@ def test_fine_tuning(tmp_path: Path, gpt2_data_dir: Path) -> None:
             total += there(window, labels=window).loss.item() * (window.size(1) - 1)
     assert losses[0] == pytest.approx(total / (val.tokens - 1), abs=1e-4)
     assert losses[-1] < losses[0] - 0.5
-    saved = checkpoints.load(tmp_path / "run" / "best.safetensors")
-    assert (saved.info.model["block_size"], saved.info.tokenizer) == (8, {"kind": "gpt2"})
+    saved = checkpoints.load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert (saved.metadata.model["block_size"], saved.metadata.tokenizer) == (8, {"kind": "gpt2"})
     to_huggingface.folder(tmp_path / "run", settings(out=tmp_path / "back", data_dir=gpt2_data_dir))
-    assert_same_logits(make_model(saved, GPT, GPTConfig).eval(), load(tmp_path / "back")[0], 50257, T=8)
+    assert_same_logits(build_model(saved, GPT, GPTConfig).eval(), load(tmp_path / "back")[0], 50257, T=8)
 
 
 def test_fine_tuning_on_another_vocabulary_is_refused(data_dir: Path, tmp_path: Path) -> None:
     byte_folder(tmp_path / "theirs")
     place = tmp_path / "theirs" / "model.safetensors"
-    with pytest.raises(Failure, match=rf"^{place} and .* differ in their vocabularies; [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{place} and .* differ in their vocabularies; [^\n]*$"):
         train.main(training(data_dir, tmp_path / "run", dataset="small", init_from=place))
     assert not (tmp_path / "run").exists()
 
@@ -410,7 +410,7 @@ def test_broken_folders_are_one_line(tmp_path: Path, gpt2_data_dir: Path, name: 
         save_file((whole if content.keys() & whole.keys() else {}) | content, path)
     else:
         path.write_text(json.dumps({**json.loads(path.read_bytes()), **content}))
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         from_huggingface.read(tmp_path, gpt2_data_dir)
     assert said in str(caught.value)
     assert str(tmp_path) in str(caught.value)
@@ -434,7 +434,7 @@ def test_any_config_is_read_or_refused_in_one_line(broken: Path, changes: dict[s
     (broken / "config.json").write_text(json.dumps(whole | changes))
     try:
         from_huggingface.read(broken, broken)
-    except Failure as failure:
+    except UserError as failure:
         assert "\n" not in str(failure)
     finally:
         (broken / "config.json").write_text(json.dumps(whole))
@@ -451,7 +451,7 @@ def test_damaged_weights_are_read_or_refused_in_one_line(broken: Path, data: st.
     (broken / "model.safetensors").write_bytes(content[: data.draw(st.sampled_from([len(content), header, 100]))])
     try:
         from_huggingface.read(broken, broken)
-    except Failure as failure:
+    except UserError as failure:
         assert "\n" not in str(failure)
     finally:
         (broken / "model.safetensors").write_bytes(whole)
@@ -462,11 +462,11 @@ def test_weights_of_any_type_are_read_or_refused(tmp_path: Path, dtype: torch.dt
     model = byte_folder(tmp_path)
     resave(lambda weights: {name: weight.to(dtype) for name, weight in weights.items()})(tmp_path)
     if dtype.is_floating_point:
-        found = make_model(from_huggingface.read(tmp_path, tmp_path), GPT, GPTConfig)
+        found = build_model(from_huggingface.read(tmp_path, tmp_path), GPT, GPTConfig)
         if dtype == torch.float64:
             assert_same_logits(found.eval(), model, 256)
     else:
-        with pytest.raises(Failure, match="which is no weight of a GPT-2"):
+        with pytest.raises(UserError, match="which is no weight of a GPT-2"):
             from_huggingface.read(tmp_path, tmp_path)
 
 
@@ -475,7 +475,7 @@ def test_an_index_names_files_of_its_folder(tmp_path: Path, weight_map: Any) -> 
     byte_folder(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path.parent / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(Failure, match=r"does not tell which files|cannot be read"):
+    with pytest.raises(UserError, match=r"does not tell which files|cannot be read"):
         from_huggingface.read(tmp_path, tmp_path)
 
 
@@ -504,7 +504,7 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_huggingface, "save_file", full)
-    with pytest.raises(Failure, match="could not be written: No space left on device"):
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
         to_huggingface.folder(tmp_path, settings(out=tmp_path / "out", overwrite=True))
     assert contents(tmp_path / "out") == before
     assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", "out"}
@@ -516,7 +516,7 @@ def test_a_run_of_ours_is_ours_whatever_stands_beside_it(tmp_path: Path) -> None
     ours(tmp_path / "best.safetensors", ByteTokenizer())
     assert not from_huggingface.is_there(tmp_path)
     assert not from_huggingface.is_there(tmp_path / "best.safetensors")
-    with pytest.raises(Failure, match=rf"^{tmp_path / 'missing'}: no such file or folder$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'missing'}: no such file or folder$"):
         from_huggingface.read(tmp_path / "missing", tmp_path)
 
 
@@ -526,5 +526,5 @@ def test_the_command_line(tmp_path: Path) -> None:
     for words in (["to-huggingface", str(tmp_path), f"--out={there}"], ["huggingface", str(there), f"--out={back}"]):
         done = script("glyphgpt/convert/__main__.py", *words)
         assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
-    one, two = (checkpoints.load(path).model for path in (tmp_path / "best.safetensors", back))
+    one, two = (checkpoints.load_checkpoint(path).model for path in (tmp_path / "best.safetensors", back))
     assert all(np.array_equal(one[name], two[name]) for name in one.keys() | two.keys())

@@ -19,9 +19,9 @@ from glyphgpt.cli import resolve
 from glyphgpt.convert import nanogpt
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import decode
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.settings import ConvertSettings, TrainSettings
-from glyphgpt.training.torch_state import make_model
+from glyphgpt.training.torch_state import build_model
 from model import GPT, GPTConfig
 
 CHARACTERS = "\n !abcdefgé🙂"
@@ -80,15 +80,15 @@ def test_a_checkpoint_gives_the_same_logits(tmp_path: Path, prefix: str, bias: b
     path = write_checkpoint(model, tmp_path / "ckpt.pt", bias=bias, prefix=prefix)
     said = nanogpt.checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=out))
     assert said.endswith(f"sample it: python sample.py {out}")
-    ours = make_model(checkpoints.load(out), GPT, GPTConfig).eval()
+    ours = build_model(checkpoints.load_checkpoint(out), GPT, GPTConfig).eval()
     tokens = torch.randint(len(CHARACTERS), (3, 8))
     with torch.no_grad():
         expected = model(tokens).logits
         torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-5)
     decoded = decoder_of(ours)
     np.testing.assert_allclose(decoded.next_logits(tokens.numpy(), decoded.new_cache(3)), expected[:, -1], atol=1e-4)
-    assert checkpoints.load(out).info.progress.step == 250
-    assert checkpoints.load(out).info.tokenizer == {"kind": "char", "characters": CHARACTERS}
+    assert checkpoints.load_checkpoint(out).metadata.state.step == 250
+    assert checkpoints.load_checkpoint(out).metadata.tokenizer == {"kind": "char", "characters": CHARACTERS}
 
 
 def test_a_converted_checkpoint_is_sampled(tmp_path: Path) -> None:
@@ -104,11 +104,11 @@ def test_the_padding_of_a_vocabulary_of_word_pieces_is_dropped(tmp_path: Path) -
     model = reference(50304, bias=False)
     out = tmp_path / "best.safetensors"
     nanogpt.checkpoint(write_checkpoint(model, tmp_path / "ckpt.pt", bias=False), settings(out=out))
-    ours = make_model(checkpoints.load(out), GPT, GPTConfig).eval()
+    ours = build_model(checkpoints.load_checkpoint(out), GPT, GPTConfig).eval()
     tokens = torch.randint(50257, (1, 8))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), model(tokens).logits[..., :50257], rtol=0, atol=1e-5)
-    assert checkpoints.load(out).info.tokenizer == {"kind": "gpt2"}
+    assert checkpoints.load_checkpoint(out).metadata.tokenizer == {"kind": "gpt2"}
 
 
 class Evil:
@@ -130,7 +130,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, place: str) -> None:
         torch.save({**saved, "config": Evil(witness)}, path)
     else:
         meta.write_bytes(pickle.dumps({"itos": dict(enumerate(CHARACTERS)), "more": Evil(witness)}))
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         nanogpt.checkpoint(path, settings(meta=meta, out=tmp_path / "best.safetensors"))
     assert "\n" not in str(caught.value)
     assert not witness.exists()
@@ -153,7 +153,7 @@ def test_damaged_vocabularies_are_one_line(tmp_path_factory: pytest.TempPathFact
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         nanogpt.characters_of(path)
-    except Failure as failure:
+    except UserError as failure:
         assert "\n" not in str(failure)
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: Any, 
     saved = torch.load(path, weights_only=True)
     change(saved)
     torch.save(saved, path)
-    with pytest.raises(Failure, match=said):
+    with pytest.raises(UserError, match=said):
         nanogpt.checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=tmp_path / "x.safetensors"))
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -184,13 +184,13 @@ def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
     path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
     with pytest.raises(UsageError, match=r"^say where to write: --out="):
         nanogpt.checkpoint(path, settings())
-    with pytest.raises(Failure, match=r"^a model of 12 tokens needs its vocabulary: --meta="):
+    with pytest.raises(UserError, match=r"^a model of 12 tokens needs its vocabulary: --meta="):
         nanogpt.checkpoint(path, settings(out=tmp_path / "best.safetensors"))
     with pytest.raises(UsageError, match="is there already"):
         nanogpt.checkpoint(path, settings(out=path))
     for name in ("missing.pt", "meta.pkl"):
         write_meta(tmp_path / "meta.pkl")
-        with pytest.raises(Failure, match=rf"^{tmp_path / name}: "):
+        with pytest.raises(UserError, match=rf"^{tmp_path / name}: "):
             nanogpt.checkpoint(tmp_path / name, settings(out=tmp_path / "best.safetensors"))
 
 
@@ -252,7 +252,7 @@ def test_data_that_will_not_do(tmp_path: Path, name: str, content: bytes | None,
         (tmp_path / "mine" / name).unlink()
     else:
         (tmp_path / "mine" / name).write_bytes(content)
-    with pytest.raises(Failure, match=said):
+    with pytest.raises(UserError, match=said):
         nanogpt.data_set(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
     assert not list((tmp_path / "data").glob("*"))
 
@@ -323,7 +323,7 @@ def test_a_learning_rate_that_does_not_fall_is_constant(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_is_no_list_of_settings(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         convert_config(tmp_path, text)
     assert said in str(caught.value)
     assert not (tmp_path / "out.toml").exists()

@@ -4,16 +4,16 @@ import threading
 
 import pytest
 
-from glyphgpt.data.background import AHEAD, Helper
+from glyphgpt.data.background import AHEAD, BackgroundWorker
 
 
 def test_work_is_done_in_order_beside_the_one_who_asks() -> None:
     done: list[int] = []
     gate = threading.Event()
-    with Helper() as helper:
-        helper.do(gate.wait)
+    with BackgroundWorker() as helper:
+        helper.submit(gate.wait)
         for number in range(AHEAD - 1):
-            helper.do(done.append, number)
+            helper.submit(done.append, number)
         assert done == []
         gate.set()
         helper.wait()
@@ -26,12 +26,12 @@ def test_nothing_is_done_after_a_failure_which_is_told() -> None:
     def fail() -> None:
         raise OSError("no space left")
 
-    with Helper() as helper:
-        helper.do(done.append, 1)
-        helper.do(fail)
-        helper.do(done.append, 2)
+    with BackgroundWorker() as helper:
+        helper.submit(done.append, 1)
+        helper.submit(fail)
+        helper.submit(done.append, 2)
         with pytest.raises(OSError, match="no space left"):
             helper.wait()
-        helper.do(done.append, 3)
+        helper.submit(done.append, 3)
         helper.wait()
     assert done == [1]

@@ -86,9 +86,9 @@ def test_windows_hold_the_tokens_from_each_start_on(
     rows = windows.at(starts, 10)
     assert rows.dtype == torch.int64
     assert rows.tolist() == [tokens[start : start + 10].tolist() for start in starts]
-    windows.expect(starts[:2], 10)
+    windows.prefetch(starts[:2], 10)
     assert windows.at(starts, 10).equal(rows), "whatever was expected"
-    windows.expect(starts, 10)
+    windows.prefetch(starts, 10)
     assert windows.at(starts, 9).equal(rows[:, :9]), "whatever was expected"
     assert windows.at(starts, 10).equal(rows)
     monkeypatch.setattr(Split, "slice", None)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from conftest import prepare_text, some_text
 from glyphgpt.data import dataset as shards
-from glyphgpt.data.dataset import META, OPEN_SHARDS, Dataset, ShardWriter, Split, load_dataset, mapped, read_meta
-from glyphgpt.errors import Failure
+from glyphgpt.data.dataset import META, OPEN_SHARDS, Dataset, ShardWriter, Split, load_dataset, map_shard, read_meta
+from glyphgpt.errors import UserError
 from glyphgpt.files import file_sha256
 
 SHARD = "train-00001.npy"
@@ -107,14 +107,14 @@ def shard_of_another_data_set(folder: Path) -> None:
 )
 def test_a_damaged_shard_is_named(folder: Path, damage: Callable[[Path], None], said: str) -> None:
     damage(folder)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert str(caught.value).startswith(f"{folder / SHARD}: {said}")
 
 
 def test_shards_in_another_order_are_noticed(folder: Path) -> None:
     swapped_files(folder)
-    with pytest.raises(Failure, match="its checksum is another"):
+    with pytest.raises(UserError, match="its checksum is another"):
         load(folder)
 
 
@@ -124,7 +124,7 @@ def test_a_flipped_bit_is_noticed(folder: Path, name: str, place: int) -> None:
     content = bytearray((folder / name).read_bytes())
     content[place] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(Failure, match="its checksum is another"):
+    with pytest.raises(UserError, match="its checksum is another"):
         load(folder)
 
 
@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_noticed(folder: Path, name: str, place: int) -> None:
 )
 def test_a_wrong_shard_with_a_right_checksum_is_noticed(folder: Path, content: bytes) -> None:
     put(folder, content)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert str(caught.value).startswith(f"{folder / SHARD}: ")
 
@@ -186,7 +186,7 @@ def test_a_shard_is_never_unpickled(folder: Path, tmp_path: Path, form: str) -> 
     trap = Trap(sprung)
     content = as_npy(np.array([trap], dtype=object)) if form == "array of objects" else pickle.dumps(trap)
     put(folder, content)
-    with pytest.raises(Failure):
+    with pytest.raises(UserError):
         load(folder)
     assert not sprung.exists()
     np.load(folder / SHARD, allow_pickle=True)
@@ -228,7 +228,7 @@ def test_a_shard_is_never_unpickled(folder: Path, tmp_path: Path, form: str) -> 
 )
 def test_a_wrong_value_in_meta_json_is_noticed(folder: Path, place: list[str | int], value: Any) -> None:
     edit(folder, *place, value=value)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -238,7 +238,7 @@ def test_a_missing_key_in_meta_json_is_noticed(folder: Path, key: str) -> None:
     data = json.loads((folder / META).read_text(encoding="utf-8"))
     del data[key]
     (folder / META).write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert str(caught.value).startswith(f"{folder / META}: damaged")
 
@@ -246,7 +246,7 @@ def test_a_missing_key_in_meta_json_is_noticed(folder: Path, key: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff", b"[" * 100_000, b"9" * 5000], ids=len)
 def test_a_meta_json_that_is_something_else(folder: Path, content: bytes) -> None:
     (folder / META).write_bytes(content)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert str(caught.value).startswith(f"{folder / META}: damaged")
 
@@ -255,19 +255,19 @@ def test_a_meta_json_that_is_something_else(folder: Path, content: bytes) -> Non
 def test_a_cut_meta_json(folder: Path, share: float) -> None:
     content = (folder / META).read_bytes()
     (folder / META).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(Failure, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         load(folder)
 
 
 def test_a_newer_format(folder: Path) -> None:
     edit(folder, "format", value=2)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert str(caught.value) == f"{folder / META}: written by a newer glyphgpt (format 2); update glyphgpt"
 
 
 def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(tmp_path / "mine")
     assert str(caught.value) == (
         f"{tmp_path / 'mine'}: no dataset here; prepare it first: python prepare.py mine --data_dir={tmp_path} "
@@ -351,10 +351,10 @@ def test_many_shards_take_few_open_files(tmp_path: Path) -> None:
 
 def test_a_shard_that_changed_after_it_was_verified_is_not_read(folder: Path) -> None:
     dataset = load(folder)
-    mapped.cache_clear()
+    map_shard.cache_clear()
     (folder / SHARD).touch()
     with pytest.raises(
-        Failure, match=rf"^{folder / SHARD}: changed since it was opened; start again, on the new data$"
+        UserError, match=rf"^{folder / SHARD}: changed since it was opened; start again, on the new data$"
     ):
         dataset.train.slice(90, 150)
 
@@ -367,6 +367,6 @@ def test_an_error_of_the_system_is_not_taken_for_damage(
         raise OSError(error, os.strerror(error), str(path))
 
     monkeypatch.setattr(shards, "file_sha256", fail)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert str(caught.value) == f"{folder / 'train-00000.npy'}: {os.strerror(error)}"

@@ -25,14 +25,13 @@ from pyarrow import parquet
 
 import prepare
 from conftest import ROOT, prepare_text, script, some_text
-from glyphgpt.checkpoint import BEST, Checkpoint, Info, save
-from glyphgpt.checkpoint import Progress as TrainProgress
+from glyphgpt.checkpoint import BEST, Checkpoint, Metadata, TrainState, save_checkpoint
 from glyphgpt.data import dataset as shards
 from glyphgpt.data import text as texts
 from glyphgpt.data.dataset import Dataset, load_dataset, read_meta
-from glyphgpt.data.staging import Progress
+from glyphgpt.data.staging import PrepareProgress
 from glyphgpt.data.tokenizers import decode
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 
 TEXT = some_text(200)
 NO_TEXT = "is not utf-8 text; convert the file, leave it out, or name its --encoding"
@@ -70,7 +69,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")} if folder.exists() else {}
 
 
-def refusal(run: Run, data_dir: Path, *words: str | Path, kind: type[Failure] = Failure) -> str:
+def refusal(run: Run, data_dir: Path, *words: str | Path, kind: type[UserError] = UserError) -> str:
     """Return the one line that refuses these words, having made sure that the data folder is as before."""
     before = snapshot(data_dir)
     with pytest.raises(kind) as caught:
@@ -350,7 +349,7 @@ def test_a_text_that_changes_while_it_is_read(
     os.utime(file, (0, 0))  # clocks are coarse
     survey = prepare.survey
 
-    def change(*words: Any) -> Progress:
+    def change(*words: Any) -> PrepareProgress:
         found = survey(*words)
         file.write_text(later)
         return found
@@ -596,16 +595,16 @@ class Vocabularies:
         self.run = folder / "out"
         self.run.mkdir()
         self.checkpoint = self.run / BEST
-        info = Info(
+        info = Metadata(
             model={},
             tokenizer=read_meta(self.dataset).tokenizer,
             settings={},
             data="",
             val_loss=None,
-            progress=TrainProgress(),
+            state=TrainState(),
             scaler={},
         )
-        save(Checkpoint(info, {"x": np.zeros(1, dtype=np.float32)}), self.checkpoint)
+        save_checkpoint(Checkpoint(info, {"x": np.zeros(1, dtype=np.float32)}), self.checkpoint)
 
 
 @pytest.fixture
@@ -617,7 +616,7 @@ def vocabularies(run: Run, tmp_path: Path) -> Vocabularies:
 def test_a_vocabulary_is_taken_over(run: Run, tmp_path: Path, vocabularies: Vocabularies, kind: str) -> None:
     run(write(tmp_path / "mine.txt", "ab\n" * 20), f"--vocabulary={getattr(vocabularies, kind)}")
     dataset = load(tmp_path / "data", "mine")
-    assert dataset.tokenizer.to_plain() == {"kind": "char", "characters": "\nabcde"}
+    assert dataset.tokenizer.to_dict() == {"kind": "char", "characters": "\nabcde"}
     assert "".join(splits(dataset)) == "ab\n" * 20
 
 
@@ -627,10 +626,10 @@ def test_unknown_characters_are_named_with_their_counts(run: Run, tmp_path: Path
     assert refusal(run, tmp_path / "data", file, vocabulary) == (
         f"{file}: {vocabularies.run} lacks 'é' (U+00E9, 1,500 times), 'z' (U+007A, 2 times), 'x' (U+0078, 1 times), "
         + ", ".join(f"'{c}' (U+{ord(c):04X}, 1 times)" for c in "ABCDEFG")
-        + " and 3 more; change the text, or leave them out: --unknown=skip"
+        + " and 3 more; change the text, or leave them out: --skip_unknown"
     )
     file = write(tmp_path / "none.txt", "xyz" * 9)
-    assert refusal(run, tmp_path / "data", file, vocabulary, "--unknown=skip") == (
+    assert refusal(run, tmp_path / "data", file, vocabulary, "--skip_unknown") == (
         f"{file}: all of its characters are unknown to {vocabularies.run}; there is nothing to learn from"
     )
 
@@ -644,7 +643,7 @@ def test_unknown_characters_can_be_left_out(
     run(
         write(tmp_path / "mine.txt", text),
         f"--vocabulary={vocabularies.dataset}",
-        "--unknown=skip",
+        "--skip_unknown",
         "--val_fraction=0.5",
         "--shard_tokens=9",
     )
@@ -658,7 +657,7 @@ def test_unknown_characters_can_be_left_out(
     [
         (["--vocabulary=missing"], "--vocabulary=missing: no such run, checkpoint or dataset"),
         (["--vocabulary=DATASET", "--tokenizer=byte"], "--tokenizer=byte contradicts --vocabulary=DATASET, whose tok"),
-        (["--unknown=skip"], "unknown = 'skip' needs a vocabulary that lacks characters: --vocabulary=RUN"),
+        (["--skip_unknown"], "skip_unknown needs a vocabulary: --vocabulary=RUN"),
     ],
     ids=str,
 )

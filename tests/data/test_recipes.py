@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from conftest import ROOT, script
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, Source, fetch
-from glyphgpt.data.recipes import Recipe, read_recipe, text_file
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.data.recipes import Recipe, download_text, read_recipe
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import file_sha256
 
 RECIPES = sorted((ROOT / "data").glob("*.toml"))
@@ -85,7 +85,7 @@ def downloads(data_dir: Path) -> list[str]:
 
 
 def failure(source: Source, data_dir: Path) -> str:
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         fetch(source, data_dir)
     [line] = str(caught.value).splitlines()
     return line
@@ -103,14 +103,14 @@ def test_the_recipes_can_be_read(path: Path) -> None:
     else:
         assert recipe.pairs
         files = {source.file for source in recipe.pairs.sources}
-        assert {name for names in recipe.pairs.beside for name in names} < files
+        assert {name for names in recipe.pairs.aligned for name in names} < files
         assert all(source.url.endswith(source.file.removeprefix("multi30k-")) for source in recipe.pairs.sources)
 
 
 def fetch_or_skip(source: Source, data_dir: Path) -> Path:
     try:
         return fetch(source, data_dir)
-    except Failure as reason:
+    except UserError as reason:
         assert "checksum" not in str(reason)
         pytest.skip(str(reason))
 
@@ -164,7 +164,7 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
         (("[source]", "config = '; rm'\n[source]"), "config: String should match pattern '"),
         (("[source]", "[source"), "not a TOML file: "),
         (("[source]", "[pairs]"), "pairs.sources: Field required"),
-        (("[source]", "[pairs]\nbeside = []\n[source]"), "pairs.file: Field required"),
+        (("[source]", "[pairs]\naligned = []\n[source]"), "pairs.file: Field required"),
     ],
     ids=str,
 )
@@ -319,13 +319,13 @@ def pairs_recipe(data_dir: Path, left: str = LEFT, right: str = RIGHT, joined: b
     for name, content in files.items():
         (data_dir / "downloads" / name).write_bytes(content)
     sources = [{"file": name, "sha256": sha256(content).hexdigest(), "url": URL} for name, content in files.items()]
-    pairs = {"file": "both", "sha256": sha256(joined * 2).hexdigest(), "beside": [["left.gz", "right"]] * 2}
+    pairs = {"file": "both", "sha256": sha256(joined * 2).hexdigest(), "aligned": [["left.gz", "right"]] * 2}
     texts = {"title": "T", "licence": "L", "tokenizer": "char"}
     return Recipe.model_validate({**texts, "val_fraction": 0.5, "pairs": {**pairs, "sources": sources}})
 
 
 def test_pairs_are_joined_line_by_line(tmp_path: Path) -> None:
-    assert text_file(pairs_recipe(tmp_path), tmp_path).read_bytes() == JOINED * 2
+    assert download_text(pairs_recipe(tmp_path), tmp_path).read_bytes() == JOINED * 2
 
 
 @pytest.mark.parametrize(
@@ -337,8 +337,8 @@ def test_pairs_are_joined_line_by_line(tmp_path: Path) -> None:
     ids=str,
 )
 def test_pairs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(Failure) as caught:
-        text_file(pairs_recipe(tmp_path, **change), tmp_path)
+    with pytest.raises(UserError) as caught:
+        download_text(pairs_recipe(tmp_path, **change), tmp_path)
     assert str(caught.value).startswith(said)
     assert not (tmp_path / "downloads" / "both").exists()
 
@@ -346,8 +346,8 @@ def test_pairs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], said: str
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"beside": [["left.gz", "wrong"]]}, "no source is called wrong"),
-        ({"beside": [["left.gz"]]}, "Field required"),
+        ({"aligned": [["left.gz", "wrong"]]}, "no source is called wrong"),
+        ({"aligned": [["left.gz"]]}, "Field required"),
     ],
 )
 def test_pairs_name_their_sources(tmp_path: Path, change: dict[str, Any], said: str) -> None:

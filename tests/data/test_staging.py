@@ -16,8 +16,8 @@ import prepare
 from conftest import contents, prepare_text, script, some_text
 from glyphgpt.data import text as texts
 from glyphgpt.data.dataset import META, ShardWriter
-from glyphgpt.data.staging import PROGRESS, workshop
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.data.staging import PROGRESS, staging_dir
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import locked
 
 
@@ -69,7 +69,7 @@ def test_a_broken_run_goes_on_and_ends_with_the_same_bytes(
     words = [f"--shard_tokens={shard_tokens}", f"--tokenizer={'gpt2' if form == 'records' else form}"]
     if form == "skip":
         prepare_text("abcdefgh \n" * 9, job.data_dir, "few")
-        words[1:] = [f"--vocabulary={job.data_dir / 'few'}", "--unknown=skip"]
+        words[1:] = [f"--vocabulary={job.data_dir / 'few'}", "--skip_unknown"]
     straight = job.run(*words, name="straight")
     chosen = random.Random(shard_tokens)
     for _ in range(3):
@@ -98,7 +98,7 @@ def test_files_of_names_that_are_not_utf8_are_continued(job: Job, capsys: pytest
 
 def test_what_was_left_out_is_reported_after_an_interruption(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_text("abcdefgh \n" * 9, job.data_dir, "few")
-    words = ["--shard_tokens=20", f"--vocabulary={job.data_dir / 'few'}", "--unknown=skip"]
+    words = ["--shard_tokens=20", f"--vocabulary={job.data_dir / 'few'}", "--skip_unknown"]
     job.break_off(12, *words)
     capsys.readouterr()
     job.run(*words)
@@ -155,7 +155,7 @@ def test_a_kill_while_one_is_changed_for_the_other_loses_nothing(job: Job, kille
         shutil.rmtree(job.data_dir / "mine")
     (job.file.parent / "bad.txt").write_bytes(b"\xff")
     good, job.file = job.file, job.file.parent / "bad.txt"
-    with pytest.raises(Failure):
+    with pytest.raises(UserError):
         job.run()
     assert contents(job.data_dir / "mine") == before
     job.file = good
@@ -176,7 +176,7 @@ def test_an_interruption_between_the_renames_puts_the_old_one_back(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), workshop(folder, overwrite=True):
+    with pytest.raises(KeyboardInterrupt), staging_dir(folder, overwrite=True):
         pass
     assert contents(folder) == {META: b"old"}
     assert list(tmp_path.iterdir()) == [folder]
@@ -190,10 +190,10 @@ def test_a_write_that_fails_once_leaves_no_gap(job: Job, monkeypatch: pytest.Mon
         calls.append(tokens)
         if len(calls) == 5:
             write(writer, tokens[:3])
-            raise Failure("no space left, for a moment")
+            raise UserError("no space left, for a moment")
         write(writer, tokens)
 
-    with monkeypatch.context() as patch, pytest.raises(Failure, match="no space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
         patch.setattr(ShardWriter, "write", flaky)
         job.run("--shard_tokens=64")
     assert job.run("--shard_tokens=64") == straight
@@ -204,10 +204,10 @@ def test_a_full_disk_keeps_what_is_done(job: Job, monkeypatch: pytest.MonkeyPatc
 
     def full(writer: ShardWriter) -> Any:
         if len(writer.shards) == 4:
-            raise Failure("no space left")
+            raise UserError("no space left")
         return begin(writer)
 
-    with monkeypatch.context() as patch, pytest.raises(Failure, match="no space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
         patch.setattr(ShardWriter, "_begin", full)
         job.run("--shard_tokens=50")
     assert (job.hidden / "new" / PROGRESS).exists()

@@ -35,7 +35,7 @@ from glyphgpt.data.formats import zstandard
 from glyphgpt.data.records import Documents, csv_rows, json_records, json_values
 from glyphgpt.data.sources import find_files, list_names, sanitize, shell_word
 from glyphgpt.data.text import Tee, Text, open_text, read_text
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 
 LINES = ["one", "zwei\ndrei", "", "\u2028quatre 🙂 \0"]
 
@@ -86,7 +86,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz", "a.jsonl.zst", "a.parquet"])
 def test_each_record_is_a_document(tmp_path: Path, name: str) -> None:
     path = write_records(tmp_path / name, LINES)
-    assert read(path, separate=True) == LINES
+    assert read(path, keep_documents=True) == LINES
     assert read(path) == ["".join(line + "\n" for line in LINES)]
 
 
@@ -110,7 +110,7 @@ def test_files_are_documents_of_their_own_where_documents_are_told_apart(tmp_pat
     for path, content in zip(paths, ["first", "", "third"], strict=True):
         path.write_text(content)
     records = write_records(tmp_path / "4.jsonl", ["fourth", "fifth"])
-    assert read(*paths, records, paths[0], separate=True) == ["first", "third", "fourth", "fifth", "first"]
+    assert read(*paths, records, paths[0], keep_documents=True) == ["first", "third", "fourth", "fifth", "first"]
     assert read(*paths, records, paths[0]) == ["firstthirdfourth\nfifth\nfirst"]
 
 
@@ -140,7 +140,7 @@ def test_json_lines_come_in_any_pieces(records: list[str], size: int, last_line_
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json_lines(["a"]) + "\n" + line + "\n")
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}: {said}")
     assert "\n" not in str(caught.value)
@@ -149,7 +149,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, said: str)
 def test_another_field_can_be_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json_lines(LINES, "body"), encoding="utf-8")
-    assert read(path, field="body", separate=True) == LINES
+    assert read(path, field="body", keep_documents=True) == LINES
 
 
 def test_columns_that_will_not_do_are_named(tmp_path: Path) -> None:
@@ -157,12 +157,12 @@ def test_columns_that_will_not_do_are_named(tmp_path: Path) -> None:
     for field, said in (
         ("body", "has no column 'body'; there are: id, text; prepare.py reads another with --text_field=NAME"),
     ):
-        with pytest.raises(Failure, match=f"^{path}: {said}$"):
+        with pytest.raises(UserError, match=f"^{path}: {said}$"):
             read(path, field=field)
-    with pytest.raises(Failure, match=f"^{path}: row 1: 'id' is not text but 0$"):
+    with pytest.raises(UserError, match=f"^{path}: row 1: 'id' is not text but 0$"):
         read(path, field="id")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
-    with pytest.raises(Failure, match=f"^{path}: row 2: 'text' is not text but null$"):
+    with pytest.raises(UserError, match=f"^{path}: row 2: 'text' is not text but null$"):
         read(path)
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
         path.write_bytes(damaged)
         if damaged == b"" and name.endswith(".gz"):
             continue  # an empty file is gzip of nothing
-        with pytest.raises(Failure, match=f"^{path}: cannot be ") as caught:
+        with pytest.raises(UserError, match=f"^{path}: cannot be ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -183,7 +183,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_records(tmp_path / "a.parquet", LINES)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(Failure, match=r"a.parquet: reading Parquet needs pyarrow: pip install pyarrow$"):
+    with pytest.raises(UserError, match=r"a.parquet: reading Parquet needs pyarrow: pip install pyarrow$"):
         read(path)
 
 
@@ -206,7 +206,7 @@ def test_patterns_name_the_files_that_fit_sorted(tmp_path: Path) -> None:
 
 def test_an_encoding_without_its_mark_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16-le"))
-    with pytest.raises(Failure, match=r"a\.txt: is not utf-16 text: .*name its --encoding"):
+    with pytest.raises(UserError, match=r"a\.txt: is not utf-16 text: .*name its --encoding"):
         read(tmp_path / "a.txt", encoding="utf-16")
 
 
@@ -315,14 +315,14 @@ def test_names_are_shown_on_one_line_and_mean_the_same_to_bash(tmp_path: Path) -
 def test_json_holds_documents(tmp_path: Path, content: str, pack: Callable[[bytes], bytes]) -> None:
     path = tmp_path / f"a.json{suffix_of(pack)}"
     path.write_bytes(pack(b"\xef\xbb\xbf" + content.encode()))
-    assert read(path, separate=True) == LINES
+    assert read(path, keep_documents=True) == LINES
     assert read(path) == ["".join(line + "\n" for line in LINES)]
 
 
 @pytest.mark.usefixtures("chunk_bytes")
 def test_json_lines_may_hold_plain_strings(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    assert read(tmp_path / "a.jsonl", separate=True) == LINES
+    assert read(tmp_path / "a.jsonl", keep_documents=True) == LINES
 
 
 @pytest.mark.parametrize("pack", PACKERS, ids=["plain", "gzip", "zstd"])
@@ -335,7 +335,7 @@ def test_a_column_of_a_table_holds_documents(
     csv.writer(table, dialect).writerows([["text", "id"], *([record, 1] for record in records)])
     path = tmp_path / f"a{suffix}{suffix_of(pack)}"
     path.write_bytes(pack(b"\xef\xbb\xbf" + table.getvalue().encode()))
-    assert read(path, separate=True) == records
+    assert read(path, keep_documents=True) == records
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_column_of_a_table_holds_documents(
 )
 def test_records_that_will_not_do_are_named(tmp_path: Path, name: str, content: str, said: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         read(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: {said}")
     assert "\n" not in str(caught.value)
@@ -408,7 +408,7 @@ def test_containers_are_refused_by_their_first_bytes(tmp_path: Path, name: str, 
     CONTAINERS[name](tmp_path / name)
     for path in (tmp_path / name, tmp_path / "my own.txt"):
         path.write_bytes((tmp_path / name).read_bytes())
-        with pytest.raises(Failure, match=r": (a|an|packed) [^;]*, not plain text; [^;]*$") as caught:
+        with pytest.raises(UserError, match=r": (a|an|packed) [^;]*, not plain text; [^;]*$") as caught:
             read(path, encoding=encoding)
         command = re.search(r": ((?:bzip2|xz|gzip|zstd|mkdir) .*)", str(caught.value))
         for program in ("zstd", "unzip", "7z", "unrar"):
@@ -434,7 +434,7 @@ def test_iconv_is_advised_where_no_flag_is(tmp_path: Path, encoding: str, named:
     path = tmp_path / "my own.txt"
     content = "élan ça\n".encode(encoding)
     path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(Failure, match="is not utf-8 text; convert it") as caught:
+    with pytest.raises(UserError, match="is not utf-8 text; convert it") as caught:
         read_text(str(path))
     assert "--encoding" not in str(caught.value)
     command = str(caught.value).rpartition(": ")[2]
@@ -448,7 +448,7 @@ def test_iconv_is_advised_where_no_flag_is(tmp_path: Path, encoding: str, named:
 def test_the_flag_that_reads_a_marked_file_is_named(tmp_path: Path) -> None:
     for encoding in ("utf-16", "utf-32"):
         (tmp_path / "a.txt").write_bytes("élan".encode(encoding))
-        with pytest.raises(Failure, match=rf"byte 0xff at offset 0 is not utf-8 text; add --encoding={encoding}$"):
+        with pytest.raises(UserError, match=rf"byte 0xff at offset 0 is not utf-8 text; add --encoding={encoding}$"):
             read(tmp_path / "a.txt")
         assert read(tmp_path / "a.txt", encoding=encoding) == ["élan"]
 
@@ -480,7 +480,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: p
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(Failure, match=r"a\\n\.txt: Permission denied$"):
+    with pytest.raises(UserError, match=r"a\\n\.txt: Permission denied$"):
         read_text(str(tmp_path / "a\n.txt"))
 
 

@@ -19,11 +19,11 @@ from glyphgpt.data.tokenizers import (
     StreamDecoder,
     Tokenizer,
     decode,
-    first_token,
-    from_plain,
+    start_token,
     token_dtype,
+    tokenizer_from_dict,
 )
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 
 SHAKESPEARE = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 LAST_CHARACTER = "\U0010ffff"
@@ -37,7 +37,7 @@ SPACED_TEXT = st.lists(st.sampled_from(SPACES + MARKS), max_size=60).map("".join
 def gpt2() -> GPT2Tokenizer:
     try:
         return GPT2Tokenizer(ROOT / "data")
-    except Failure as failure:
+    except UserError as failure:
         pytest.skip(str(failure))
 
 
@@ -48,7 +48,7 @@ def test_characters_come_back(pieces: list[str]) -> None:
     text = "".join(pieces)
     tokenizer = CharTokenizer.learn(pieces)
     assert tokenizer.characters == "".join(sorted(set(text)))
-    assert tokenizer.unknown(text) == []
+    assert tokenizer.unknown_characters(text) == []
     ids = tokenizer.encode(text)
     assert ids.shape == (len(text),)
     assert ids.dtype == token_dtype(tokenizer.vocab_size)
@@ -126,27 +126,27 @@ def test_ids_take_as_few_bytes_as_they_can(size: int) -> None:
     ids = tokenizer.encode(characters)
     assert ids.dtype == (np.uint8 if size <= 256 else np.uint16 if size <= 65536 else np.uint32)
     assert ids.tolist() == list(range(size))
-    assert tokenizer.unknown(chr(first + size)) == [chr(first + size)]
-    with pytest.raises(Failure):
+    assert tokenizer.unknown_characters(chr(first + size)) == [chr(first + size)]
+    with pytest.raises(UserError):
         tokenizer.encode(chr(first + size))
 
 
 @pytest.mark.parametrize("missing", ["\0", "b", "d", "é", "\uffff", "🙂", LAST_CHARACTER])
 def test_a_character_without_a_token_is_named(missing: str) -> None:
     tokenizer = CharTokenizer("ace")
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         tokenizer.encode(f"ace{missing}ace")
     assert str(caught.value) == f"the vocabulary has no character {missing!r}"
 
 
 def test_all_unknown_characters_are_listed_once() -> None:
     tokenizer = CharTokenizer("ace")
-    assert tokenizer.unknown("abcabc\n🙂") == ["\n", "b", "🙂"]
+    assert tokenizer.unknown_characters("abcabc\n🙂") == ["\n", "b", "🙂"]
     assert tokenizer.encode("").tolist() == []
 
 
 def test_bytes_and_word_pieces_spell_anything(gpt2: GPT2Tokenizer) -> None:
-    assert ByteTokenizer().unknown("abc\n🙂\0") == gpt2.unknown("abc\n🙂\0") == []
+    assert ByteTokenizer().unknown_characters("abc\n🙂\0") == gpt2.unknown_characters("abc\n🙂\0") == []
 
 
 @tries(deadline=None, max_examples=300)
@@ -202,16 +202,16 @@ def test_a_stream_of_word_pieces_and_characters_decodes_as_the_whole(gpt2: GPT2T
     "tokenizer", [CharTokenizer("\0\n a\x7fé\u2028字🙂" + LAST_CHARACTER), ByteTokenizer()], ids=["char", "byte"]
 )
 def test_a_tokenizer_comes_back_from_plain_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    plain = json.loads(json.dumps(tokenizer.to_plain()))
-    again = from_plain(plain, tmp_path)
+    plain = json.loads(json.dumps(tokenizer.to_dict()))
+    again = tokenizer_from_dict(plain, tmp_path)
     assert type(again) is type(tokenizer)
-    assert again.to_plain() == tokenizer.to_plain()
+    assert again.to_dict() == tokenizer.to_dict()
     assert again.vocab_size == tokenizer.vocab_size
     assert again.encode("\n🙂a").tolist() == tokenizer.encode("\n🙂a").tolist()
 
 
 def test_gpt2_comes_back_from_plain_data(gpt2: GPT2Tokenizer) -> None:
-    again = from_plain(gpt2.to_plain(), ROOT / "data")
+    again = tokenizer_from_dict(gpt2.to_dict(), ROOT / "data")
     text = some_text(300)
     assert again.encode(text).tolist() == gpt2.encode(text).tolist()
 
@@ -234,19 +234,19 @@ def test_gpt2_comes_back_from_plain_data(gpt2: GPT2Tokenizer) -> None:
     ids=repr,
 )
 def test_other_data_makes_no_tokenizer(tmp_path: Path, plain: Any) -> None:
-    with pytest.raises(Failure):
-        from_plain(plain, tmp_path)
+    with pytest.raises(UserError):
+        tokenizer_from_dict(plain, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_text_without_a_prompt_starts_from_a_new_line() -> None:
-    assert first_token(CharTokenizer(SHAKESPEARE)) == 0
-    assert first_token(CharTokenizer("\t\nab")) == 1
-    assert first_token(CharTokenizer("ab")) == 0
-    assert first_token(ByteTokenizer()) == 10
+    assert start_token(CharTokenizer(SHAKESPEARE)) == 0
+    assert start_token(CharTokenizer("\t\nab")) == 1
+    assert start_token(CharTokenizer("ab")) == 0
+    assert start_token(ByteTokenizer()) == 10
 
 
 @pytest.mark.parametrize("characters", ["", "ba", "aab", "a\ud800", "\udfffz"])
 def test_a_vocabulary_that_cannot_be_is_refused(characters: str) -> None:
-    with pytest.raises(Failure, match="a character vocabulary holds"):
-        from_plain({"kind": "char", "characters": characters}, Path())
+    with pytest.raises(UserError, match="a character vocabulary holds"):
+        tokenizer_from_dict({"kind": "char", "characters": characters}, Path())

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MODERN, decoder_of, tiny_model
-from glyphgpt.inference.beam_search import log_softmax, search
+from glyphgpt.inference.beam_search import beam_search, log_softmax
 from glyphgpt.inference.generate import Floats, Ids, LanguageModel
-from glyphgpt.runtime import OnDevice, start
+from glyphgpt.runtime import TorchLM, init_runtime
 
 END = 0
 
@@ -28,7 +28,7 @@ class Chain:
         def __init__(self, batch: int) -> None:
             self.seen = np.empty((batch, 0), np.int64)
 
-        def select(self, rows: list[int]) -> None:
+        def reorder(self, rows: list[int]) -> None:
             self.seen = self.seen[rows]
 
     def new_cache(self, batch: int) -> Any:
@@ -45,7 +45,7 @@ def chain(*rows: list[float]) -> Chain:
 
 
 def ways(model: Any, *prompts: list[int], beam: int, most: int = 10) -> list[list[int]]:
-    found = search(model, np.array(prompts), end=END, beam=beam, max_new_tokens=most)
+    found = beam_search(model, np.array(prompts), end=END, beam=beam, max_new_tokens=most)
     return [way.tolist() for way in found]
 
 
@@ -137,7 +137,7 @@ def test_decoder_and_torch_find_the_same_ways() -> None:
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.3)
         prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 1, 5]]
-        with start("cpu", "float32") as runtime:
-            by_torch = ways(OnDevice(model, runtime), *prompts, beam=3, most=5)
+        with init_runtime("cpu", "float32") as runtime:
+            by_torch = ways(TorchLM(model, runtime), *prompts, beam=3, most=5)
         assert ways(decoder_of(model), *prompts, beam=3, most=5) == by_torch
         assert len({tuple(way) for way in by_torch}) > 1

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from conftest import MODERN, decoder_of, tiny_model
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer
-from glyphgpt.inference.generate import Floats, Ids, LanguageModel, SamplingRule, TextStream, context_start, generate
-from glyphgpt.inference.numpy_gpt import DecoderCache
-from glyphgpt.runtime import OnDevice, Runtime
+from glyphgpt.inference.generate import Floats, Ids, LanguageModel, SamplingParams, TextStream, context_start, generate
+from glyphgpt.inference.numpy_gpt import NumpyKVCache
+from glyphgpt.runtime import Runtime, TorchLM
 from model import GPT
 
 
@@ -25,10 +25,10 @@ class Watched:
         self.model = decoder_of(model)
         self.seen: list[tuple[int, int]] = []
 
-    def new_cache(self, batch: int) -> DecoderCache:
+    def new_cache(self, batch: int) -> NumpyKVCache:
         return self.model.new_cache(batch)
 
-    def next_logits(self, tokens: Ids, cache: DecoderCache) -> Floats:
+    def next_logits(self, tokens: Ids, cache: NumpyKVCache) -> Floats:
         self.seen.append((cache.length, tokens.shape[1]))
         return self.model.next_logits(tokens, cache)
 
@@ -58,7 +58,7 @@ def draws(
         block_size=8,
         num_samples=samples,
         max_new_tokens=count,
-        rule=SamplingRule(temperature=0 if greedy else 1),
+        rule=SamplingParams(temperature=0 if greedy else 1),
         seed=seed,
         use_cache=cache,
     )
@@ -73,7 +73,7 @@ def test_a_cache_changes_nothing(form: dict[str, Any], length: int, samples: int
     prompt = torch.randint(11, (length,)).tolist()
     cached = draws(model, prompt, 24, samples=samples)
     assert cached == draws(model, prompt, 24, samples=samples, cache=False)
-    with_torch = OnDevice(model, Runtime(torch.device("cpu"), torch.float32))
+    with_torch = TorchLM(model, Runtime(torch.device("cpu"), torch.float32))
     assert cached == draws(with_torch, prompt, 24, samples=samples)
     assert cached == draws(with_torch, prompt, 24, samples=samples, cache=False)
     assert len(cached) == samples and len(cached[0]) == 24
@@ -128,7 +128,7 @@ def test_the_context_moves_seldom() -> None:
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12)
 
 
-def by_hand(logits: list[float], rule: SamplingRule) -> list[float]:
+def by_hand(logits: list[float], rule: SamplingParams) -> list[float]:
     """The probabilities, rule after rule, in plain Python."""
     weights = [math.exp(logit / rule.temperature) for logit in logits]
     if rule.top_k:
@@ -151,7 +151,7 @@ def by_hand(logits: list[float], rule: SamplingRule) -> list[float]:
 
 
 RULES = st.builds(
-    SamplingRule,
+    SamplingParams,
     temperature=st.sampled_from([0.25, 0.5, 1.0, 2.0, 50.0]),
     top_k=st.sampled_from([0, 0, 1, 2, 5, 12, 1000]),
     top_p=st.sampled_from([1.0, 1.0, 0.999, 0.9, 0.5, 0.1, 1e-9]),
@@ -161,12 +161,12 @@ RULES = st.builds(
 
 @given(LOGITS, RULES)
 @settings(deadline=None, max_examples=300)
-@example([0.0, 0.0, 0.0, -1.0], SamplingRule(top_k=2))  # a tie at the last place
-@example([1.0, 0.0, 0.0, -1.0], SamplingRule(top_p=0.5))
-@example([1.0, 1.0, 0.0], SamplingRule(min_p=1.0))
-def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingRule) -> None:
+@example([0.0, 0.0, 0.0, -1.0], SamplingParams(top_k=2))  # a tie at the last place
+@example([1.0, 0.0, 0.0, -1.0], SamplingParams(top_p=0.5))
+@example([1.0, 1.0, 0.0], SamplingParams(min_p=1.0))
+def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingParams) -> None:
     wanted = by_hand(logits, rule)
-    (seen,) = rule.chances(np.array([logits, logits[::-1]]))[:1].tolist()
+    (seen,) = rule.probs(np.array([logits, logits[::-1]]))[:1].tolist()
     shares = [weight / sum(seen) for weight in seen]
     # of tokens that are equally likely, top_p may take any
     assert sorted(shares) == pytest.approx(sorted(wanted), abs=1e-5)
@@ -176,11 +176,11 @@ def test_rules_equal_those_by_hand(logits: list[float], rule: SamplingRule) -> N
 
 @given(LOGITS, RULES, st.integers(0, 1000))
 @settings(deadline=None, max_examples=100)
-def test_some_token_is_always_left(logits: list[float], rule: SamplingRule, seed: int) -> None:
+def test_some_token_is_always_left(logits: list[float], rule: SamplingParams, seed: int) -> None:
     rows = np.array([logits] * 3) * 20
-    allowed = rule.chances(rows)
+    allowed = rule.probs(rows)
     assert np.isfinite(allowed).all()
-    drawn = rule.draw(rows, np.random.default_rng(seed))
+    drawn = rule.sample(rows, np.random.default_rng(seed))
     assert drawn.shape == (3,)
     assert (allowed[[0, 1, 2], drawn] > 0).all()
 
@@ -198,37 +198,37 @@ class Extreme:
 @pytest.mark.parametrize("number", [0.0, 1e-17, 50.0])
 def test_tokens_without_a_chance_are_never_drawn(number: float) -> None:
     rows = np.array([[-np.inf, -30.0, 0.0, -np.inf]])
-    assert SamplingRule().draw(rows, Extreme(number)).tolist() == [2]  # type: ignore[arg-type]
+    assert SamplingParams().sample(rows, Extreme(number)).tolist() == [2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-300])
 def test_a_temperature_near_0_takes_the_likeliest(temperature: float) -> None:
     rows = np.array([[1.0, 50.0, -30.0], [-1.0, -2.0, -3.0]])
-    drawn = SamplingRule(temperature=temperature).draw(rows, np.random.default_rng(0))
+    drawn = SamplingParams(temperature=temperature).sample(rows, np.random.default_rng(0))
     assert drawn.tolist() == [1, 0]
 
 
 def test_temperature_0_takes_the_likeliest() -> None:
     rows = np.random.default_rng(0).normal(size=(50, 9))
-    drawn = SamplingRule(temperature=0, top_k=5, top_p=0.5, min_p=0.5).draw(rows, np.random.default_rng(0))
+    drawn = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.5).sample(rows, np.random.default_rng(0))
     assert drawn.tolist() == [row.index(max(row)) for row in rows.tolist()]
 
 
 @pytest.mark.parametrize(
     ("rule", "wanted"),
     [
-        (SamplingRule(), [0.1, 0.2, 0.3, 0.4]),
-        (SamplingRule(temperature=0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
-        (SamplingRule(top_k=2), [0, 0, 3 / 7, 4 / 7]),
-        (SamplingRule(top_p=0.75), [0, 2 / 9, 3 / 9, 4 / 9]),
-        (SamplingRule(min_p=0.6), [0, 0, 3 / 7, 4 / 7]),
-        (SamplingRule(top_k=3, top_p=0.7, min_p=0.8), [0, 0, 0, 1]),
+        (SamplingParams(), [0.1, 0.2, 0.3, 0.4]),
+        (SamplingParams(temperature=0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        (SamplingParams(top_k=2), [0, 0, 3 / 7, 4 / 7]),
+        (SamplingParams(top_p=0.75), [0, 2 / 9, 3 / 9, 4 / 9]),
+        (SamplingParams(min_p=0.6), [0, 0, 3 / 7, 4 / 7]),
+        (SamplingParams(top_k=3, top_p=0.7, min_p=0.8), [0, 0, 0, 1]),
     ],
 )
-def test_draws_are_as_frequent_as_they_should_be(rule: SamplingRule, wanted: list[float]) -> None:
+def test_draws_are_as_frequent_as_they_should_be(rule: SamplingParams, wanted: list[float]) -> None:
     count = 40_000
     rows = np.tile(np.log([0.1, 0.2, 0.3, 0.4]), (count, 1))
-    drawn = rule.draw(rows, np.random.default_rng(0))
+    drawn = rule.sample(rows, np.random.default_rng(0))
     found = np.bincount(drawn, minlength=4).tolist()
     expected = [count * share for share in wanted]
     assert all(n == 0 for n, e in zip(found, expected, strict=True) if e == 0)

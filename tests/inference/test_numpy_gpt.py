@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import MODERN, SWITCHES, decoder_of, tiny_model
-from glyphgpt.inference.numpy_gpt import Decoder, expected_shapes
+from glyphgpt.inference.numpy_gpt import NumpyGPT, expected_shapes
 from glyphgpt.training.torch_state import model_arrays
 from model import GPT
 
@@ -56,11 +56,11 @@ def test_expected_shapes_are_those_of_the_network(form: dict[str, Any]) -> None:
 def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any]) -> None:
     model = tiny_model(**MODERN)
     with pytest.raises(ValueError):  # whatever pydantic says
-        Decoder({**asdict(model.config), **change}, model_arrays(model))
+        NumpyGPT({**asdict(model.config), **change}, model_arrays(model))
 
 
 def test_weights_of_another_precision_are_refused() -> None:
     model = tiny_model()
     weights = {name: array.astype(np.float16) for name, array in model_arrays(model).items()}
     with pytest.raises(ValueError, match="float32"):
-        Decoder(asdict(model.config), weights)
+        NumpyGPT(asdict(model.config), weights)

@@ -18,7 +18,7 @@ import sample
 import train
 from conftest import ROOT, prepare_text, script, some_text, tiny_settings
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.errors import Failure, UsageError, plain_errors
+from glyphgpt.errors import UsageError, UserError, exit_on_error
 from glyphgpt.settings import SampleSettings
 
 Capture = pytest.CaptureFixture[str]
@@ -89,18 +89,18 @@ def test_a_cpu_samples_without_torch(run: Path) -> None:
 
 
 def test_weights_that_are_no_numbers_are_refused(ask: Ask, run: Path, tmp_path: Path) -> None:
-    checkpoint = checkpoints.load(run / "best.safetensors")
+    checkpoint = checkpoints.load_checkpoint(run / "best.safetensors")
     checkpoint.model["norm.weight"][3] = np.nan
-    checkpoints.save(checkpoint, tmp_path / "nan.safetensors")
-    with pytest.raises(Failure, match=r"nan\.safetensors: some weights are not finite; use an earlier checkpoint"):
+    checkpoints.save_checkpoint(checkpoint, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=r"nan\.safetensors: some weights are not finite; use an earlier checkpoint"):
         ask(tmp_path / "nan.safetensors")
 
 
 def test_a_tokenizer_of_another_size_is_refused(ask: Ask, run: Path, tmp_path: Path) -> None:
-    checkpoint = checkpoints.load(run / "best.safetensors")
-    checkpoint.info.tokenizer["characters"] = "abc"
-    checkpoints.save(checkpoint, tmp_path / "other.safetensors")
-    with pytest.raises(Failure, match=r"other\.safetensors: its tokenizer and its network differ"):
+    checkpoint = checkpoints.load_checkpoint(run / "best.safetensors")
+    checkpoint.metadata.tokenizer["characters"] = "abc"
+    checkpoints.save_checkpoint(checkpoint, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors: its tokenizer and its network differ"):
         ask(tmp_path / "other.safetensors")
 
 
@@ -109,7 +109,7 @@ def test_running_out_of_memory_is_one_line(ask: Ask, monkeypatch: pytest.MonkeyP
         raise MemoryError
 
     monkeypatch.setattr("glyphgpt.inference.numpy_gpt.np.empty", fail)
-    with pytest.raises(Failure, match=r"^out of memory; lower num_samples$"):
+    with pytest.raises(UserError, match=r"^out of memory; lower num_samples$"):
         ask(num_samples=3)
 
 
@@ -167,20 +167,20 @@ def test_each_sample_has_its_own_stop(ask: Ask) -> None:
 
 
 def test_unknown_characters_are_named_and_can_be_skipped(ask: Ask) -> None:
-    with pytest.raises(Failure, match=re.escape("'q' (U+0071), '\u05e9' (U+05E9)")) as failure:
+    with pytest.raises(UserError, match=re.escape("'q' (U+0071), '\u05e9' (U+05E9)")) as failure:
         ask(prompt="the qשqking")
-    assert "--unknown=skip" in str(failure.value)
+    assert "--skip_unknown" in str(failure.value)
     assert "\n" not in str(failure.value)
-    skipped = ask(prompt="the qשqking", unknown="skip")
+    skipped = ask(prompt="the qשqking", skip_unknown=True)
     assert skipped.replace("qשq", "") == ask(prompt="the king")
 
 
 def test_a_prompt_of_unknown_characters_only_counts_as_empty_when_skipped(ask: Ask) -> None:
-    assert ask(prompt="字字", unknown="skip") == "字字" + ask(prompt="")
+    assert ask(prompt="字字", skip_unknown=True) == "字字" + ask(prompt="")
 
 
 def test_very_many_unknown_characters_are_counted(ask: Ask) -> None:
-    with pytest.raises(Failure, match=r"^.* and 90 more; .*$"):
+    with pytest.raises(UserError, match=r"^.* and 90 more; .*$"):
         ask(prompt="".join(map(chr, range(0x4E00, 0x4E00 + 100))))
 
 
@@ -202,10 +202,10 @@ def test_score_is_the_loss_that_evaluation_tells(
     file.write_bytes(validation_text.encode())
     assert ask(score=str(file), dtype="float32") == f"{file}: 600 tokens, {evaluated}"
     file.write_bytes("qz字".join(validation_text).encode())
-    with pytest.raises(Failure, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
+    with pytest.raises(UserError, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
         ask(score=str(file))
     left_out = "(1,797 unknown characters left out)"
-    assert ask(score=str(file), unknown="skip", dtype="float32") == f"{file}: 600 tokens {left_out}, {evaluated}"
+    assert ask(score=str(file), skip_unknown=True, dtype="float32") == f"{file}: 600 tokens {left_out}, {evaluated}"
 
 
 def test_score_takes_a_data_set_too(data_dir: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_score_takes_a_data_set_too(data_dir: Path, ask: Ask, tmp_path: Path, mo
     said = f"{data_dir / 'small'}: validation split: 600 tokens, {loss}"
     assert ask(score="small", data_dir=str(data_dir)) == ask(score=str(data_dir / "small")) == said
     prepare_text(some_text(1000) + "z", data_dir, "other")
-    with pytest.raises(Failure, match=r"other: its vocabulary is not the model's; score its text instead: --score="):
+    with pytest.raises(UserError, match=r"other: its vocabulary is not the model's; score its text instead: --score="):
         ask(score="other", data_dir=str(data_dir))
     monkeypatch.chdir(tmp_path)
     assert ask(score="small", data_dir=str(data_dir)).startswith("small: 600 tokens, "), "a file comes first"
@@ -233,16 +233,16 @@ def test_score_reads_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
 def test_too_little_to_score_is_refused(text: str, count: int, ask: Ask, tmp_path: Path) -> None:
     file = tmp_path / "short.txt"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(Failure, match=rf"^.*short\.txt: {count} tokens; scoring a text needs at least 2$"):
+    with pytest.raises(UserError, match=rf"^.*short\.txt: {count} tokens; scoring a text needs at least 2$"):
         ask(score=str(file))
 
 
 @pytest.mark.parametrize("key", ["prompt_file", "score"])
 def test_a_text_that_is_missing_or_not_utf8_is_refused(key: str, ask: Ask, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"^.*nothing: no such file or folder$"):
+    with pytest.raises(UserError, match=r"^.*nothing: no such file or folder$"):
         ask(**{key: str(tmp_path / "nothing")})
     (tmp_path / "latin").write_bytes("the kéng".encode("latin-1"))
-    with pytest.raises(Failure, match=r"^.*latin: byte 0xe9 at offset 5 is not utf-8 text.*$"):
+    with pytest.raises(UserError, match=r"^.*latin: byte 0xe9 at offset 5 is not utf-8 text.*$"):
         ask(**{key: str(tmp_path / "latin")})
 
 
@@ -282,8 +282,8 @@ def test_interactive_works_for_a_model_that_has_never_seen_a_new_line(
 
 def test_interactive_bytes_that_are_no_text_are_no_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     standard_input(b"the \xff king\nmy lord\n", monkeypatch)
-    with plain_errors():
-        sample.main(settings(interactive=True, unknown="skip"), str(run))
+    with exit_on_error():
+        sample.main(settings(interactive=True, skip_unknown=True), str(run))
 
 
 def test_interactive_warns_of_unknown_characters_and_ends_at_the_end_of_input(run: Path) -> None:
@@ -345,7 +345,7 @@ def broken_checkpoints(folder: Path, run: Path) -> dict[str, str]:
 
 def test_files_that_are_no_good_checkpoints_are_refused(run: Path, ask: Ask, tmp_path: Path) -> None:
     for name, said in broken_checkpoints(tmp_path, run).items():
-        with pytest.raises(Failure, match=rf"^{re.escape(str(tmp_path / name))}: .*{said}.*$") as failure:
+        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / name))}: .*{said}.*$") as failure:
             ask(tmp_path / name)
         assert (failure.value.status, "\n" in str(failure.value)) == (1, False)
 

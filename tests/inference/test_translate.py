@@ -100,7 +100,7 @@ def test_of_an_empty_file_there_is_nothing(run: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_lines_that_end_in_cr_lf_translates_without_cr(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = CharTokenizer.learn(["red\t\r\n"])
-    monkeypatch.setattr(beam, "search", lambda *_, **__: [tokenizer.encode("red\r")])
+    monkeypatch.setattr(beam, "beam_search", lambda *_, **__: [tokenizer.encode("red\r")])
     translator = Translator(cast(Any, None), tokenizer, 40, TranslateSettings())
     assert translator.translate(["red"]) == ["red"]
 
@@ -114,7 +114,7 @@ def test_an_encoding_gets_advice_that_works(run: Path, tmp_path: Path) -> None:
 
 def test_unknown_characters_can_be_left_out(run: Path, tmp_path: Path) -> None:
     (tmp_path / "de.txt").write_text("ç")
-    assert translate(run, tmp_path / "de.txt", "--unknown=skip") == (0, "\n", "")
+    assert translate(run, tmp_path / "de.txt", "--skip_unknown") == (0, "\n", "")
 
 
 def test_a_model_without_tabs_is_refused(data_dir: Path, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import model as network
 import what_ifs
 from conftest import MODERN, ROOT, prepare_text, script, some_text, tiny_config, tiny_model, tiny_settings
 from glyphgpt.data.dataset import load_dataset
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.runtime import Runtime
-from model import GPT, CausalSelfAttention, SinusoidalPosition, attend
+from model import GPT, CausalSelfAttention, SinusoidalPosition, causal_attention
 from what_ifs import WHAT_IFS, WhatIf, WhatIfSettings, WhatIfTrainer
 
 T, C, H, D = 7, 12, 3, 4
@@ -45,7 +45,7 @@ def some_x(seed: int = 1, T: int = T, C: int = C) -> lesson.Floats:
 def test_attention_is_that_of_the_model() -> None:
     steps = lesson.attention(some_x(), some_layer())
     q, k, v = (torch.from_numpy(array)[None] for array in (steps.q, steps.k, steps.v))
-    np.testing.assert_allclose(steps.mixed, attend(q, k, v, dropout=0.0)[0].numpy(), atol=1e-12, rtol=0)
+    np.testing.assert_allclose(steps.mixed, causal_attention(q, k, v, dropout=0.0)[0].numpy(), atol=1e-12, rtol=0)
 
 
 def test_heads_and_back_are_those_of_the_model() -> None:
@@ -254,7 +254,7 @@ def trained(what_if: WhatIf | None, data_dir: Path, out_dir: Path, **changes: An
 
 def test_the_dot_product_trains_as_the_plain_model(data_dir: Path, tmp_path: Path) -> None:
     plain, dot = (trained(what_if, data_dir, tmp_path / str(n)) for n, what_if in enumerate((None, WhatIf())))
-    assert dot.progress.best_loss == pytest.approx(plain.progress.best_loss, abs=1e-5)
+    assert dot.state.best_loss == pytest.approx(plain.state.best_loss, abs=1e-5)
     assert dot.write() == plain.write()
     assert len(dot.write()) == what_ifs.CHARACTERS
 
@@ -265,7 +265,7 @@ def test_seeing_the_future_pays_in_training_only(data_dir: Path, tmp_path: Path)
         trained(WhatIf(mask=mask), data_dir, tmp_path / mask.__name__, **changes)
         for mask in (lesson.causal, lesson.no_mask)
     )
-    assert seer.progress.best_loss < honest.progress.best_loss / 2
+    assert seer.state.best_loss < honest.state.best_loss / 2
     assert seer.loss_in_writing() > honest.loss_in_writing() + 1
 
 
@@ -299,7 +299,7 @@ def test_the_page_has_a_row_for_each_what_if_and_names_what_is_there() -> None:
     ],
 )
 def test_settings_that_will_not_do_are_told(settings: dict[str, str], said: str) -> None:
-    with pytest.raises(Failure, match=said):
+    with pytest.raises(UserError, match=said):
         what_ifs.main(WhatIfSettings(**settings))  # type: ignore[arg-type]
 
 

@@ -24,7 +24,7 @@ import digits
 from conftest import script, tiny_model
 from digits import FOLDER, Network, mnist, numbers
 from glyphgpt.data.downloads import Source, fetch
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.settings import Optimization
 from glyphgpt.training.optimizers import make_optimizers, set_learning_rate
 from gpt import GPT, AdamW, Array, Arrays, Ids, cross_entropy, new_parameters
@@ -205,7 +205,7 @@ def test_without_scikit_learn_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPa
     for name in [name for name in sys.modules if name.startswith("sklearn")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [])
-    with pytest.raises(Failure, match=r"^this lesson without --mnist needs scikit-learn: pip install scikit-learn$"):
+    with pytest.raises(UserError, match=r"^this lesson without --mnist needs scikit-learn: pip install scikit-learn$"):
         digits.small_digits()
 
 
@@ -273,7 +273,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 
 
 def failure(source: Source, data_dir: Path) -> str:
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         fetch(source, data_dir)
     assert list((data_dir / "downloads").iterdir()) == []
     [line] = str(caught.value).splitlines()
@@ -305,7 +305,7 @@ def test_a_login_in_the_indexs_address_is_used_and_never_shown(
     monkeypatch.setenv("PIP_INDEX_URL", f"http://me:s%40cret@{index.place}")
     assert fetch(SOURCE, tmp_path).read_bytes() == SDIST
     other = SOURCE.model_copy(update={"project": "nobody", "file": "other.zip"})
-    with pytest.raises(Failure) as caught:
+    with pytest.raises(UserError) as caught:
         fetch(other, tmp_path)
     assert "cret" not in str(caught.value)
 
@@ -335,7 +335,7 @@ def test_an_index_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_mnist_is_the_well_known_one() -> None:
     try:
         (images, labels), (others, answers) = mnist()
-    except Failure as reason:
+    except UserError as reason:
         assert "checksum" not in str(reason)
         pytest.skip(str(reason))
     assert (images.shape, labels.shape, others.shape, answers.shape) == (

@@ -19,7 +19,7 @@ import train
 from conftest import MODERN, prepare_text, tiny_model, tiny_settings
 from glyphgpt.cli import parse
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.reports import attention_maps as attention
 from glyphgpt.reports.attention_maps import Attention, attention_weights, observe, page, png, spelled, word_lengths
 from glyphgpt.settings import SampleSettings
@@ -68,8 +68,8 @@ def test_weights_and_probabilities_are_the_models_own(form: dict[str, Any]) -> N
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
     assert len(seen) == len(weights)
     for layer, (module, x, output) in zip(weights, seen, strict=True):
-        _, _, v = module.heads(x)
-        torch.testing.assert_close(module.merge(layer @ v), output)
+        _, _, v = module.project_qkv(x)
+        torch.testing.assert_close(module.project_out(layer @ v), output)
     torch.testing.assert_close(probabilities, model(tokens[None])[0].softmax(-1))
     assert len(seen) == 2 * len(weights)
     assert not any(module._forward_pre_hooks for module in model.modules()), "the model is left as it was"
@@ -128,7 +128,7 @@ def test_numbers_that_overflow_are_one_line() -> None:
     with torch.no_grad():
         model.token_embedding.weight.fill_(1e38)
     tokenizer = CharTokenizer("abcdefghijk")
-    with pytest.raises(Failure, match=r"^the model's numbers overflow; there is nothing to draw$"):
+    with pytest.raises(UserError, match=r"^the model's numbers overflow; there is nothing to draw$"):
         observe(model, tokenizer, tokenizer.encode("abc"))
 
 
@@ -186,8 +186,8 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-def draw(run: Path, picture: Path, text: str, **changes: str) -> None:
-    settings = {"attention": text, "picture": str(picture), **changes}
+def draw(run: Path, picture: Path, text: str, **changes: object) -> None:
+    settings = {"attention": text, "out": str(picture), **changes}
     sample.main(SampleSettings.model_validate(settings), str(run))
 
 
@@ -201,7 +201,7 @@ def test_sampling_draws_and_says_where(run: Path, tmp_path: Path, capsys: pytest
     data = data_of((tmp_path / "attention.html").read_text(encoding="utf-8"))
     assert data["tokens"] == list("the king")
     assert data["title"] == str(run / "best.safetensors")
-    draw(run, tmp_path / ".HTML", "the qking", unknown="skip")
+    draw(run, tmp_path / ".HTML", "the qking", skip_unknown=True)
     assert data_of((tmp_path / ".HTML").read_text(encoding="utf-8"))["tokens"] == list("the king")
 
 
@@ -209,20 +209,20 @@ def test_sampling_draws_and_says_where(run: Path, tmp_path: Path, capsys: pytest
     ("text", "changes", "said"),
     [
         ("to be or not to b", {}, r"^the text has 17 characters; this model sees 1 to 16 at once$"),
-        ("qq", {"unknown": "skip"}, r"^the text has 0 characters; this model sees 1 to 16 at once$"),
+        ("qq", {"skip_unknown": True}, r"^the text has 0 characters; this model sees 1 to 16 at once$"),
         ("the qking", {}, r"^the model has never seen 'q' \(U\+0071\); .*$"),
     ],
 )
 def test_a_text_that_cannot_be_drawn_is_one_line(
     text: str, changes: dict[str, str], said: str, run: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Failure, match=said):
+    with pytest.raises(UserError, match=said):
         draw(run, tmp_path / "a.html", text, **changes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_one_line(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"^.*nowhere.a\.html: could not be written: No such file or directory$"):
+    with pytest.raises(UserError, match=r"^.*nowhere.a\.html: could not be written: No such file or directory$"):
         draw(run, tmp_path / "nowhere" / "a.html", "the king")
 
 
@@ -230,7 +230,7 @@ def test_a_png_without_matplotlib_is_one_line_and_a_page_needs_none(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(Failure, match=r"^a PNG, unlike \.html, needs matplotlib: pip install matplotlib$"):
+    with pytest.raises(UserError, match=r"^a PNG, unlike \.html, needs matplotlib: pip install matplotlib$"):
         draw(run, tmp_path / "a.png", "the king")
     draw(run, tmp_path / "a.html", "the king")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
@@ -247,13 +247,13 @@ def test_bytes_are_looked_at_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--attention=a"], "attention needs a file to draw into: --picture=attention.html, or attention.png"),
-        (["--picture=a.html"], 'picture needs a text to draw: --attention="TEXT"'),
-        (["--attention=", "--picture=a.html"], 'picture needs a text to draw: --attention="TEXT"'),
-        (["--attention=a", "--picture=a.pdf"], "picture = 'a.pdf' must end in .html or .png"),
-        (["--attention=a", "--picture=a.png", "--score=b"], "attention and score contradict each other; choose one"),
+        (["--attention=a"], "attention needs a file to write: --out=attention.html, or attention.png"),
+        (["--out=a.html"], 'out is for attention: --attention="TEXT"'),
+        (["--attention=", "--out=a.html"], 'out is for attention: --attention="TEXT"'),
+        (["--attention=a", "--out=a.pdf"], "out = 'a.pdf' must end in .html or .png"),
+        (["--attention=a", "--out=a.png", "--score=b"], "attention and score contradict each other; choose one"),
         (
-            ["--attention=a", "--picture=a.png", "--interactive"],
+            ["--attention=a", "--out=a.png", "--interactive"],
             "attention and interactive contradict each other; choose one",
         ),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 import train
 from conftest import script, tiny_settings
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.reports.plot import PICTURE, draw, read_metrics
 
 PNG = b"\x89PNG\r\n"
@@ -27,7 +27,7 @@ def write_run(folder: Path, *lines: str) -> Path:
 def test_training_draws_its_run_and_says_where(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main(tiny_settings(data_dir, tmp_path, picture=True))
+    train.main(tiny_settings(data_dir, tmp_path, plot=True))
     assert (tmp_path / PICTURE).read_bytes().startswith(PNG)
     assert capsys.readouterr().out.endswith(f"as a picture: {tmp_path / PICTURE}\n")
 
@@ -36,9 +36,9 @@ def test_without_matplotlib_training_ends_as_ever(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    train.main(tiny_settings(data_dir, tmp_path, picture=True))
+    train.main(tiny_settings(data_dir, tmp_path, plot=True))
     assert not (tmp_path / PICTURE).exists()
-    with pytest.raises(Failure, match=r"^drawing needs matplotlib: pip install matplotlib$"):
+    with pytest.raises(UserError, match=r"^drawing needs matplotlib: pip install matplotlib$"):
         draw([tmp_path], tmp_path / PICTURE)
 
 
@@ -63,7 +63,7 @@ def test_a_row_that_was_cut_is_left_out_and_speed_is_that_between_rows(tmp_path:
 )
 def test_metrics_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
     run = write_run(tmp_path / "run", line.strip() + "\n")
-    with pytest.raises(Failure, match=r"metrics\.jsonl: not as train.py writes it$"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: not as train.py writes it$"):
         draw([run], run / PICTURE)
 
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import train
 from conftest import script, tiny_settings
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.reports.run_report import PAGE, POINTS, content, thinned, write
-from glyphgpt.reports.templates import fill
-from glyphgpt.settings import Action
+from glyphgpt.reports.templates import render
+from glyphgpt.settings import Mode
 
 HOSTILE = (
     "</script><script>alert(1)</script><b>bold</b> &amp; <!-- \0\x1b[31m\x7f \u2028 \ud800 \u202eright \U0001f30d שלום"
@@ -34,7 +34,7 @@ def written(
 ) -> Path:
     """Write a run as train.py leaves it, but for its checkpoints."""
     folder.mkdir(parents=True)
-    lasting = tiny_settings(folder, folder, **changes).model_dump(exclude=set(Action.model_fields))
+    lasting = tiny_settings(folder, folder, **changes).model_dump(exclude=set(Mode.model_fields))
     (folder / "config.toml").write_bytes(tomli_w.dumps(lasting).encode())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if samples is not None:
@@ -80,7 +80,7 @@ def test_a_stopped_run_has_its_page_too_with_the_command_to_go_on(
     class Stopped(train.Trainer):
         def tell(self, *rest: Any) -> None:
             super().tell(*rest)
-            if self.progress.step == 6:
+            if self.state.step == 6:
                 signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train, "Trainer", Stopped)
@@ -155,7 +155,7 @@ def test_thinning_keeps_the_last_and_even_distances(length: int) -> None:
 
 @given(st.text())
 def test_no_text_breaks_out_and_each_comes_back(text: str) -> None:
-    page = fill(PAGE, {"text": text})
+    page = render(PAGE, {"text": text})
     inside = page.partition(' id="data">')[2].partition("</script>")[0]
     assert "<" not in inside
     assert json.loads(inside) == {"text": text}
@@ -178,7 +178,7 @@ def test_only_the_pages_own_script_and_style_are_allowed(tmp_path: Path) -> None
 def test_samples_that_are_none_are_refused(line: str, tmp_path: Path) -> None:
     run = written(tmp_path / "run", [val(0, 4.0)])
     (run / "samples.jsonl").write_text(line + "\n")
-    with pytest.raises(Failure, match=r"samples\.jsonl: not as train.py writes it$"):
+    with pytest.raises(UserError, match=r"samples\.jsonl: not as train.py writes it$"):
         write(run, run / PAGE)
 
 

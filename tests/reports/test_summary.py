@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import SWITCHES, tiny_config
-from glyphgpt.reports.summary import Walk
+from glyphgpt.reports.summary import ModelSummary
 from glyphgpt.settings import Network
 from model import GPT
 
@@ -19,8 +19,8 @@ SHAPE = {"ngram_rows": 50, "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size"
 V, B = 13, 4
 
 
-def walk(**changes: Any) -> Walk:
-    return Walk(Network(**{**SHAPE, **changes}), vocab_size=V, batch_size=B)
+def walk(**changes: Any) -> ModelSummary:
+    return ModelSummary(Network(**{**SHAPE, **changes}), vocab_size=V, batch_size=B)
 
 
 def real(**changes: Any) -> GPT:
@@ -91,7 +91,7 @@ def test_the_table_counts_forward_and_backward() -> None:
 
 def test_memory_grows_with_weights_and_batch() -> None:
     paper = walk()
-    larger = Walk(paper.network, vocab_size=V, batch_size=2 * B)
+    larger = ModelSummary(paper.network, vocab_size=V, batch_size=2 * B)
     fixed = 16 * paper.parameters  # weights, gradients and two means, 4 bytes each
     assert larger.training_bytes - fixed == pytest.approx(2 * (paper.training_bytes - fixed), rel=0.01)
     assert paper.training_bytes > fixed

@@ -13,9 +13,9 @@ import train
 from conftest import tiny_settings
 from glyphgpt import runtime as runtimes
 from glyphgpt.data.dataset import load_dataset
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.runtime import Runtime, compile_or_eager
-from glyphgpt.training.distributed import exchanging, full, gather, is_sharded, local, replicate, shard_of
+from glyphgpt.training.distributed import full, gather, gradient_sync, is_sharded, local, replicate_model, scatter
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -59,17 +59,17 @@ def test_gradients_are_exchanged_once_an_update(data_dir: Path, tmp_path: Path) 
 
 @pytest.mark.usefixtures("alone")
 def test_copies_are_exchanged_only_when_it_is_time() -> None:
-    model: Any = replicate(nn.Linear(1, 1), CPU)
-    with exchanging(model, now=False):
+    model: Any = replicate_model(nn.Linear(1, 1), CPU)
+    with gradient_sync(model, now=False):
         assert not model.require_backward_grad_sync
-    with exchanging(model, now=True):
+    with gradient_sync(model, now=True):
         assert model.require_backward_grad_sync
 
 
 def test_what_is_not_sharded_stays_as_it_is() -> None:
     tensor = torch.ones(3)
     assert not is_sharded(tensor)
-    assert local(tensor) is full(tensor) is shard_of(tensor, tensor) is gather(tensor, tensor) is tensor
+    assert local(tensor) is full(tensor) is scatter(tensor, tensor) is gather(tensor, tensor) is tensor
 
 
 def test_a_sharded_model_that_cannot_be_compiled_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_a_sharded_model_that_cannot_be_compiled_ends_the_run(monkeypatch: pytes
         raise RuntimeError("no C++ compiler found\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(Failure, match=r"^torch.compile failed \(no C\+\+ compiler found\); add --compile=False$"):
+    with pytest.raises(UserError, match=r"^torch.compile failed \(no C\+\+ compiler found\); add --compile=False$"):
         compile_or_eager(Sharded(), True, CPU, (torch.ones(1), torch.ones(1)))
 
 
@@ -85,11 +85,11 @@ def test_a_restart_does_not_see_what_processes_left_before_it(monkeypatch: pytes
     store = dist.HashStore()  # type: ignore[attr-defined]
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(store, 0, 2)]))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    runtimes.meeting_place().set("address", "of a process that is lost")
-    assert runtimes.meeting_place().check(["address"])
+    runtimes.rendezvous_store().set("address", "of a process that is lost")
+    assert runtimes.rendezvous_store().check(["address"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not runtimes.meeting_place().check(["address"])
+    assert not runtimes.rendezvous_store().check(["address"])
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # machines, which count restarts differently
-    runtimes.meeting_place().set("address", "of mine")
+    runtimes.rendezvous_store().set("address", "of mine")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "5")
-    assert runtimes.meeting_place().check(["address"])
+    assert runtimes.rendezvous_store().check(["address"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train
 from conftest import MODERN, prepare_text, read_metrics, some_text, tiny_settings
 from glyphgpt.cli import parse
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.settings import TrainSettings
 
 FORM = ("n_layer", "n_head", "n_embd", "block_size", *MODERN)
@@ -71,9 +71,9 @@ def test_another_network_is_refused(data_dir: Path, tmp_path: Path, name: str, v
 def test_another_vocabulary_and_a_missing_run_are_refused(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one"))
     prepare_text(some_text(3000) + "é", tmp_path / "data")
-    with pytest.raises(Failure, match="differ in their vocabularies"):
+    with pytest.raises(UserError, match="differ in their vocabularies"):
         train.main(settings(tmp_path / "data", tmp_path / "two", init_from=str(tmp_path / "one")))
-    with pytest.raises(Failure, match=r"no checkpoint there$"):
+    with pytest.raises(UserError, match=r"no checkpoint there$"):
         train.main(settings(data_dir, tmp_path / "two", init_from=str(tmp_path / "nothing")))
     assert not (tmp_path / "two").exists()
 

@@ -9,8 +9,8 @@ import pytest
 
 import train
 from conftest import contents, read_metrics, tiny_settings
-from glyphgpt.errors import Failure, UsageError
-from glyphgpt.training.metrics import METRICS, SAMPLES, Metrics, RowsFile, check_trackers, read_rows
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.training.metrics import METRICS, SAMPLES, JsonlWriter, Metrics, check_trackers, read_rows
 
 
 def test_rows_are_written_at_once(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_rows_are_written_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_null(tmp_path: Path, number: float) -> None:
-    file = RowsFile(tmp_path / METRICS, keep_steps=-1)
+    file = JsonlWriter(tmp_path / METRICS, keep_steps=-1)
     file.write({"kind": "train", "step": 1, "grad_norm": number})
     file.close()
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 1, "grad_norm": None}]
@@ -58,7 +58,7 @@ KEPT = [
 )
 def test_reopening_keeps_whole_rows_up_to_the_step(tmp_path: Path, after: bytes) -> None:
     (tmp_path / METRICS).write_bytes(b"".join(KEPT) + after)
-    file = RowsFile(tmp_path / METRICS, keep_steps=5)
+    file = JsonlWriter(tmp_path / METRICS, keep_steps=5)
     file.write({"kind": "train", "step": 6})
     file.close()
     assert (tmp_path / METRICS).read_bytes() == b"".join([*KEPT, b'{"kind": "train", "step": 6}\n'])
@@ -67,7 +67,7 @@ def test_reopening_keeps_whole_rows_up_to_the_step(tmp_path: Path, after: bytes)
 
 def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_bytes(b"".join(KEPT))
-    RowsFile(tmp_path / METRICS, keep_steps=-1).close()
+    JsonlWriter(tmp_path / METRICS, keep_steps=-1).close()
     assert (tmp_path / METRICS).read_bytes() == b""
 
 
@@ -88,7 +88,7 @@ def test_rows_are_read_but_for_a_last_one_that_was_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"\xff\n", b"{\n", b"\n", b"7\n", b"[" * 10**5 + b"\n"])
 def test_rows_that_are_none_name_their_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / METRICS).write_bytes(content)
-    with pytest.raises(Failure, match=r"metrics\.jsonl: not as train.py writes it$"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: not as train.py writes it$"):
         read_rows(tmp_path / METRICS, dict)
 
 
@@ -161,7 +161,7 @@ def test_a_tracker_that_cannot_start_is_one_line_before_anything_is_touched(
     before = contents(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
     for how in ({"overwrite": True}, {"resume": True}):
-        with pytest.raises(Failure, match=r"^Weights & Biases cannot start: api_key not configured; log in"):
+        with pytest.raises(UserError, match=r"^Weights & Biases cannot start: api_key not configured; log in"):
             train.main(tiny_settings(data_dir, tmp_path, max_steps=4, wandb=True, **how))
         assert contents(tmp_path) == before
 

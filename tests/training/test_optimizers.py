@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import tiny_model
 from glyphgpt.settings import Optimization
-from glyphgpt.training.optimizers import Muon, clip_gradients, make_optimizers, orthogonal, set_learning_rate
+from glyphgpt.training.optimizers import Muon, clip_gradients, make_optimizers, orthogonalize, set_learning_rate
 from glyphgpt.training.schedule import learning_rate
 
 SCHEDULES = ["cosine", "linear", "constant"]
@@ -177,7 +177,7 @@ def test_orthogonal_keeps_singular_vectors_and_brings_values_near_one(
 ) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
-    seen = u.mT @ orthogonal(matrices, dtype) @ vt.mT  # diagonal, if the singular vectors are kept
+    seen = u.mT @ orthogonalize(matrices, dtype) @ vt.mT  # diagonal, if the singular vectors are kept
     values = seen.diagonal(dim1=-2, dim2=-1)
     assert (seen - torch.diag_embed(values)).abs().max() < slack
     large = s > 0.05 * s.norm(dim=-1, keepdim=True)  # five iterations do not lift the smallest all the way

@@ -136,7 +136,7 @@ def assert_close_runs(one: Path, other: Path) -> None:
         for key in first:
             torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
     assert losses(one) == pytest.approx(losses(other), abs=1e-6)
-    steps = [checkpoints.load(folder / LAST).info.progress.step for folder in (one, other)]
+    steps = [checkpoints.load_checkpoint(folder / LAST).metadata.state.step for folder in (one, other)]
     assert steps[0] == steps[1]
 
 
@@ -199,7 +199,7 @@ def test_the_others_end_when_a_process_is_lost_and_name_the_reason(runs: Runs) -
     said = Path(f"{log}.err").read_text(encoding="utf-8")
     assert first.exitcode == 1, said
     assert "lost another process of this run, which ended or hangs; go on with --resume" in said
-    assert checkpoints.load(out_dir / LAST).info.progress.step > 0
+    assert checkpoints.load_checkpoint(out_dir / LAST).metadata.state.step > 0
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(data_dir: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from conftest import (
 )
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.cli import CHECKPOINTS, parse
-from glyphgpt.errors import Failure, UsageError
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.settings import TrainSettings
 
 LEFTOVERS = ("best.safetensors.unfinished", "last.safetensors.unfinished", "metrics.jsonl.unfinished")
@@ -42,8 +42,8 @@ def rows(out_dir: Path) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, other: Path) -> None:
     for name in ("best.safetensors", "last.safetensors"):
         assert same_tensors(one, other, name)
-        infos = [checkpoints.load(folder / name).info for folder in (one, other)]
-        progress = [info.progress.model_dump(exclude={"seconds"}) for info in infos]
+        infos = [checkpoints.load_checkpoint(folder / name).metadata for folder in (one, other)]
+        progress = [info.state.model_dump(exclude={"seconds"}) for info in infos]
         assert progress[0] == progress[1]
         assert infos[0].val_loss == infos[1].val_loss
     assert rows(one) == rows(other)
@@ -55,7 +55,7 @@ def train_until(settings: TrainSettings, step: int, number: signal.Signals) -> i
 
     class Stopped(train.Trainer):
         def gradients(self, sequences: torch.Tensor) -> float:
-            if self.progress.step == step - 1:
+            if self.state.step == step - 1:
                 signal.raise_signal(number)
             return super().gradients(sequences)
 
@@ -75,7 +75,9 @@ def straight(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 steps without a stop."""
     out_dir = tmp_path_factory.mktemp("straight")
     train.main(dropout_settings(data_dir, out_dir))
-    assert checkpoints.load(out_dir / "best.safetensors").info.progress.step < 40, "best is not simply the last"
+    assert checkpoints.load_checkpoint(out_dir / "best.safetensors").metadata.state.step < 40, (
+        "best is not simply the last"
+    )
     return out_dir
 
 
@@ -100,7 +102,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     settings = dropout_settings(data_dir, tmp_path, save_every=7)
     for step, number in stops:
         assert train_until(settings, step, number) == 128 + number
-        assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == step
+        assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == step
         told = f"stopped by {number.name} at step {step}, saved; resume it: python train.py --resume {tmp_path}"
         assert told in capsys.readouterr().out
         settings = resumed(settings)
@@ -122,7 +124,7 @@ def test_a_signal_at_the_last_step_lets_the_run_end_as_usual(
 ) -> None:
     class Stopped(train.Trainer):
         def gradients(self, sequences: torch.Tensor) -> float:
-            if self.progress.step == 39:
+            if self.state.step == 39:
                 signal.raise_signal(signal.SIGTERM)
             return super().gradients(sequences)
 
@@ -157,7 +159,7 @@ def test_a_run_killed_right_after_its_checkpoint_lacks_no_row_and_no_sample(
     class Killed(train.Trainer):
         def save(self, *what: Any, **how: Any) -> None:
             super().save(*what, **how)
-            if self.progress.step == 20:
+            if self.state.step == 20:
                 raise KeyboardInterrupt
 
     settings = dropout_settings(data_dir, tmp_path)
@@ -204,7 +206,7 @@ def test_killed_and_signalled_processes_go_on_to_the_same_bits(data_dir: Path, t
     for number in (signal.SIGKILL, signal.SIGINT):
         process = start(settings)
         out, err = end_after(20, process, out_dir, number)
-        step = checkpoints.load(out_dir / "last.safetensors").info.progress.step
+        step = checkpoints.load_checkpoint(out_dir / "last.safetensors").metadata.state.step
         assert reached < step < 300, "the run went on, and was ended before its end"
         assert "Traceback" not in err
         if number == signal.SIGKILL:
@@ -218,7 +220,7 @@ def test_killed_and_signalled_processes_go_on_to_the_same_bits(data_dir: Path, t
 
 
 def test_resume_with_nothing_there_says_so(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"^.*: no run to resume here; leave --resume out to begin one$"):
+    with pytest.raises(UserError, match=r"^.*: no run to resume here; leave --resume out to begin one$"):
         train.main(tiny_settings(data_dir, tmp_path / "nothing", resume=True))
     assert not (tmp_path / "nothing").exists()
 
@@ -230,7 +232,7 @@ def test_a_damaged_checkpoint_is_refused(data_dir: Path, tmp_path: Path) -> None
     whole = bytearray(last.read_bytes())
     whole[-100] ^= 1
     last.write_bytes(whole)
-    with pytest.raises(Failure, match=r"^.*last\.safetensors: damaged.*$"):
+    with pytest.raises(UserError, match=r"^.*last\.safetensors: damaged.*$"):
         train.main(resumed(settings))
     assert last.read_bytes() == whole
 
@@ -265,7 +267,7 @@ def test_another_shape_is_refused_naming_both(data_dir: Path, tmp_path: Path) ->
         ("norm", "rmsnorm", "norm is layernorm there, but rmsnorm in the settings"),
         ("block_size", 8, "block_size is 16 there, but 8 in the settings"),
     ]:
-        with pytest.raises(Failure, match=rf"^.*last\.safetensors: {said}$"):
+        with pytest.raises(UserError, match=rf"^.*last\.safetensors: {said}$"):
             train.main(resumed(settings, **{name: value}))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -274,7 +276,7 @@ def test_dropout_and_batch_size_may_change(data_dir: Path, tmp_path: Path) -> No
     settings = tiny_settings(data_dir, tmp_path)
     train_until(settings, 3, signal.SIGTERM)
     train.main(resumed(settings, dropout=0.3, batch_size=2))
-    assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 20
+    assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == 20
 
 
 def test_another_vocabulary_is_refused_naming_both(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_another_vocabulary_is_refused_naming_both(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, tmp_path / "run", max_steps=2)
     train.main(settings)
     prepare_text(some_text(2000).replace("k", "q"), tmp_path, name="other")
-    with pytest.raises(Failure, match=r"^.*vocabular.*$") as failure:
+    with pytest.raises(UserError, match=r"^.*vocabular.*$") as failure:
         train.main(resumed(settings, dataset="other"))
     assert str(tmp_path / "run" / "last.safetensors") in str(failure.value)
     assert str(tmp_path / "other") in str(failure.value)
@@ -299,7 +301,7 @@ def test_a_changed_text_of_the_same_vocabulary_gets_a_warning(
     train.main(resumed(settings))
     assert "warning: " in (said := capsys.readouterr().err)
     assert f"{tmp_path / 'small'} is not the data that the run began with" in said
-    assert checkpoints.load(tmp_path / "run" / "last.safetensors").info.progress.step == 20
+    assert checkpoints.load_checkpoint(tmp_path / "run" / "last.safetensors").metadata.state.step == 20
 
 
 def test_settings_that_change_what_comes_are_told(
@@ -318,7 +320,7 @@ def test_settings_that_change_what_comes_are_told(
 def test_a_run_may_go_on_in_another_precision(data_dir: Path, tmp_path: Path) -> None:
     for steps, dtype in ((2, "float32"), (4, "float16"), (6, "bfloat16")):
         train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, dtype=dtype, resume=steps > 2))
-    assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 6
+    assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == 6
 
 
 def test_a_run_goes_on_by_itself_only_under_the_torchrun_that_began_it(
@@ -358,7 +360,7 @@ def project(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def steps(folder: Path) -> int:
-    return checkpoints.load(folder / "last.safetensors").info.progress.step
+    return checkpoints.load_checkpoint(folder / "last.safetensors").metadata.state.step
 
 
 @pytest.mark.parametrize("words", [["{}/config.toml", "--resume"], ["--resume", "{}"], ["{}", "--resume=true"]])
@@ -392,7 +394,7 @@ def test_the_config_of_a_copied_run_never_means_the_original(project: Path) -> N
     assert (steps(project / "out/copy"), bits(project / "out/one")) == (2, before)
     (project / "out/alone").mkdir()
     shutil.copy("out/one/config.toml", "out/alone")
-    with pytest.raises(Failure, match=r"^out/alone: no run to resume here"):
+    with pytest.raises(UserError, match=r"^out/alone: no run to resume here"):
         train.main(parsed("out/alone/config.toml", "--resume"))
 
 

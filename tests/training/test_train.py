@@ -13,7 +13,7 @@ from glyphgpt import checkpoint as checkpoints
 from glyphgpt.cli import parse
 from glyphgpt.data.batches import window_starts
 from glyphgpt.data.dataset import load_dataset
-from glyphgpt.errors import Failure
+from glyphgpt.errors import UserError
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.evaluation import Score
@@ -51,11 +51,11 @@ def restless(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_does_exactly_max_steps_and_evaluates_and_saves_the_last(run: Path) -> None:
-    last = checkpoints.load(run / "last.safetensors")
+    last = checkpoints.load_checkpoint(run / "last.safetensors")
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 26))
     assert list(validation_losses(run)) == [0, 10, 20, 25]
-    assert last.info.progress.step == 25
-    assert last.info.val_loss == validation_losses(run)[25]
+    assert last.metadata.state.step == 25
+    assert last.metadata.val_loss == validation_losses(run)[25]
 
 
 def test_the_loss_goes_down(run: Path) -> None:
@@ -68,9 +68,9 @@ def test_best_holds_the_lowest_validation_loss_and_last_the_final_step(restless:
     losses = validation_losses(restless)
     lowest = min(losses, key=losses.__getitem__)
     assert lowest < 60, "the run must be one in which best and last differ"
-    best = checkpoints.load(restless / "best.safetensors")
-    assert (best.info.progress.step, best.info.val_loss, best.optimizer) == (lowest, losses[lowest], {})
-    assert checkpoints.load(restless / "last.safetensors").info.progress.step == 60
+    best = checkpoints.load_checkpoint(restless / "best.safetensors")
+    assert (best.metadata.state.step, best.metadata.val_loss, best.optimizer) == (lowest, losses[lowest], {})
+    assert checkpoints.load_checkpoint(restless / "last.safetensors").metadata.state.step == 60
 
 
 def test_eval_only_tells_the_loss_of_best_and_changes_nothing(
@@ -96,18 +96,18 @@ def test_the_validation_loss_is_the_same_number_every_time(restless: Path, data_
 
 def test_eval_only_without_a_run_or_with_another_vocabulary_says_so(restless: Path, tmp_path: Path) -> None:
     prepare_text(some_text(1000).upper(), tmp_path)
-    with pytest.raises(Failure, match=r"best\.safetensors: no checkpoint there"):
+    with pytest.raises(UserError, match=r"best\.safetensors: no checkpoint there"):
         train.main(tiny_settings(tmp_path, tmp_path / "nothing", eval_only=True))
-    with pytest.raises(Failure, match="differ in their vocabularies") as failure:
+    with pytest.raises(UserError, match="differ in their vocabularies") as failure:
         train.main(tiny_settings(tmp_path, restless, eval_only=True))
     assert str(restless) in str(failure.value)
     assert str(tmp_path / "small") in str(failure.value)
 
 
-def test_dry_run_shows_the_network_and_writes_nothing(
+def test_summary_shows_the_network_and_writes_nothing(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main(tiny_settings(data_dir, tmp_path / "run", dry_run=True))
+    train.main(tiny_settings(data_dir, tmp_path / "run", summary=True))
     shown = capsys.readouterr().out
     assert "4 x 16 x 16" in shown
     assert "6,880" in shown
@@ -174,7 +174,7 @@ def test_steps_walk_through_the_text_and_processes_share_each(processes: int, da
     seen = []
     for step in range(40):
         for trainer in trainers:
-            trainer.progress.step = step
+            trainer.state.step = step
             seen.append(trainer.batch())
     starts = window_starts(dataset.train.tokens, 16, settings.seed, first=0, count=40 * 12)
     assert torch.equal(torch.cat(seen), trainers[0].train_windows.at(starts, 17))
@@ -255,7 +255,7 @@ def test_no_steps_at_all_still_evaluates_and_saves(data_dir: Path, tmp_path: Pat
     assert list(validation_losses(tmp_path)) == [0]
     assert rows(tmp_path, "train") == []
     for name in ("best.safetensors", "last.safetensors"):
-        assert checkpoints.load(tmp_path / name).info.progress.step == 0
+        assert checkpoints.load_checkpoint(tmp_path / name).metadata.state.step == 0
 
 
 def test_patience_stops_early_and_says_so(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +265,7 @@ def test_patience_stops_early_and_says_so(data_dir: Path, tmp_path: Path, capsys
     train.main(settings)
     losses = validation_losses(tmp_path)
     best = min(losses, key=losses.__getitem__)
-    stopped = checkpoints.load(tmp_path / "last.safetensors").info.progress.step
+    stopped = checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step
     assert stopped == best + 2 * 5 < 500
     assert list(losses)[-1] == stopped
     assert f"stopped at step {stopped}: no better loss in 2 evaluations" in capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(
 
     def gradients(trainer: train.Trainer, sequences: torch.Tensor) -> float:
         loss = healthy(trainer, sequences)
-        if trainer.progress.step == 12:
+        if trainer.state.step == 12:
             if fault == "loss":
                 return float("nan")
             for parameter in trainer.model.parameters():
@@ -309,13 +309,13 @@ def test_a_value_that_is_not_finite_stops_before_the_update(
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "gradients", gradients)
         with pytest.raises(
-            Failure, match=r"step 13: .*not finite.*lower learning_rate or raise warmup_steps"
+            UserError, match=r"step 13: .*not finite.*lower learning_rate or raise warmup_steps"
         ) as failure:
             train.main(settings)
     assert failure.value.status == 1
     assert "\n" not in str(failure.value)
-    assert checkpoints.load(tmp_path / "last.safetensors").info.progress.step == 10
-    assert checkpoints.load(tmp_path / "best.safetensors").info.progress.step == 10
+    assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == 10
+    assert checkpoints.load_checkpoint(tmp_path / "best.safetensors").metadata.state.step == 10
     train.main(settings.model_copy(update={"resume": True}))
     assert same_tensors(run, tmp_path)
 
@@ -323,7 +323,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(
 @pytest.mark.parametrize("eval_every", [10, 1])
 def test_a_run_that_explodes_keeps_checkpoints_to_go_on_from(eval_every: int, data_dir: Path, tmp_path: Path) -> None:
     explosive = tiny_settings(data_dir, tmp_path, learning_rate=1e30, grad_clip=0, eval_every=eval_every)
-    with pytest.raises(Failure, match="learning_rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         train.main(explosive)
     train.main(tiny_settings(data_dir, tmp_path, eval_every=eval_every, resume=True))
     assert validation_losses(tmp_path)[20] < validation_losses(tmp_path)[0]
@@ -345,7 +345,7 @@ def test_running_out_of_memory_names_settings_to_lower(
         raise error
 
     monkeypatch.setattr(GPT, "forward", forward)
-    with pytest.raises(Failure, match=r"^out of memory; lower batch_size .*block_size or n_embd$"):
+    with pytest.raises(UserError, match=r"^out of memory; lower batch_size .*block_size or n_embd$"):
         train.main(tiny_settings(data_dir, tmp_path))
 
 
@@ -413,7 +413,7 @@ def test_a_compiled_model_is_trained_and_saved_under_plain_names(
 
 def test_a_text_shorter_than_a_window_is_refused_with_advice_that_works(tmp_path: Path) -> None:
     prepare_text(some_text(200), tmp_path)
-    with pytest.raises(Failure, match=r"180 tokens .* lower block_size to at most 179"):
+    with pytest.raises(UserError, match=r"180 tokens .* lower block_size to at most 179"):
         train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=180))
     train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=179, max_steps=2))
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def fill(name: str, data: dict[str, Any]) -> str:
+def render(name: str, data: dict[str, Any]) -> str:
     """Return the page `name` with its data.
 
     The data stand in it as JSON in which nothing ends the script. A Content-Security-Policy lets the browser run and
