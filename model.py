@@ -1,12 +1,12 @@
 """The whole GPT in one file.
 
-Shape letters, used at every reshape: B batch, T time (tokens in the window), C channels (n_embd), H heads,
-D head size (C / H), V vocabulary, S time of the keys (T, and before it what a cache holds).
+Shape letters: B batch, T time (tokens in the window), C channels (n_embd), H heads, D head size (C / H), V vocabulary,
+S keys (the T tokens, and those in the cache before them).
 
-The form is GPT-2's (Radford et al. 2019, https://github.com/openai/gpt-2): learned positions, blocks of
-pre-LayerNorm attention and GELU MLP on a residual stream, a head tied to the token embedding. The switches of
-`GPTConfig` choose small modules once, in the constructors; `forward` knows nothing of them. What some
-of them cost and gain in time and loss is in bench/LOG.md.
+With the defaults of train.py the network is GPT-2 (Radford et al. 2019, https://github.com/openai/gpt-2): learned
+positions, blocks of pre-LayerNorm attention and a GELU MLP on a residual stream, and an output head tied to the token
+embedding. The switches of `GPTConfig` select small modules in the constructors, so that `forward` has no branches for
+them. bench/LOG.md records what some of them cost and gain.
 """
 
 import math
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EXPLICIT_ATTENTION = 256  # tokens of context, at most
+EXPLICIT_ATTENTION = 256  # longest context, in tokens, for which a CPU does not use fused attention
 RMS_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The network's shape and form. Defaults live with the settings of train.py, which explain each field."""
+    """The shape and the switches of the network. The settings of train.py explain each field and hold its default."""
 
     vocab_size: int
     block_size: int
@@ -48,6 +48,10 @@ class GPTConfig:
             raise ValueError("every size must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head size, not {self.head_size}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
 
     @property
     def head_size(self) -> int:
@@ -55,26 +59,30 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
-    def small_embeddings(self) -> bool:
-        """Whether embeddings begin far below a size of 1, as GPT-2's do; n-grams' are normalised."""
-        return self.init == "gpt2" and self.ngram == 1
+    def embedding_scale(self) -> float:
+        """Factor of the embeddings before sinusoids are added (Vaswani et al. 2017, section 3.4).
+
+        GPT-2's initial embeddings are much smaller than the sinusoids, which would drown them. With init = "zero" or
+        n-gram embeddings, which are normalized, both have the same size.
+        """
+        return math.sqrt(self.n_embd) if self.init == "gpt2" and self.ngram == 1 else 1.0
 
 
 class LayerKVCache:
-    """Keys and values of one layer for the tokens seen so far, each (B, H, S, D)."""
+    """The keys and values of one layer for the tokens seen so far, (B, H, S, D) each."""
 
     def __init__(self, block_size: int) -> None:
-        """Begin empty; there is room for `block_size` tokens."""
+        """Create an empty cache with room for `block_size` tokens."""
         self.block_size = block_size
         self.length = 0
         self.keys: Tensor
         self.values: Tensor
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, H, T, D) of T more tokens; return all so far, (B, H, S, D)."""
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values of T tokens, (B, H, T, D); return those of all tokens so far, (B, H, S, D)."""
         if self.length == 0:
             B, H, _, D = keys.shape
-            dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype  # the fastest for one query
+            dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype  # the fastest for a single query
             self.keys = keys.new_empty(B, H, self.block_size, D, dtype=dtype)
             self.values = values.new_empty(B, H, self.block_size, D, dtype=dtype)
         start, self.length = self.length, self.length + keys.size(2)
@@ -83,38 +91,38 @@ class LayerKVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def reorder(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch, in this order; a row may come several times."""
+        """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
         keys, values = self.keys[rows, :, : self.length], self.values[rows, :, : self.length]
         self.length = 0
-        self.append(keys, values)
+        self.update(keys, values)
 
 
 class KVCache:
-    """What a model remembers of the tokens it has seen, to go on without reading them again."""
+    """What the model keeps of the tokens seen so far, so that it need not process them again."""
 
     def __init__(self, config: GPTConfig) -> None:
-        """Begin empty; there is room for block_size tokens."""
+        """Create an empty cache with room for block_size tokens."""
         self.layers = [LayerKVCache(config.block_size) for _ in range(config.n_layer)]
         self.last_tokens: Tensor | None = None
-        """The last tokens, (B, up to ngram), as far as embeddings look back."""
+        """The last tokens, (B, up to ngram), which the embeddings of the next ones depend on."""
 
     @property
     def length(self) -> int:
-        """How many tokens have been seen."""
+        """Number of tokens seen so far."""
         return self.layers[0].length
 
     def reorder(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch, in this order; a row may come several times."""
+        """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
         for layer in self.layers:
             layer.reorder(rows)
         self.last_tokens = None if self.last_tokens is None else self.last_tokens[rows]
 
 
 class NGramEmbedding(nn.Module):
-    """Vectors for the last 2, 3, ... ngram tokens taken together, from one hashed table for each number.
+    """Embeddings of the last 2, 3, ..., ngram tokens together, from one hashed table for each length.
 
-    The Byte Latent Transformer's hash n-gram embeddings (Pagnoni et al. 2024, section 3.2.1): memory that costs
-    hardly any computation. Tokens before the window count as one more token, of its own.
+    These are the hash n-gram embeddings of the Byte Latent Transformer (Pagnoni et al. 2024, section 3.2.1): they cost
+    memory but hardly any computation. Positions before the window count as a token of their own.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -123,29 +131,29 @@ class NGramEmbedding(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
-        """Add to the embeddings x (B, T, C) of tokens (B, T), and normalise the sum."""
-        key = tokens + 1  # 0 stands before the window
+        """Add the n-gram embeddings of tokens (B, T) to their embeddings x (B, T, C), and normalize the sum."""
+        key = tokens + 1  # 0 is for positions before the window
         for back, table in enumerate(self.tables, start=1):
             earlier = F.pad(tokens + 1, (back, 0))[:, : tokens.size(1)]
-            key = key * 1_000_003 + earlier  # a rolling hash (Karp & Rabin 1987); overflow does no harm
+            key = key * 1_000_003 + earlier  # a rolling hash (Karp & Rabin 1987); overflow is harmless
             x = x + table(key % self.rows)
         return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
 
 
 class TokenShift(nn.Module):
-    """Adds to each token's vector a learned share, channel by channel, of the one before (RWKV, Peng et al. 2023)."""
+    """Add a learned fraction of the previous token's embedding, per channel (RWKV, Peng et al. 2023)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.share = nn.Parameter(torch.zeros(config.n_embd))
+        self.mix = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C); nothing comes before the first token."""
-        return x + self.share.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, : x.size(1)]
+        """Map (B, T, C) to (B, T, C); the first token has no predecessor."""
+        return x + self.mix.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, : x.size(1)]
 
 
 class LearnedPosition(nn.Module):
-    """Adds a learned vector for each place in the window, as GPT-2 does."""
+    """Add a learned vector for each position in the window, as GPT-2 does."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -157,28 +165,26 @@ class LearnedPosition(nn.Module):
 
 
 class SinusoidalPosition(nn.Module):
-    """Adds fixed waves, "Attention is all you need" (Vaswani et al. 2017, section 3.5).
+    """Add fixed sinusoids, as in "Attention is all you need" (Vaswani et al. 2017, section 3.5).
 
-    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). As in section 3.4, embeddings that
-    begin small are scaled by the square root of C, lest the waves drown them; others have the waves' size already.
+    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)).
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         cos, sin = position_waves(config.block_size, config.n_embd)  # (T, C / 2) each
-        waves = torch.stack((sin, cos), dim=-1)  # (T, C / 2, 2)
-        self.scale = math.sqrt(config.n_embd) if config.small_embeddings else 1.0
-        self.register_buffer("waves", waves.flatten(1), persistent=False)  # (T, C)
+        self.scale = config.embedding_scale
+        self.register_buffer("waves", torch.stack((sin, cos), dim=-1).flatten(1), persistent=False)  # (T, C)
 
     waves: Tensor
 
     def forward(self, x: Tensor, start: int) -> Tensor:
-        """Add positions start, start + 1, ... to embeddings x (B, T, C)."""
+        """Add positions start, start + 1, ... to scaled embeddings x (B, T, C)."""
         return x * self.scale + self.waves[start : start + x.size(1)]
 
 
 class NoPosition(nn.Module):
-    """Leaves embeddings as they are: rotary positions act on queries and keys instead."""
+    """Return the embeddings unchanged: rotary positions act on queries and keys instead."""
 
     def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
         """Return x (B, T, C)."""
@@ -186,7 +192,7 @@ class NoPosition(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotates queries and keys by their position (RoFormer, Su et al. 2021), so that scores see distances."""
+    """Rotate queries and keys by their positions, so that scores depend on distances (RoFormer, Su et al. 2021)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -198,7 +204,7 @@ class Rotary(nn.Module):
     sin: Tensor
 
     def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x (B, T, ..., D), whose first token stands at `start`; channels i and i + D/2 form a pair."""
+        """Rotate x (B, T, ..., D), whose first token has position `start`. Channels i and i + D/2 form a pair."""
         shape = (x.size(1), *(1,) * (x.dim() - 3), -1)  # (T, 1, ..., D / 2)
         cos, sin = (table[start : start + x.size(1)].to(x.dtype).view(shape) for table in (self.cos, self.sin))
         first, second = x.chunk(2, dim=-1)  # (B, T, ..., D / 2) each
@@ -206,7 +212,7 @@ class Rotary(nn.Module):
 
 
 class NoRotation(nn.Module):
-    """Leaves queries and keys as they are: their positions came with the embeddings."""
+    """Return queries and keys unchanged: their positions are part of the embeddings."""
 
     def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
         """Return x."""
@@ -214,10 +220,10 @@ class NoRotation(nn.Module):
 
 
 def position_waves(length: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Return the cosine and sine of t / 10000^(2i / channels) for position t and pair i, (length, channels / 2) each.
+    """Return cosine and sine of t / 10000^(2i / channels) for position t and pair i, (length, channels / 2) each.
 
-    They come from torch.polar: the first call of torch.cos in a process is less exact now and then, where MKL computes
-    it, and a resumed run would not get the same bits.
+    torch.polar computes them because the first call of torch.cos in a process is sometimes less exact, where MKL
+    computes it; a resumed run would then not have the same bits.
     """
     pair = torch.arange(channels // 2, dtype=torch.float64)
     frequency = 10000.0 ** (-2 * pair / channels)
@@ -227,44 +233,44 @@ def position_waves(length: int, channels: int) -> tuple[Tensor, Tensor]:
 
 
 class ReLUSquared(nn.Module):
-    """max(0, x)², the activation that Primer found (So et al. 2021)."""
+    """max(0, x)², the activation of Primer (So et al. 2021)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the same shape."""
+        """Return a tensor of the same shape."""
         return F.relu(x).square()
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square (Zhang & Sennrich 2019), without a gain: the matrices after it can learn it."""
+    """Divide by the root mean square (Zhang & Sennrich 2019). It has no gain: the matrices after it can learn one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the same shape."""
+        """Return a tensor of the same shape."""
         return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
 
 
 def make_position(config: GPTConfig) -> nn.Module:
-    """Return what tells embeddings their positions."""
+    """Return the module that adds positions to embeddings."""
     if config.position == "learned":
         return LearnedPosition(config)
     return SinusoidalPosition(config) if config.position == "sinusoidal" else NoPosition()
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    """Return the normalisation over channels that the config names."""
+    """Return the normalization over channels."""
     if config.norm == "rmsnorm":
         return RMSNorm()
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 def make_activation(config: GPTConfig) -> nn.Module:
-    """Return the MLP's non-linearity."""
+    """Return the activation of the MLP."""
     if config.activation == "relu2":
         return ReLUSquared()
     return nn.GELU(approximate="tanh" if config.activation == "gelu" else "none")
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers values from itself and the tokens before it, in H heads."""
+    """Multi-head attention in which each token attends to itself and to the tokens before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -277,29 +283,30 @@ class CausalSelfAttention(nn.Module):
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, C); a cache holds the tokens before these, and takes these in."""
+        """Map (B, T, C) to (B, T, C). A cache holds the tokens before these, and is updated with these."""
         q, k, v = self.project_qkv(x, cache.length if cache else 0)  # (B, H, T, D) each
         if cache:
-            k, v = cache.append(k, v)  # (B, H, S, D) each
-        return self.project_out(causal_attention(q.to(k.dtype), k, v, self.dropout if self.training else 0.0))
+            k, v = cache.update(k, v)  # (B, H, S, D) each
+        y = causal_attention(q.to(k.dtype), k, v, self.dropout if self.training else 0.0)
+        return self.project_out(y)
 
     def project_qkv(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first token stands at `start`."""
+        """Return the queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first position is `start`."""
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
         q, k = self.rotary(self.qk_norm(qk), start).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
 
-    def project_out(self, mixed: Tensor) -> Tensor:
-        """Map what the heads gathered, (B, H, T, D), back to (B, T, C)."""
-        return self.residual_dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+    def project_out(self, y: Tensor) -> Tensor:
+        """Concatenate the heads' outputs (B, H, T, D) and project them to (B, T, C)."""
+        return self.residual_dropout(self.out(y.transpose(1, 2).flatten(2)))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D), where the last query sees all S keys, the one before S - 1 ...
+    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D). The last query sees all S keys, the one before it S - 1, ...
 
-    On a CPU, short contexts are faster written out than in torch's fused attention, whose backward pass there
-    makes many tiny products.
+    On a CPU, explicit products are faster for short contexts than torch's fused attention, whose backward pass there
+    computes many tiny products.
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
     if q.device.type == "cpu" and 1 < T <= EXPLICIT_ATTENTION and T == S:
@@ -311,13 +318,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """Return True where the last T of S tokens may look: at themselves and before, shape (T, S)."""
-    places = torch.arange(S, device=device)
-    return places <= places[S - T :, None]
+    """Return a mask (T, S) that is True where the last T of S tokens may attend: to themselves and earlier ones."""
+    positions = torch.arange(S, device=device)
+    return positions <= positions[S - T :, None]
 
 
 class MLP(nn.Module):
-    """Each token on its own: up to 4C channels, a non-linearity, and down again."""
+    """Process each token on its own: project up to 4C channels, apply the activation, and project down to C."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -332,7 +339,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream."""
+    """Attention, then the MLP, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -348,7 +355,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens in, a distribution over the next token out, at every place."""
+    """A decoder-only transformer: it maps tokens to a distribution over the next token, at every position."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -361,14 +368,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lookback = config.ngram - 1 + config.token_shift
+        self.lookback = config.ngram - 1 + config.token_shift  # earlier tokens that an embedding depends on
         if config.init == "gpt2":
-            self._initialize_as_gpt2()
+            self._init_gpt2()
         else:
-            self._initialize_with_zeros()
+            self._init_zero()
 
-    def _initialize_as_gpt2(self) -> None:
-        """Normal of 0.02, smaller where blocks write to the residual stream; biases zero."""
+    def _init_gpt2(self) -> None:
+        """Draw weights from a normal distribution of std 0.02, less for outputs to the residual stream; zero biases."""
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -377,10 +384,10 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def _initialize_with_zeros(self) -> None:
-        """Zero for all that writes to the residual stream or the logits, so that the network starts as its embedding.
+    def _init_zero(self) -> None:
+        """Set weights that write to the residual stream or the logits to zero: the network starts as its embedding.
 
-        Zhang et al. 2019 (Fixup) and Yang et al. 2022 (muP, appendix D.2) found this to train well.
+        Zhang et al. 2019 (Fixup) and Yang et al. 2022 (muP, appendix D.2) found that this trains well.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("token_embedding"):
@@ -395,7 +402,7 @@ class GPT(nn.Module):
         return KVCache(self.config)
 
     def embed(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map tokens (B, T), after those that a cache has seen, to the residual stream's beginning (B, T, C)."""
+        """Map tokens (B, T), which follow those in the cache, to embeddings (B, T, C)."""
         T = tokens.size(1)
         if cache and self.lookback:
             seen = tokens if cache.last_tokens is None else torch.cat((cache.last_tokens, tokens), dim=1)
@@ -408,20 +415,20 @@ class GPT(nn.Module):
         return x[:, -T:]
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Run the blocks: tokens (B, T) to the normalised residual stream (B, T, C)."""
+        """Map tokens (B, T) to the normalized output of the last block, (B, T, C)."""
         x = self.dropout(self.position(self.embed(tokens, cache), cache.length if cache else 0))
         for layer, block in enumerate(self.blocks):
             x = block(x, cache.layers[layer] if cache else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map (..., C) to unnormalised log-probabilities (..., V)."""
+        """Map (..., C) to logits (..., V)."""
         return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V), or with targets (B, T) the mean loss in nats per token, a scalar.
+        """Return the logits (B, T, V) of tokens (B, T), T <= block_size.
 
-        T is at most block_size.
+        With targets (B, T), return the mean cross-entropy instead, in nats per token, a scalar.
         """
         logits = self.logits(self.hidden(tokens))
         if targets is None:
@@ -429,8 +436,8 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def next_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the logits (B, V) of the token after these (B, T).
+        """Return the logits (B, V) of the token that follows tokens (B, T).
 
-        With a cache, `tokens` are only those that it has not seen yet; together they are at most block_size.
+        With a cache, `tokens` are only the new ones; together with the cached ones they are at most block_size.
         """
         return self.logits(self.hidden(tokens, cache)[:, -1])

@@ -16,25 +16,20 @@ import codecs
 import hashlib
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from glyphgpt.errors import UsageError, UserError, exit_on_error, start_script, warn
-
-if __name__ == "__main__":  # while the rest is imported
-    start_script()
-
 from tqdm import tqdm
 
+import glyphgpt.startup  # first: answers --help and mistakes before the other imports
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
-from glyphgpt.cli import ROOT, command, from_here, parse
+from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, ShardWriter, SourceMeta, read_meta, write_meta
 from glyphgpt.data.recipes import QUICK, download_text, read_recipe
@@ -58,19 +53,16 @@ from glyphgpt.data.tokenizers import (
     encode_documents,
     tokenizer_from_dict,
 )
-from glyphgpt.memory import keep_freed_memory
+from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.settings import PrepareSettings
 
-USAGE = "python prepare.py RECIPE | FILE ... | FOLDER ... | -  [--key=value ...]"
 
-
-def main() -> None:
+def main(settings: PrepareSettings, *words: str) -> None:
     """Prepare a recipe, or the user's own text."""
-    settings, words = parse(PrepareSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
-    keep_freed_memory()
     data_dir = Path(settings.data_dir)
     if not words:
-        raise UsageError(f"name a recipe or a text: {USAGE}; recipes here: {recipe_names(data_dir)}")
+        usage, known = glyphgpt.startup.USAGE["prepare.py"], recipe_names(data_dir)
+        raise UsageError(f"name a recipe or a text: {usage}; recipes here: {known}")
     recipe_path = data_dir / f"{words[0]}.toml"
     if len(words) == 1 and recipe_path.is_file() and not Path(words[0]).is_file():
         prepare_recipe(recipe_path, settings)
@@ -107,7 +99,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     report(meta, folder, recipe.config)
 
 
-def prepare_files(words: list[str], settings: PrepareSettings) -> None:
+def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     """Prepare the user's own text."""
     single = len(words) == 1 and not is_stream(words[0])
     folder = dataset_dir(settings.name or (Path(words[0]).stem if single else ""), Path(settings.data_dir))
@@ -424,5 +416,4 @@ def next_step(folder: Path, config: str) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    glyphgpt.startup.run("prepare.py", main)

@@ -1,13 +1,13 @@
-"""Generate text from a trained model, score a text under it, or draw where it looks.
+"""Generate text from a trained model, score a text under it, or show its attention.
 
     python sample.py out/quick                                    the run's best model
     python sample.py out/quick --prompt="ROMEO:" --num_samples=3
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
-    python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared data set
-    python sample.py out/quick --attention="To be, or not" --out=attention.html   where each character looks
+    python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared dataset
+    python sample.py out/quick --attention="To be, or not" --out=attention.html
 
-A checkpoint carries its vocabulary (GPT-2's is fetched once), so one file is all that this needs. The context grows
-to the model's block_size tokens; then its older half is let go of, and it grows again.
+A checkpoint contains its vocabulary (except GPT-2's, which is downloaded once), so one file is enough. The
+context grows to the model's block_size tokens; then its older half is dropped, and it grows again.
 """
 
 import re
@@ -16,125 +16,122 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from glyphgpt.errors import UsageError, UserError, exit_on_error, start_script, warn
-
-if __name__ == "__main__":  # while the rest is imported
-    start_script()
-
 import numpy as np
 
+import glyphgpt.startup  # first: answers --help and mistakes before the other imports
 from glyphgpt.checkpoint import Checkpoint
-from glyphgpt.cli import parse
 from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
 from glyphgpt.data.text import read_text
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_text, start_token
+from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.inference.generate import LanguageModel, SamplingParams, TextStream, generate
 from glyphgpt.inference.loading import language_model, open_checkpoint, torch_model
 from glyphgpt.settings import SampleSettings
 
-BROWSABLE = 10**7  # weights in a page, about 27 MB
-USAGE = "python sample.py RUN | CHECKPOINT [--key=value ...]"
+LARGE_PAGE = 10**7  # attention weights, about 27 MB
 
 
-def main(settings: SampleSettings, place: str) -> None:
-    """Load the checkpoint and do what the settings ask for."""
-    checkpoint, tokenizer = open_checkpoint(place, Path(settings.data_dir))
+def main(settings: SampleSettings, *words: str) -> None:
+    """Load a checkpoint, and sample, score, or show attention, as the settings ask.
+
+    Raises:
+        UsageError: The command line does not name exactly one run or checkpoint.
+    """
+    if len(words) != 1:
+        raise UsageError(f"name one run or checkpoint: {glyphgpt.startup.USAGE['sample.py']}")
+    checkpoint, tokenizer = open_checkpoint(Path(words[0]), Path(settings.data_dir))
     if settings.score:
-        score(checkpoint, tokenizer, settings)
+        print_score(checkpoint, tokenizer, settings)
         return
     if settings.attention:
-        draw_attention(checkpoint, tokenizer, settings)
+        write_attention(checkpoint, tokenizer, settings)
         return
     with language_model(checkpoint, settings.device, settings.dtype, "num_samples") as model:
-        sampler = Sampler(model, checkpoint.metadata.model["block_size"], tokenizer, settings)
+        sampler = Sampler(model, checkpoint.config.block_size, tokenizer, settings)
         if settings.interactive:
             sampler.interact()
         else:
-            sampler.show_samples()
+            sampler.print_samples()
 
 
-def score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-    """Print the loss of a text, or of a data set's validation split, under the model."""
-    from glyphgpt.data.batches import Windows  # noqa: PLC0415
+def print_score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+    """Print the model's loss on a text, or on a dataset's validation split."""
+    from glyphgpt.data.batches import Windows  # noqa: PLC0415  (imports torch)
     from glyphgpt.training.evaluation import evaluate  # noqa: PLC0415
 
-    split, what = text_to_score(tokenizer, settings)
-    with torch_model(checkpoint, settings.device, settings.dtype, "the load of the GPU, or use --device=cpu") as (
-        model,
-        runtime,
-    ):
+    split, description = load_split(tokenizer, settings)
+    remedy = "the load of the GPU, or use --device=cpu"
+    with torch_model(checkpoint, settings.device, settings.dtype, remedy) as (model, runtime):
         windows = Windows(split, runtime.device)
-        score = evaluate(model, windows, runtime, block_size=model.config.block_size, batch_size=16)
-    print(f"{what}, {score}")
+        score = evaluate(model, windows, runtime, block_size=checkpoint.config.block_size, batch_size=16)
+    print(f"{description}, {score}")
 
 
-def text_to_score(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, str]:
-    """Return the tokens that the settings name, and what to say of them.
+def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, str]:
+    """Return the tokens to score, and a description of them.
 
     Raises:
-        UserError: they are too few, or the model does not know them.
+        UserError: There are too few tokens, or the vocabularies differ.
     """
     data_dir = Path(settings.data_dir)
     folder = Path(settings.score) if Path(settings.score).exists() else find_dataset(settings.score, data_dir)
     if (folder / META).is_file():
         dataset = load_dataset(folder, data_dir)
         if dataset.meta.tokenizer != tokenizer.to_dict():
-            raise UserError(f"{folder}: its vocabulary is not the model's; score its text instead: --score=FILE")
+            raise UserError(f"{folder}: its vocabulary differs from the model's; score its text instead: --score=FILE")
         return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
     text = read_text(settings.score)
     tokens = encode_text(text, tokenizer, skip=settings.skip_unknown)
     if len(tokens) < 2:
-        raise UserError(f"{settings.score}: {len(tokens)} tokens; scoring a text needs at least 2")
+        raise UserError(f"{settings.score}: {len(tokens)} tokens; a score needs at least 2")
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown_characters(text))
-    left_out = f" ({len(text) - known:,} unknown characters left out)" if known < len(text) else ""
-    return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{left_out}"
+    skipped = f" ({len(text) - known:,} unknown characters skipped)" if known < len(text) else ""
+    return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{skipped}"
 
 
-def draw_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-    """Draw where each token of a text looks.
+def write_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+    """Write the attention weights of a text as a page or a figure.
 
     Raises:
-        UserError: the text is empty or too long, or the picture could not be drawn.
+        UserError: The text is empty or too long, or the file could not be written.
     """
-    tokens, path = (
-        encode_text(settings.attention, tokenizer, skip=settings.skip_unknown),
-        Path(settings.out),
-    )
+    tokens = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown)
     with torch_model(checkpoint, "cpu", "float32", "the length of the text") as (model, _):
-        from glyphgpt.reports import attention_maps as attention  # noqa: PLC0415  (torch, only where it is used)
+        from glyphgpt.reports import attention_maps  # noqa: PLC0415  (imports torch)
 
-        if not 1 <= len(tokens) <= model.config.block_size:
-            length = f"{len(tokens):,} {attention.UNITS[tokenizer.kind]}s"
-            raise UserError(f"the text has {length}; this model sees 1 to {model.config.block_size:,} at once")
-        numbers = model.config.n_layer * model.config.n_head * len(tokens) ** 2 // 2
-        if numbers > BROWSABLE and path.suffix.lower() == ".html":
-            warn(f"{numbers:,} weights make a page that browsers open slowly, if at all; a shorter text makes less")
-        attention.write(attention.observe(model, tokenizer, tokens), path, str(checkpoint.path))
-    print(f"{path}: drawn")
+        config, path = checkpoint.config, Path(settings.out)
+        if not 1 <= len(tokens) <= config.block_size:
+            length = f"{len(tokens):,} {attention_maps.UNITS[tokenizer.kind]}s"
+            raise UserError(f"the text has {length}; this model's context is 1 to {config.block_size:,}")
+        numbers = config.n_layer * config.n_head * len(tokens) ** 2 // 2
+        if numbers > LARGE_PAGE and path.suffix.lower() == ".html":
+            warn(f"{numbers:,} attention weights make a page that browsers open slowly; use a shorter text")
+        attention_maps.write(attention_maps.observe(model, tokenizer, tokens), path, str(checkpoint.path))
+    print(f"{path}: written")
 
 
 class Sampler:
-    """A model with its tokenizer, and how to draw from it."""
+    """A model, its tokenizer, and the settings of sampling."""
 
     def __init__(self, model: LanguageModel, block_size: int, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-        """Take the model and what belongs to it."""
+        """Prepare to sample."""
         self.model, self.block_size, self.tokenizer, self.settings = model, block_size, tokenizer, settings
-        self.rule = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+        self.params = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
         self.stops = list(map(unescape, settings.stop))
         for stop in self.stops:
             if unknown := tokenizer.unknown_characters(stop):
-                warn(f"stop = {stop!r} never comes: the model has never seen {unknown[0]!r}")
+                warn(f"stop = {stop!r} cannot occur: {unknown[0]!r} is not in the model's vocabulary")
 
-    def show_samples(self) -> None:
-        """Print samples: the first one as it is generated, the others after it."""
+    def print_samples(self) -> None:
+        """Print samples: the first one while it is generated, then the others."""
         prompt = self.prompt()
         tokens = self.encode(prompt)
         if not tokens.size:
             tokens = np.array([start_token(self.tokenizer)])
         streams = [TextStream(self.tokenizer, self.stops) for _ in range(self.settings.num_samples)]
         print(prompt, end="", flush=True)
-        for drawn in self.generate(tokens, self.settings.seed):
-            for number, (stream, token) in enumerate(zip(streams, drawn, strict=True)):
+        for new_tokens in self.generate(tokens, self.settings.seed):
+            for number, (stream, token) in enumerate(zip(streams, new_tokens, strict=True)):
                 text = stream.feed(token)
                 if number == 0:
                     print(text, end="", flush=True)
@@ -146,8 +143,8 @@ class Sampler:
             print(f"{'-' * 20}\n{prompt}{stream.text}")
 
     def interact(self) -> None:
-        """Ask for text and go on from all that was said before, again and again."""
-        print("Type a text to go on from; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
+        """Ask for text in a loop, and continue the whole conversation each time."""
+        print("Type a text to continue; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
         with suppress(ImportError, OSError):
             import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
         history = np.array([start_token(self.tokenizer)])
@@ -162,13 +159,13 @@ class Sampler:
                 return
             try:
                 history = np.concatenate([history, self.encode(line)])
-            except UserError as failure:
-                warn(str(failure))
+            except UserError as error:
+                warn(str(error))
                 continue
             history = np.concatenate([history, self.reply(history, self.settings.seed + turn)])
 
     def reply(self, history: Tokens, seed: int) -> Tokens:
-        """Print one sample after the history, and return its tokens."""
+        """Print one sample that continues the history, and return its tokens."""
         stream, tokens = TextStream(self.tokenizer, self.stops), []
         try:
             for (token,) in self.generate(history, seed):
@@ -189,25 +186,25 @@ class Sampler:
             block_size=self.block_size,
             num_samples=self.settings.num_samples,
             max_new_tokens=self.settings.max_new_tokens,
-            rule=self.rule,
+            params=self.params,
             seed=seed,
             use_cache=self.settings.cache,
         )
-        return (drawn.tolist() for drawn in tokens)
+        return (new_tokens.tolist() for new_tokens in tokens)
 
     def encode(self, text: str) -> Tokens:
-        """Turn text into ids, as the settings say."""
+        """Return the tokens of a text, without unknown characters if the settings say so."""
         return encode_text(text, self.tokenizer, skip=self.settings.skip_unknown)
 
     def prompt(self) -> str:
-        """Return the prompt, from wherever the settings say."""
+        """Return the prompt of the settings, from the file if they name one."""
         if self.settings.prompt_file:
             return read_text(self.settings.prompt_file)
         return self.settings.prompt
 
 
 def unescape(text: str) -> str:
-    r"""Return a text with the escapes of new lines and tabs, which shells leave as they are, replaced.
+    r"""Replace the escapes \n, \r, \t and \\, which shells do not interpret.
 
     >>> unescape(r"one\ntwo\\three")
     'one\ntwo\\three'
@@ -216,8 +213,4 @@ def unescape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_error(broken_pipe_status=0):  # who has seen enough has it
-        SETTINGS, WORDS = parse(SampleSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
-        if len(WORDS) != 1:
-            raise UsageError(f"name one run or checkpoint: {USAGE}")
-        main(SETTINGS, WORDS[0])
+    glyphgpt.startup.run("sample.py", main, broken_pipe_status=0)  # a reader that has gone has seen enough

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import BEST, LAST
 from glyphgpt.errors import UserError
-from glyphgpt.files import READY
+from glyphgpt.files import BEST, LAST, READY
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.metrics import SAMPLES
 

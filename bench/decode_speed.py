@@ -58,7 +58,7 @@ def stream(model: LanguageModel, block_size: int) -> None:
     rule = SamplingParams(temperature=0.8)
     prompt = np.zeros(1, dtype=np.int64)
     for token in generate(
-        model, prompt, num_samples=1, block_size=block_size, max_new_tokens=CHARACTERS, rule=rule, seed=0
+        model, prompt, num_samples=1, block_size=block_size, max_new_tokens=CHARACTERS, params=rule, seed=0
     ):
         token.tolist()
 

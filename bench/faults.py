@@ -35,8 +35,7 @@ from tqdm import tqdm
 import hostile
 from attack import PATIENCE, ROOT, STEPS, Arena, Program, Tally, difference, lost, metrics
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import LAST
-from glyphgpt.files import NEW, READY
+from glyphgpt.files import LAST, NEW, READY
 
 RESULTS = ROOT / "bench" / "RESULTS.md"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -26,12 +26,12 @@ import sample
 import train
 from attack import ROOT, Arena, Tally, peak_memory, trouble
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import BEST, LAST
 from glyphgpt.cli import parse
 from glyphgpt.data.dataset import META, load_dataset
 from glyphgpt.data.text import open_text
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from glyphgpt.errors import UserError
+from glyphgpt.files import BEST, LAST
 from glyphgpt.settings import PrepareSettings, SampleSettings, TrainSettings
 
 Json = Any

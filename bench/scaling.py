@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from glyphgpt.reports.summary import LayerSummary, ModelSummary
 from glyphgpt.runtime import init_runtime
 from glyphgpt.settings import Network, TrainSettings
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, local, replicate_model, shard_model
@@ -39,7 +40,7 @@ LOGITS_BYTES = 12  # for each token and entry of the vocabulary, at the worst mo
 
 @dataclass(frozen=True)
 class Shape:
-    """A network of GPT-2's form, without biases."""
+    """A network of GPT-2's form, without biases. Its parameters and operations are those of the real model."""
 
     name: str
     layers: int
@@ -49,29 +50,41 @@ class Shape:
     context: int = 1024
 
     @property
+    def network(self) -> Network:
+        """The settings of the network."""
+        return Network(n_layer=self.layers, n_head=self.heads, n_embd=self.channels, block_size=self.context)
+
+    @cached_property
+    def summary(self) -> ModelSummary:
+        """The summary of one sequence's forward pass."""
+        return ModelSummary(self.network, self.vocabulary, batch_size=1)
+
+    @property
     def block(self) -> int:
         """Parameters of a block."""
-        return 12 * self.channels**2 + 2 * self.channels
+        (layers,) = (layers for _, repeats, layers in self.summary.sections if repeats > 1)
+        return sum(layer.parameters for layer in layers)
 
     @property
     def outside(self) -> int:
         """Parameters outside the blocks."""
-        return (self.vocabulary + self.context + 1) * self.channels
+        return self.parameters - self.layers * self.block
 
     @property
     def parameters(self) -> int:
         """Parameters in all."""
-        return self.layers * self.block + self.outside
+        return self.summary.parameters
 
     @property
-    def weight_flops(self) -> int:
-        """Operations for a token, forward and backward: 6 for each weight but those of positions."""
-        return 6 * (self.parameters - self.context * self.channels)
+    def flops(self) -> float:
+        """Operations for a token, forward and backward; fused attention skips the masked half of its products."""
+        attention = self.summary.total(lambda layer: layer.macs if is_attention(layer) else 0)
+        return 6 * (self.summary.macs - attention / 2) / self.context
 
-    @property
-    def flops(self) -> int:
-        """Operations for a token, forward and backward, with those of attention, which sees half of the window."""
-        return self.weight_flops + 6 * self.layers * self.channels * self.context
+
+def is_attention(layer: LayerSummary) -> bool:
+    """Return whether a layer is one of attention's two products, which have no parameters."""
+    return bool(layer.macs) and not layer.parameters and "H" in layer.symbolic_shape
 
 
 SHAPES = (
@@ -150,24 +163,15 @@ def rows(way: Way) -> Iterator[str]:
         yield f"| {shape.name} | {' | '.join(cells)} |"
 
 
-def network(shape: Shape) -> GPT:
+def build(shape: Shape) -> GPT:
     """Return the network of a shape."""
-    form = Network(
-        n_layer=shape.layers, n_head=shape.heads, n_embd=shape.channels, block_size=shape.context
-    ).model_dump()
-    return GPT(GPTConfig(vocab_size=shape.vocabulary, **form))
+    return GPT(GPTConfig(vocab_size=shape.vocabulary, **shape.network.model_dump()))
 
 
 def check() -> None:
-    """Count parameters, operations, activations, memory and exchanged bytes, and print them beside the formulas'."""
-    print("| what | on paper | counted |\n|---|---|---|")
-    for shape in SHAPES:
-        with torch.device("meta"):
-            counted = sum(parameter.numel() for parameter in network(shape).parameters())
-        print(f"| parameters, {shape.name} | {shape.parameters:,} | {counted:,} |")
+    """Measure activations, memory and exchanged bytes, and print them beside the estimates."""
+    print("| what | estimate | measured |\n|---|---|---|")
     small = SHAPES[0]
-    print(f"| operations a token, {small.name}, but for attention | {small.weight_flops:,} | ", end="")
-    print(f"{counted_flops(small):,.0f} |")
     for recompute, per in ((False, BLOCK_BYTES), (True, 4)):
         kept = [kept_bytes(replace(small, layers=layers), recompute=recompute) for layers in (2, 3)]
         title = "with" if recompute else "without"
@@ -180,17 +184,9 @@ def check() -> None:
             print(done.stdout, end="")
 
 
-def counted_flops(shape: Shape) -> float:
-    """Count the operations of a token, forward and backward; torch's counter leaves a CPU's attention out."""
-    tokens = torch.zeros(1, shape.context, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        network(shape)(tokens, tokens).backward()
-    return counter.get_total_flops() / shape.context
-
-
 def kept_bytes(shape: Shape, *, recompute: bool) -> int:
     """Count the bytes that one sequence's forward pass keeps for the backward pass, weights and their copies apart."""
-    model, kept = network(shape), {}
+    model, kept = build(shape), {}
     if recompute:
         checkpoint_activations(model)
 
@@ -211,7 +207,7 @@ def worker(kind: str) -> None:
     """Train a small network among several processes; print its memory and what it exchanges, beside the formulas'."""
     shape, way = Shape("small", 4, 64, 2, 1000, 64), Way(kind, sharded=kind == "fsdp")
     with init_runtime("cpu", "float32") as runtime:
-        model = network(shape)
+        model = build(shape)
         if way.sharded:
             shard_model(model, runtime)
         forward = model if way.sharded else replicate_model(model, runtime)

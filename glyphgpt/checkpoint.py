@@ -1,20 +1,19 @@
-"""The one owner of the checkpoint format: save, verify, load.
+"""The checkpoint format: write, verify, read. No other module knows it.
 
-A checkpoint is one safetensors file; nothing in it is ever executed. Tensors stand under `model.` and
-`optimizer.`; the rest is JSON in the header. A SHA-256 of the whole file, taken with the digest's own place
-filled with zeros, stands in the header too: whatever is cut or flipped is found before a weight is used.
+A checkpoint is one safetensors file, and nothing in it is executed. The tensors' names start with `model.` or
+`optimizer.`; the header holds everything else as JSON. The header also holds a SHA-256 of the whole file, computed with
+zeros in place of the digest, so truncation and changed bytes are detected before a weight is used.
 
-torch is not needed to read one; `glyphgpt/training/torch_state.py` takes tensors out of and into torch.
-
-There is no random state to save: every random number of training follows from the seed and the step.
+Reading a checkpoint does not need torch; `glyphgpt/training/torch_state.py` moves tensors from and to torch. No random
+state is saved: every random number of training follows from the seed and the step.
 """
 
 import hashlib
 import json
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -26,22 +25,21 @@ from safetensors.numpy import save_file
 
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.errors import UserError
-from glyphgpt.files import copy_mode, fsync_dir, fsync_file
-from glyphgpt.settings import CountOrZero, NotNegative
+from glyphgpt.files import BEST, LAST, atomic_path, copy_mode, fsync_dir, fsync_file
+from glyphgpt.settings import CountOrZero, ModelConfig, NotNegative
 
 FORMAT = 1
-BEST = "best.safetensors"
-LAST = "last.safetensors"
 
 _DIGEST_KEY = b'"sha256":"'
 _NO_DIGEST = b"0" * 64
 _CHUNK_BYTES = 1 << 22
 
 Arrays = dict[str, NDArray[Any]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class TrainState(BaseModel):
-    """Where a run stands: with the weights and the optimizer, all that resuming needs."""
+    """How far a run has come. With the weights and the optimizer state, it is all that resuming needs."""
 
     model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
@@ -50,176 +48,221 @@ class TrainState(BaseModel):
     seconds: NotNegative = 0.0
     """Time spent so far."""
     best_loss: float = math.inf
-    """Of the validation split, nats per token."""
+    """Lowest validation loss so far, in nats per token."""
     evaluations_since_best: CountOrZero = 0
 
 
 class Metadata(BaseModel):
-    """All of a checkpoint that is not a tensor."""
+    """Everything in a checkpoint that is not a tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
     format: Annotated[int, Field(ge=1)] = FORMAT
     model: dict[str, Any]
-    """The model's config."""
+    """The network's config, unchecked; `Checkpoint.config` is checked."""
     tokenizer: dict[str, Any]
     settings: dict[str, Any]
     data: str
-    """Fingerprint of the data set."""
+    """Fingerprint of the dataset."""
     val_loss: float | None
-    """Of these very weights, where they were evaluated."""
+    """Validation loss of these weights, if they were evaluated."""
     state: TrainState
     scaler: dict[str, int | float]
-    """State of float16's gradient scaler."""
+    """State of the gradient scaler of float16."""
     torchrun: str = ""
-    """Fingerprint of the torchrun that wrote this, which resumes it after a restart."""
+    """Fingerprint of the torchrun job that wrote this checkpoint; the job resumes it after a restart."""
     wandb_id: str = ""
-    """Of the run at Weights & Biases, which a resumed run continues."""
+    """Id of the Weights & Biases run, which a resumed run continues."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory, its tensors as arrays by name; `path` is where it came from."""
+    """A checkpoint in memory: metadata, and arrays by name. `path` is the file it was read from."""
 
     metadata: Metadata
     model: Arrays
     optimizer: Arrays = field(default_factory=dict)
     path: Path = Path()
 
-    def check_weights(self) -> None:
-        """Make sure that the model's weights are numbers.
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The network's config, after the weights have been checked against it.
 
         Raises:
-            UserError: some are infinite or no number.
+            UserError: The config is not valid, the weights do not match it, or some weights are not finite.
         """
         if not all(np.isfinite(array).all() for array in self.model.values()):
             raise UserError(f"{self.path}: some weights are not finite; use an earlier checkpoint")
+        try:
+            return check_weights(self.metadata.model, self.model)
+        except ValueError as error:
+            raise UserError(f"{self.path}: its config and its weights do not belong together") from error
+
+
+def check_weights(config: dict[str, Any], weights: Arrays) -> ModelConfig:
+    """Return a network's config after checking that the weights have its names, shapes and dtype.
+
+    Both may come from a stranger: until they match, nothing takes time or memory in proportion to the config's numbers.
+
+    Raises:
+        ValueError: The config is not valid, or the weights do not match it.
+    """
+    checked = ModelConfig.model_validate(config)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if max(checked.n_layer, checked.ngram) > len(weights) or shapes != weight_shapes(checked):
+        raise ValueError("the weights are not those of the config")
+    if not all(weight.dtype == np.float32 for weight in weights.values()):
+        raise ValueError("the weights are not float32")
+    return checked
+
+
+def weight_shapes(config: ModelConfig) -> Shapes:
+    """Return the shape of each weight of a network, by its name in model.py."""
+    C, V = config.n_embd, config.vocab_size
+    shapes: Shapes = {"token_embedding.weight": (V, C)}
+    shapes |= {f"ngram_embedding.tables.{i}.weight": (config.ngram_rows, C) for i in range(config.ngram - 1)}
+    shapes |= {"token_shift.mix": (C,)} if config.token_shift else {}
+    shapes |= {"position.embedding.weight": (config.block_size, C)} if config.position == "learned" else {}
+    shapes |= {} if config.tie_embeddings else {"head.weight": (V, C)}
+    norms = ["norm"]
+    for layer in range(config.n_layer):
+        linear = {"attention.qkv": (3 * C, C), "attention.out": (C, C), "mlp.up": (4 * C, C), "mlp.down": (C, 4 * C)}
+        for name, shape in linear.items():
+            shapes[f"blocks.{layer}.{name}.weight"] = shape
+            shapes |= {f"blocks.{layer}.{name}.bias": shape[:1]} if config.bias else {}
+        norms += [f"blocks.{layer}.attention_norm", f"blocks.{layer}.mlp_norm"]
+    if config.norm == "layernorm":
+        shapes |= {f"{norm}.weight": (C,) for norm in norms}
+        shapes |= {f"{norm}.bias": (C,) for norm in norms} if config.bias else {}
+    return shapes
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint beside `path`, flush it, seal it, and rename it into place.
+    """Write a checkpoint and its digest, flush it to the disk, and rename it into place.
 
     Raises:
-        UserError: it could not be written; what stood at `path` is untouched.
+        UserError: It could not be written; the file that was at `path` is unchanged.
     """
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     header = {"glyphgpt": checkpoint.metadata.model_dump_json(), "sha256": _NO_DIGEST.decode()}
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, unfinished, header)
-        copy_mode(path.parent, unfinished)  # safetensors makes it private
+    with atomic_path(path) as unfinished:
+        write_safetensors(unfinished, tensors, header)
         with unfinished.open("r+b") as file:
-            place = _digest_place(file, path)
-            digest = _digest(file, place)
-            file.seek(place)
+            offset = _digest_offset(file, path)
+            digest = _digest(file, offset)
+            file.seek(offset)
             file.write(digest)
             file.flush()
             fsync_file(file.fileno())
-        unfinished.replace(path)
-        fsync_dir(path.parent)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        before = "; the checkpoint before it is as it was" if path.exists() else ""
-        raise UserError(f"{path}: could not be written: {_reason(error)}{before}") from error
+    fsync_dir(path.parent)
+
+
+def write_safetensors(path: Path, tensors: Arrays, header: dict[str, str]) -> None:
+    """Write a safetensors file with the permissions of its folder.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    try:
+        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, path, header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    copy_mode(path.parent, path)  # safetensors makes the file private
 
 
 def load_checkpoint(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint onto the CPU, verified.
+    """Read a checkpoint, after verifying its digest.
 
     Raises:
-        UserError: it is missing, damaged, of a newer format, or no checkpoint of glyphgpt.
+        UserError: The file is missing, damaged, of a newer format, or not a checkpoint of glyphgpt.
     """
     try:
         with path.open("rb") as file:
-            place = _digest_place(file, path)
-            digest = _digest(file, place)
-            file.seek(place)
+            offset = _digest_offset(file, path)
+            digest = _digest(file, offset)
+            file.seek(offset)
             if file.read(len(_NO_DIGEST)) != digest:
                 raise UserError(f"{path}: damaged: its checksum does not match; use another checkpoint")
         with safe_open(path, framework="numpy") as file:
-            info = _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
+            metadata = _parse_metadata(file.metadata(), path)
             wanted = [name for name in file.keys() if with_optimizer or name.startswith("model.")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in wanted}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no checkpoint there") from error
+        raise UserError(f"{path}: no such checkpoint") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut short: {_reason(error)}; use another checkpoint") from error
+        raise UserError(f"{path}: damaged or truncated: {error}; use another checkpoint") from error
     parts: dict[str, Arrays] = {"model": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:
             raise UserError(f"{path}: holds a tensor of an unknown kind, {name!r}")
         parts[part][rest] = tensor
-    return Checkpoint(info, parts["model"], parts["optimizer"], path)
+    return Checkpoint(metadata, parts["model"], parts["optimizer"], path)
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read what a checkpoint tells of itself, without its tensors and so unverified: to show, not to go on from.
+    """Read a checkpoint's metadata without its tensors, and so without verifying the digest.
 
     Raises:
-        UserError: it is missing, or no checkpoint of glyphgpt.
+        UserError: The file is missing or not a checkpoint of glyphgpt.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            return _read_info((file.metadata() or {}).get("glyphgpt", ""), path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
+            return _parse_metadata(file.metadata(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-def find_checkpoint(place: Path) -> Path:
-    """Return the checkpoint file that a path names: itself, or a run's best, or its last.
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint file that a path names: the file itself, or the best or last checkpoint of a run's folder.
 
     Raises:
-        UserError: the run holds none yet.
+        UserError: The folder has no checkpoint.
     """
-    if not place.is_dir():
-        return place
+    if not path.is_dir():
+        return path
     for name in (BEST, LAST):
-        if (place / name).is_file():
-            return place / name
-    train = command("train.py", from_here(ROOT / "config" / "quick.toml"), f"--out_dir={place}")
-    raise UserError(f"{place}: no checkpoint in this folder; train first, for example: {train}")
+        if (path / name).is_file():
+            return path / name
+    train = command("train.py", from_here(ROOT / "config" / "quick.toml"), f"--out_dir={path}")
+    raise UserError(f"{path}: no checkpoint in this folder; train first, for example: {train}")
 
 
-def _read_info(text: str, path: Path) -> Metadata:
+def _parse_metadata(header: dict[str, str] | None, path: Path) -> Metadata:
     try:
-        data = json.loads(text)
-        newer = isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT
-        if newer:
+        data = json.loads((header or {}).get("glyphgpt", ""))
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
             raise UserError(f"{path}: written by a newer glyphgpt (format {data['format']}); update glyphgpt")
         return Metadata.model_validate(data)
-    except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
-        raise UserError(f"{path}: no checkpoint of glyphgpt: its header tells nothing of a model") from error
+    except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
+        raise UserError(f"{path}: not a checkpoint of glyphgpt: its header does not describe a model") from error
 
 
-def _digest_place(file: BinaryIO, path: Path) -> int:
-    """Return where in a safetensors file the digest stands: 8 bytes of header length, then the JSON header."""
+def _digest_offset(file: BinaryIO, path: Path) -> int:
+    """Return the offset of the digest in a safetensors file, which starts with the header's length and the header."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     header = file.read(length) if length <= size - 8 else b""
     if not header.startswith(b"{"):
-        raise UserError(f"{path}: no checkpoint of glyphgpt, or cut short")
-    place = header.find(_DIGEST_KEY)
-    if place < 0:
-        raise UserError(f"{path}: a safetensors file, but no checkpoint of glyphgpt")
-    return 8 + place + len(_DIGEST_KEY)
+        raise UserError(f"{path}: not a checkpoint of glyphgpt, or truncated")
+    offset = header.find(_DIGEST_KEY)
+    if offset < 0:
+        raise UserError(f"{path}: a safetensors file, but not a checkpoint of glyphgpt")
+    return 8 + offset + len(_DIGEST_KEY)
 
 
-def _digest(file: BinaryIO, place: int) -> bytes:
-    """Return the SHA-256 of a file in hexadecimal, the digest's own place taken as zeros."""
+def _digest(file: BinaryIO, offset: int) -> bytes:
+    """Return the SHA-256 of a file in hexadecimal, computed with zeros in place of the digest at `offset`."""
     digest = hashlib.sha256()
     file.seek(0)
-    digest.update(file.read(place))
+    digest.update(file.read(offset))
     file.seek(len(_NO_DIGEST), os.SEEK_CUR)
     digest.update(_NO_DIGEST)
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
     return digest.hexdigest().encode()
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -20,16 +20,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from glyphgpt.errors import UsageError
+from glyphgpt.files import BEST, CONFIG, LAST
 from glyphgpt.settings import Mode, Settings
 
 S = TypeVar("S", bound=Settings)
 Values = dict[str, Any]
 
 COMMAND_LINE = "command line"
-CONFIG = "config.toml"
-"""The settings of a run, in its folder."""
-CHECKPOINTS = ("best.safetensors", "last.safetensors")
-"""What a run's folder holds beside them (`glyphgpt/checkpoint.py`, which takes longer to import)."""
 ROOT = Path(__file__).parent.parent
 """Where the scripts are."""
 ACTIONS = Mode.model_fields.keys()
@@ -113,7 +110,7 @@ def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
         if not path.exists():
             raise UsageError(f"{word}: this folder holds no run; its {CONFIG} is missing")
     values = read_toml(str(path))
-    if path.name == CONFIG and (resume or any((path.parent / name).exists() for name in CHECKPOINTS)):
+    if path.name == CONFIG and (resume or any((path.parent / name).exists() for name in (BEST, LAST))):
         values = relocated(values, path.parent)
     return str(path), values
 

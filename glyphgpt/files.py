@@ -1,4 +1,4 @@
-"""Folders that are written to: files that are never there in part, and one process at a time."""
+"""Files and folders: atomic writes, replacement of several files together, locks; and the names of a run's files."""
 
 import errno
 import hashlib
@@ -13,23 +13,29 @@ from filelock import FileLock, Timeout
 
 from glyphgpt.errors import UsageError, wrap_write_errors
 
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+CONFIG = "config.toml"
+REPORT = "report.html"
+PLOT = "metrics.png"
+
 LOCK = ".lock"
 NEW, READY = ".new", ".ready"
-"""Folders within one whose files are being replaced: while the new ones are made, and once all of them are there."""
+"""Subfolders of a folder whose files are being replaced: of unfinished new files, and of finished ones."""
 STALE = ".stale"
-"""Ends the name of a mark that stands, among the new files, for one to delete."""
+"""Suffix of an empty file among the new files. It marks a file to delete."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a place beside `path` for a new file that is renamed in the end, so that it is never there in part.
+    """Yield a temporary path that is renamed to `path` at the end, so that a partial file never exists at `path`.
 
     Raises:
-        UserError: it could not be written; what stood there is untouched.
+        UserError: The file could not be written; the file that was at `path` is unchanged.
     """
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        with wrap_write_errors(path):
+        with wrap_write_errors(path, "; the previous file is unchanged" if os.path.exists(path) else ""):  # noqa: PTH110
             yield unfinished
             unfinished.replace(path)
     except BaseException:
@@ -39,22 +45,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a small file in this way.
+    """Write a small file through `atomic_path`.
 
     Raises:
-        UserError: it could not be written; what stood there is untouched.
+        UserError: The file could not be written; the file that was at `path` is unchanged.
     """
     with atomic_path(path) as unfinished:
         unfinished.write_bytes(content)
 
 
 def swap_dirs(folder: Path, new: Path, old: Path) -> None:
-    """Put a folder made at `new` in its place; what stood there goes to `old`, or back if anything comes between."""
+    """Move `new` to `folder`, and what was there to `old`; move it back if the second rename fails."""
     try:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-    except BaseException:  # a Ctrl-C between the two as well
+    except BaseException:  # including a Ctrl-C between the two
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
@@ -62,10 +68,10 @@ def swap_dirs(folder: Path, new: Path, old: Path) -> None:
 
 @contextmanager
 def replace_files(folder: Path, stale: Sequence[str]) -> Iterator[Path]:
-    """Yield a place for new files that take their places in `folder` together, once all of them are there.
+    """Yield a temporary folder whose files replace those in `folder` at the end; files named in `stale` are deleted.
 
-    Until then nothing in the folder changes. If the process is killed while they are being renamed,
-    `finish_replacement` completes that. Files whose names are in `stale` are deleted; other files stay.
+    Nothing in `folder` changes before all new files are complete. If the process is killed during the renames,
+    `finish_replacement` completes them. Other files in `folder` stay.
     """
     new, ready = folder / NEW, folder / READY
     shutil.rmtree(new, ignore_errors=True)
@@ -75,7 +81,7 @@ def replace_files(folder: Path, stale: Sequence[str]) -> Iterator[Path]:
     try:
         yield new
         with wrap_write_errors(folder):
-            for name in stale:  # a name without a file stands for one to delete
+            for name in stale:
                 (new / f"{name}{STALE}").touch()
             new.rename(ready)
             finish_replacement(folder)
@@ -85,7 +91,7 @@ def replace_files(folder: Path, stale: Sequence[str]) -> Iterator[Path]:
 
 
 def finish_replacement(folder: Path) -> None:
-    """Put files that `replace_files` has made into their places, if it was killed in the middle of that."""
+    """Complete a `replace_files` that was killed during its renames, if there was one."""
     ready = folder / READY
     for file in sorted(ready.glob("*")):
         if file.name.endswith(STALE):
@@ -98,17 +104,17 @@ def finish_replacement(folder: Path) -> None:
         ready.rmdir()
 
 
-def copy_mode(of: Path, to: Path) -> None:
-    """Make a file or folder as open as another; some file systems have no permissions to change."""
+def copy_mode(source: Path, target: Path) -> None:
+    """Give a file or folder the permissions of another; some file systems have none."""
     with suppress(OSError):
-        to.chmod(of.stat().st_mode & (0o777 if to.is_dir() else 0o666))
+        target.chmod(source.stat().st_mode & (0o777 if target.is_dir() else 0o666))
 
 
 def fsync_file(handle: int) -> None:
-    """Have an open file written to the disk itself, or only to the system where the file system knows no more.
+    """Flush an open file to the disk, where the file system supports it.
 
     Raises:
-        OSError: it could not be written.
+        OSError: The file could not be written.
     """
     try:
         os.fsync(handle)
@@ -118,8 +124,8 @@ def fsync_file(handle: int) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
-    with suppress(OSError):  # Windows opens no folders; some file systems refuse
+    """Flush a folder's renames to the disk, where the system supports it."""
+    with suppress(OSError):  # Windows cannot open folders; some file systems refuse
         handle = os.open(folder, os.O_RDONLY)
         with suppress(OSError):
             os.fsync(handle)
@@ -128,23 +134,21 @@ def fsync_dir(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, instead: str) -> Iterator[None]:
-    """Make a folder if need be, and keep other processes out of it.
-
-    However this process ends, the system lets go of the lock.
+    """Hold a folder's lock, which the system releases however the process ends; create the folder if it is missing.
 
     Raises:
-        UsageError: another process has it; `instead` is what to use then.
-        UserError: nothing can be written there.
+        UsageError: Another process holds the lock; `instead` is the flag to suggest.
+        UserError: The folder cannot be written to.
     """
     with wrap_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     with wrap_write_errors(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a file system without flock: it finds another way
+        warnings.simplefilter("ignore", UserWarning)  # filelock falls back to another method without flock
         try:
             lock.acquire()
         except Timeout as error:
-            raise UsageError(f"{folder}: in use by another process; wait for its end, or use {instead}") from error
+            raise UsageError(f"{folder}: in use by another process; wait until it ends, or use {instead}") from error
     try:
         yield
     finally:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glyphgpt.errors import UsageError, UserError, warn
-from glyphgpt.memory import keep_freed_memory
 
 CPU_OPTIONS: dict[str, Any] = {
     "cpp.vec_isa_ok": True,  # spares ten seconds of trial programs, one for each set of vector instructions
@@ -80,8 +79,6 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
         chosen = choose_device(f"cuda:{local_rank if world_size > 1 else chosen.index or 0}")
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    else:
-        keep_freed_memory()
     if chosen.type == "cpu":
         use_deterministic_algorithms()
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)

@@ -1,16 +1,17 @@
-"""Every setting of the three scripts, declared once: its type, bounds, default and meaning.
+"""Every setting, declared once: its type, bounds, default and meaning.
 
-The class a setting stands in is its heading in `--help`; the line below a setting is its help.
-`glyphgpt/cli.py` turns TOML files and flags into these classes.
+A class is a heading of `--help`; the docstring below a setting is its help. `glyphgpt/cli.py` fills these classes from
+TOML files and the command line.
 """
 
+import math
 import os.path
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Size = Annotated[int, Field(ge=1, le=10**6)]  # beyond any machine, and small enough that products stay numbers
+Size = Annotated[int, Field(ge=1, le=10**6)]  # larger than any machine can use, and products still fit in 64 bits
 Count = Annotated[int, Field(ge=1, le=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[float, Field(gt=0)]
@@ -19,22 +20,22 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 SingleLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
 PathStr = Annotated[SingleLine, AfterValidator(os.path.expanduser)]
-"""A file or folder; ~ is the home folder, which shells expand neither in quotes nor after --key=."""
-
+"""A file or folder. Shells do not expand ~ in quotes or after --key=, so it is expanded here."""
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 PATHS = ("data_dir", "out_dir", "init_from")
-"""Settings of train.py that are paths: absolute in a run's config.toml, and left out of what is passed on."""
+"""Settings of train.py that are paths: absolute in a run's config.toml, and absent from checkpoints and reports."""
 
 
 class Settings(BaseModel):
-    """Typed, frozen settings that know nothing of where their values came from."""
+    """Typed, immutable settings. They do not know where their values came from."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
     def conflicts(self) -> Iterator[str]:
-        """Say, a line each, which values do not go together."""
+        """Yield one line for each combination of values that is not allowed."""
         yield from ()
 
 
@@ -44,12 +45,12 @@ class Files(Settings):
     dataset: PathStr = "shakespeare_char"
     """Name of a prepared dataset in data_dir, or the path of its folder."""
     data_dir: PathStr = "data"
-    """Folder of the data sets."""
+    """Folder of the datasets."""
     out_dir: PathStr = "out/run"
     """Folder of this run: checkpoints, metrics and settings."""
     init_from: PathStr = ""
-    """A run, a checkpoint, or a Hugging Face GPT-2's folder, whose weights and network to begin with; block_size may
-    be less, dropout another."""
+    """Start from the weights and network of this run, checkpoint, or folder with a Hugging Face GPT-2; block_size may
+    be smaller and dropout may differ."""
 
 
 class Network(Settings):
@@ -64,118 +65,156 @@ class Network(Settings):
     block_size: Annotated[int, Field(ge=1, le=131_072)] = 64
     """Context: how many tokens the model sees at once."""
     dropout: Fraction = 0.0
-    """Share of activations dropped while training; 0.1 to 0.3 where a text is seen many times."""
+    """Fraction of activations dropped during training; 0.1 to 0.3 for a text that is seen many times."""
     bias: bool = False
-    """Biases in the linear layers and LayerNorms, as GPT-2 has them."""
+    """Use biases in the linear layers and LayerNorms, as GPT-2 does."""
     position: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    """How positions are told: a learned table (GPT-2), fixed waves (Attention is all you need) or rotation of
+    """Position encoding: a learned table (GPT-2), fixed sinusoids (Attention is all you need) or rotary embeddings of
     queries and keys (RoFormer)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention, before the MLP and before the head."""
+    """Normalization before attention, before the MLP and before the output head."""
     activation: Literal["gelu", "gelu_erf", "relu2"] = "gelu"
-    """The MLP's non-linearity: GPT-2's GELU, by way of tanh; nanoGPT's, by way of erf; or ReLU squared (Primer)."""
+    """Activation of the MLP: GELU approximated with tanh (GPT-2), exact GELU (nanoGPT) or ReLU squared (Primer)."""
     qk_norm: bool = False
-    """Normalise queries and keys, which allows higher learning rates."""
+    """Normalize queries and keys, which allows higher learning rates."""
     tie_embeddings: bool = True
-    """Use the token embedding as the output head too."""
+    """Use the token embedding as the output head."""
     ngram: Size = 1
-    """Above 1: embed the last 2, 3, ... n tokens together too, from hashed tables. Much memory, hardly any
-    computation, and far fewer steps to a good loss."""
+    """Above 1: also embed the last 2, 3, ... n tokens together, from hashed tables. They take much memory and little
+    computation, and reach a good loss in far fewer steps."""
     ngram_rows: Annotated[int, Field(ge=1, le=10**9)] = 16384
-    """Rows of each of these tables."""
+    """Rows of each n-gram table."""
     token_shift: bool = False
-    """Mix into each token's embedding a learned share of the one before."""
+    """Add a learned fraction of the previous token's embedding to each embedding."""
     init: Literal["gpt2", "zero"] = "gpt2"
-    """Weights to begin with: GPT-2's, or zero for all that writes to the residual stream or the logits."""
+    """Initial weights: GPT-2's, or zero for every matrix that writes to the residual stream or the logits."""
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.n_embd // self.n_head
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield one line for each rule that the network's shape breaks; model.py's GPTConfig has the same rules."""
+        if self.n_embd % self.n_head:
+            yield f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}"
+        elif self.position == "rotary" and self.head_size % 2:
+            yield f"position = 'rotary' needs an even head size; n_embd / n_head is {self.head_size}"
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            yield f"position = 'sinusoidal' needs an even n_embd, not {self.n_embd}"
+
+
+class ModelConfig(Network):
+    """A network as a checkpoint describes it: every field of `Network`, none left out, and the vocabulary size.
+
+    It equals model.py's GPTConfig, for code that does not import torch.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    vocab_size: Size
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Refuse a config that is incomplete or whose sizes do not fit together."""
+        if missing := type(self).model_fields.keys() - self.model_fields_set:
+            raise ValueError(f"missing: {', '.join(sorted(missing))}")
+        for conflict in self.conflicts():
+            raise ValueError(conflict)
+        return self
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor of the embeddings before sinusoids are added, as in GPTConfig."""
+        return math.sqrt(self.n_embd) if self.init == "gpt2" and self.ngram == 1 else 1.0
 
 
 class Optimization(Settings):
     """Optimization"""
 
     batch_size: Size = 12
-    """Sequences that go through the network at once; lower it when memory runs out."""
+    """Sequences in one forward and backward pass; lower it when memory runs out."""
     gradient_accumulation_steps: Size = 1
-    """Batches summed into one update: an update sees batch_size x this many sequences, however many
-    processes share them."""
+    """Micro-batches per update. An update sees batch_size x this many sequences, for any number of processes."""
     max_steps: CountOrZero = 2000
     """Number of updates."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for every weight, or Muon for the blocks' matrices and AdamW for the rest."""
     learning_rate: Positive = 1e-3
-    """Highest learning rate."""
+    """Peak learning rate."""
     min_lr: NotNegative = 1e-4
     """Learning rate at the end of the schedule."""
     warmup_steps: CountOrZero = 100
-    """Steps over which the learning rate rises to its highest."""
+    """Steps over which the learning rate rises to its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from learning_rate after the warm-up to min_lr at max_steps."""
+    """How the learning rate falls, after the warm-up, from learning_rate to min_lr at max_steps."""
     weight_decay: NotNegative = 0.1
-    """Weight decay; on matrices and embeddings only."""
+    """Weight decay of matrices and embeddings; vectors have none."""
     ngram_weight_decay: NotNegative = 0.1
-    """That of the n-gram tables: far more than of the rest where a text is seen more than once or twice."""
+    """Weight decay of the n-gram tables: much larger than weight_decay for a text that is seen more than twice."""
     beta1: Fraction = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate of the mean gradient."""
     beta2: Fraction = 0.99
-    """AdamW's decay of the mean squared gradient."""
+    """AdamW's decay rate of the mean squared gradient."""
     grad_clip: NotNegative = 1.0
-    """Gradients are scaled down to at most this norm; 0 leaves them alone."""
+    """Maximum norm to which gradients are scaled down; 0 disables clipping."""
     seed: Seed = 1337
-    """Decides the initial weights, the order of the data and the dropout."""
+    """Seed of the initial weights, the order of the data and dropout."""
 
 
 class Evaluation(Settings):
-    """Evaluation, logs and checkpoints"""
+    """Evaluation, logging and checkpoints"""
 
     eval_every: Count = 250
-    """Steps between evaluations on the validation split; each one also saves."""
+    """Steps between evaluations on the validation split; each evaluation also saves."""
     eval_tokens: CountOrZero = 0
-    """Evaluate on the first so many validation tokens; 0 takes all."""
+    """Evaluate on the first eval_tokens validation tokens; 0 uses all of them."""
     patience: CountOrZero = 0
-    """Stop after so many evaluations in a row without a better loss; 0 never stops early."""
+    """Stop after this many evaluations in a row without a better loss; 0 never stops early."""
     sample_tokens: CountOrZero = 120
-    """Tokens of sample text shown at each evaluation."""
+    """Tokens of sample text printed at each evaluation."""
     log_every: Count = 10
     """Steps between lines of training loss in metrics.jsonl."""
     save_every: CountOrZero = 0
-    """Save last.safetensors every so many steps too; 0 saves at evaluations only."""
+    """Also save last.safetensors every this many steps; 0 saves at evaluations only."""
     plot: bool = True
     """Plot the run into out_dir/metrics.png at its end, if matplotlib is installed (pip install matplotlib)."""
     report: bool = True
-    """Tell the run in out_dir/report.html at its end: curves, samples, settings, for any browser."""
+    """Write out_dir/report.html at the end: curves, samples and settings, for any browser."""
     tensorboard: bool = False
     """Write TensorBoard logs to out_dir (pip install tensorboard)."""
     wandb: bool = False
     """Log to Weights & Biases (pip install wandb)."""
     wandb_project: SingleLine = "glyphgpt"
-    """Project to log to there."""
+    """Weights & Biases project."""
 
 
 class Hardware(Settings):
-    """The machine"""
+    """Hardware"""
 
     device: SingleLine = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: the fastest one here."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products; weights stay float32. auto: bfloat16 on a GPU or CPU that has it, float16 on an
-    older GPU, else float32."""
+    """cpu, cuda, cuda:1, mps, or auto: the fastest one available."""
+    dtype: DType = "auto"
+    """Precision of matrix products; weights stay float32. auto: bfloat16 where the GPU or CPU supports it, float16 on
+    an older GPU, otherwise float32."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the model, which takes up to half a minute before the first step. auto: on CUDA only."""
+    """Compile the model with torch.compile, which takes up to half a minute. auto: on CUDA only."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes (torchrun) hold the model: each all of it, or each a shard of every weight, for models that
-    are too large for one GPU."""
+    """How several processes (torchrun) hold the model: a full copy each (ddp), or a shard of every weight each (fsdp),
+    for models that are too large for one GPU."""
     activation_checkpointing: bool = False
-    """Compute each block's activations anew for the backward pass: far less memory, about a third more time."""
+    """Recompute each block's activations in the backward pass: far less memory, about a third more time."""
 
 
 class Mode(Settings):
-    """What to do (on the command line only)"""
+    """Mode (on the command line only)"""
 
     resume: bool = False
-    """Continue from out_dir/last.safetensors, exactly. `train.py --resume FOLDER` resumes the run in that folder."""
+    """Continue exactly from out_dir/last.safetensors. `train.py --resume FOLDER` resumes the run in that folder."""
     overwrite: bool = False
     """Replace the run that out_dir holds."""
     eval_only: bool = False
-    """Evaluate out_dir/best.safetensors, and stop."""
+    """Evaluate out_dir/best.safetensors, and exit."""
     summary: bool = False
     """Print a summary of the model, its shapes, parameters and operations, and exit."""
 
@@ -184,21 +223,16 @@ class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  
     """Settings of train.py."""
 
     def conflicts(self) -> Iterator[str]:
-        """Say, a line each, which values do not go together."""
-        if self.n_embd % self.n_head:
-            yield f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}"
-        elif self.position == "rotary" and self.n_embd // self.n_head % 2:
-            yield f"position = 'rotary' needs an even head size; n_embd / n_head is {self.n_embd // self.n_head}"
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            yield f"position = 'sinusoidal' needs an even n_embd, not {self.n_embd}"
+        """Yield one line for each combination of values that is not allowed."""
+        yield from super().conflicts()
         if self.init == "zero" and self.tie_embeddings:
-            yield "init = 'zero' begins with a head of zeros, which the embedding cannot be; add tie_embeddings = false"
+            yield "init = 'zero' needs an output head of its own; add tie_embeddings = false"
         if self.min_lr > self.learning_rate:
             yield f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}"
         if self.init_from == "resume":
-            yield "init_from = 'resume' is nanoGPT's way; say --resume here"
+            yield "init_from = 'resume' is nanoGPT's; use --resume here"
         if self.eval_tokens == 1:
-            yield "eval_tokens = 1 leaves nothing to predict; take at least 2, or 0 for all"
+            yield "eval_tokens = 1 leaves nothing to predict; use at least 2, or 0 for all"
         if self.resume and self.overwrite:
             yield "resume and overwrite contradict each other; choose one"
 
@@ -207,32 +241,32 @@ class SampleSettings(Settings):
     """Settings of sample.py"""
 
     prompt: str = ""
-    """Text to go on from; when empty, a new line."""
+    """Text to continue; a new line if empty."""
     prompt_file: PathStr = ""
-    """Read the prompt from this UTF-8 file; - is standard input."""
+    """Read the prompt from this UTF-8 file, or from standard input (-)."""
     num_samples: Size = 1
-    """Samples to draw, all in one batch."""
+    """Number of samples, generated as one batch."""
     max_new_tokens: CountOrZero = 500
-    """Length of each sample."""
+    """Length of each sample, in tokens."""
     temperature: NotNegative = 0.8
-    """Below 1 safer, above 1 wilder; 0 always takes the likeliest token."""
+    """Below 1 more conservative, above 1 more random; 0 always picks the most probable token."""
     top_k: CountOrZero = 0
-    """Draw from the k likeliest tokens only; 0 allows all."""
+    """Sample only from the k most probable tokens; 0 allows all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample only from the most probable tokens whose probabilities add up to this."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Draw from tokens at least this share as likely as the likeliest."""
+    """Sample only from tokens at least this fraction as probable as the most probable one."""
     stop: tuple[str, ...] = ()
-    """End a sample before this text, in which \\n stands for a new line; may be given several times."""
+    """End a sample before this text; \\n means a new line. May be given several times."""
     seed: Seed = 1337
-    """Same seed, same samples."""
+    """Seed of the samples."""
     skip_unknown: bool = False
     """Leave out characters that are not in the model's vocabulary; otherwise they are an error."""
     interactive: bool = False
-    """Ask for prompts in a loop; the text so far is kept as context."""
+    """Ask for prompts in a loop and keep the conversation as context."""
     score: PathStr = ""
-    """Instead of sampling, tell the loss of this text file, or of this data set's validation split, under the model;
-    - is standard input."""
+    """Instead of sampling, print the model's loss on this text file, on standard input (-), or on this dataset's
+    validation split."""
     attention: str = ""
     """Instead of sampling, write the attention weights of this text, in every layer and head, to out; computed in
     float32 on the CPU."""
@@ -240,23 +274,23 @@ class SampleSettings(Settings):
     """File to write attention to: a page for a browser if it ends in .html, a figure for papers if it ends in .png
     (pip install matplotlib)."""
     data_dir: PathStr = "data"
-    """Folder of data sets, and of GPT-2's vocabulary for models that use it."""
+    """Folder of the datasets, and of GPT-2's vocabulary for models that use it."""
     cache: bool = True
-    """Keep keys and values between tokens: the same text, sooner."""
+    """Cache keys and values between tokens: the same text, faster."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products on a GPU, and of --score; a CPU samples in float32. auto: bfloat16 where there is
-    such hardware, float16 on an older GPU, else float32."""
+    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, otherwise the CPU."""
+    dtype: DType = "auto"
+    """Precision of matrix products on a GPU, and of --score; a CPU samples in float32. auto: bfloat16 where the
+    hardware supports it, float16 on an older GPU, otherwise float32."""
 
     def conflicts(self) -> Iterator[str]:
-        """Say, a line each, which values do not go together."""
+        """Yield one line for each combination of values that is not allowed."""
         if self.prompt and self.prompt_file:
             yield "prompt and prompt_file contradict each other; choose one"
         if self.interactive and self.num_samples > 1:
             yield "interactive shows one sample at a time; leave num_samples out"
         if self.interactive and "-" in (self.prompt_file, self.score):
-            yield "interactive reads standard input itself; give the prompt another way"
+            yield "interactive reads standard input; pass the prompt with --prompt"
         if self.score and self.interactive:
             yield "score and interactive contradict each other; choose one"
         if self.attention and (self.score or self.interactive):
@@ -296,7 +330,7 @@ class PrepareSettings(Settings):
     """Replace the dataset of that name."""
 
     def conflicts(self) -> Iterator[str]:
-        """Yield, a line each, which values do not go together."""
+        """Yield one line for each combination of values that is not allowed."""
         if self.skip_unknown and not self.vocabulary:
             yield "skip_unknown needs a vocabulary: --vocabulary=RUN"
 
@@ -307,45 +341,45 @@ class ConvertSettings(Settings):
     out: PathStr = ""
     """File or folder to write."""
     meta: PathStr = ""
-    """nanoGPT's meta.pkl, for a checkpoint of characters."""
+    """nanoGPT's meta.pkl, for a character-level checkpoint."""
     name: SingleLine = ""
-    """Name of the data set; the folder's own when left out."""
+    """Name of the dataset; by default that of the folder."""
     data_dir: PathStr = "data"
-    """Folder of the data sets."""
+    """Folder of the datasets."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace existing output."""
 
 
 class PlotSettings(Settings):
     """Settings of glyphgpt.reports.plot"""
 
     out: PathStr = ""
-    """PNG file to draw; metrics.png in the run's folder when left out."""
+    """PNG file to write; by default metrics.png in the run's folder."""
 
 
 class TranslateSettings(Settings):
     """Settings of glyphgpt.inference.translate"""
 
     beam: Annotated[int, Field(ge=1, le=1000)] = 4
-    """How many ways to translate a line are kept in view; 1 always takes the likeliest token, which is faster."""
+    """Beam width: hypotheses kept for each line. 1 is greedy decoding, which is faster."""
     batch_size: Size = 32
-    """Lines translated at once, of those that are equally long."""
+    """Lines of equal length translated at once."""
     reference: PathStr = ""
-    """File of right translations, line by line, to tell the BLEU of ours (pip install sacrebleu)."""
+    """File of reference translations, line by line, to compute BLEU (pip install sacrebleu)."""
     out: PathStr = ""
-    """File to write the translations to; printed when left out."""
+    """File to write the translations to; by default they are printed."""
     skip_unknown: bool = False
     """Leave out characters that are not in the model's vocabulary; otherwise they are an error."""
     data_dir: PathStr = "data"
     """Folder of GPT-2's vocabulary, for models that use it."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products on a GPU; a CPU decodes in float32."""
+    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, otherwise the CPU."""
+    dtype: DType = "auto"
+    """Precision of matrix products on a GPU; a CPU decodes in float32."""
 
 
 class ReportSettings(Settings):
     """Settings of glyphgpt.reports.run_report"""
 
     out: PathStr = ""
-    """HTML file to write; report.html in the run's folder when left out."""
+    """HTML file to write; by default report.html in the run's folder."""

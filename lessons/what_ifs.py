@@ -144,7 +144,7 @@ class WhatIfTrainer(Trainer):
             block_size=self.settings.block_size,
             num_samples=1,
             max_new_tokens=CHARACTERS,
-            rule=SamplingParams(temperature=0.8),
+            params=SamplingParams(temperature=0.8),
             seed=self.settings.seed,
             use_cache=False,
         )

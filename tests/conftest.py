@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import prepare
+from glyphgpt.cli import parse
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.errors import UserError
 from glyphgpt.inference.numpy_gpt import NumpyGPT
-from glyphgpt.settings import PrepareSettings, TrainSettings
+from glyphgpt.settings import ModelConfig, PrepareSettings, TrainSettings
 from glyphgpt.training.torch_state import model_arrays
 from model import GPT, GPTConfig
 
@@ -143,7 +144,7 @@ def tiny_model(seed: int = 0, **changes: object) -> GPT:
 
 def decoder_of(model: GPT) -> NumpyGPT:
     """Return what a CPU decodes with, with a model's weights."""
-    return NumpyGPT(asdict(model.config), model_arrays(model))
+    return NumpyGPT(ModelConfig(**asdict(model.config)), model_arrays(model))
 
 
 def some_text(characters: int, seed: int = 0) -> str:
@@ -164,6 +165,12 @@ def prepare_text(text: str, data_dir: Path, name: str = "small", **changes: obje
     settings = {"name": name, "data_dir": str(data_dir), **changes}
     prepare.prepare_files([str(file)], PrepareSettings.model_validate(settings))
     return data_dir / name
+
+
+def run_prepare(*words: str) -> None:
+    """Run prepare.py in this process, with the words of its command line."""
+    settings, plain = parse(PrepareSettings, words, "", "", files=False)
+    prepare.main(settings, *plain)
 
 
 @pytest.fixture(scope="session")

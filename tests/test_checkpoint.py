@@ -24,8 +24,6 @@ from torch import nn
 from conftest import tiny_config, tiny_model
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.checkpoint import (
-    BEST,
-    LAST,
     Arrays,
     Checkpoint,
     Metadata,
@@ -35,9 +33,10 @@ from glyphgpt.checkpoint import (
     save_checkpoint,
 )
 from glyphgpt.errors import UserError
+from glyphgpt.files import BEST, LAST
 from glyphgpt.training.optimizers import AdamW, Muon, Optimizer, set_learning_rate
 from glyphgpt.training.torch_state import build_model, load_weights, model_arrays, optimizer_arrays, restore_optimizers
-from model import GPT, GPTConfig
+from model import GPT
 
 INFO = Metadata(
     model=asdict(tiny_config()),
@@ -211,7 +210,7 @@ def test_a_config_costs_nothing_that_its_weights_do_not_vouch_for(change: dict[s
     checkpoint = Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best"))
     tracemalloc.start()
     with pytest.raises(UserError):
-        build_model(checkpoint, GPT, GPTConfig)
+        build_model(checkpoint)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**6
@@ -230,7 +229,7 @@ def test_a_progress_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, 
 def test_the_model_alone_is_complete(tmp_path: Path) -> None:
     model = tiny_model(seed=5)
     save_checkpoint(Checkpoint(INFO, model_arrays(model)), tmp_path / BEST)
-    made = build_model(load_checkpoint(tmp_path / BEST), GPT, GPTConfig)
+    made = build_model(load_checkpoint(tmp_path / BEST))
     assert made.config == model.config
     assert_same(model_arrays(made), model_arrays(model))
 
@@ -264,14 +263,14 @@ def test_the_model_alone_is_complete(tmp_path: Path) -> None:
 def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any]) -> None:
     info = INFO.model_copy(update={"model": {**INFO.model, **change}})
     with pytest.raises(UserError, match=r"^x/best: [^\n]*$"):
-        build_model(Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best")), GPT, GPTConfig)
+        build_model(Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best")))
 
 
 @pytest.mark.parametrize("key", INFO.model)
 def test_a_config_without_one_of_its_keys_is_refused(key: str) -> None:
     config = {name: value for name, value in INFO.model.items() if name != key}
     with pytest.raises(UserError):
-        build_model(Checkpoint(INFO.model_copy(update={"model": config}), model_arrays(tiny_model())), GPT, GPTConfig)
+        build_model(Checkpoint(INFO.model_copy(update={"model": config}), model_arrays(tiny_model())))
 
 
 def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
@@ -448,7 +447,7 @@ def test_deep_nesting_is_no_crash(tmp_path: Path, depth: int) -> None:
     deep = '{"a":' * depth + "1" + "}" * depth
     path.write_bytes(seal({"glyphgpt": info_with(model="DEEP").replace('"DEEP"', deep)}))
     with pytest.raises(UserError):
-        build_model(load_checkpoint(path), GPT, GPTConfig)
+        build_model(load_checkpoint(path))
 
 
 def test_a_newer_format_says_to_update(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_scripts_work_with_closed_streams(numbers: tuple[int, ...], data_dir: Pa
 
 
 def test_files_never_get_the_number_of_a_closed_stream() -> None:
-    code = "import os; from glyphgpt.errors import *; start_script(); print(os.open('/dev/null', 0) > 2)"
+    code = "import os; from glyphgpt.errors import *; open_standard_streams(); print(os.open('/dev/null', 0) > 2)"
     command = ["bash", "-c", f'"{sys.executable}" -c "{code}" 2>&- <&-']
     assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout == "True\n"
 

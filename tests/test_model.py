@@ -183,7 +183,7 @@ def test_token_shift_adds_a_share_of_the_vector_before() -> None:
     x = model.token_embedding(some_tokens(2, 7))
     shifted = model.embed(some_tokens(2, 7))
     assert torch.equal(shifted[:, 0], x[:, 0])
-    torch.testing.assert_close(shifted[:, 1:], x[:, 1:] + model.token_shift.share * x[:, :-1])
+    torch.testing.assert_close(shifted[:, 1:], x[:, 1:] + model.token_shift.mix * x[:, :-1])
 
 
 def rms(values: Tensor) -> Tensor:

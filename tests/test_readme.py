@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import prepare
 import sample
 import train
-from conftest import ROOT, some_text
+from conftest import ROOT, run_prepare, some_text
 from glyphgpt.cli import parse
 from glyphgpt.convert.__main__ import KINDS
 from glyphgpt.settings import (
@@ -70,8 +69,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a script in this process, as its command line would; training takes one step only."""
     name, *rest = words
     if name == "prepare.py":
-        monkeypatch.setattr(sys, "argv", words)
-        prepare.main()
+        run_prepare(*rest)
     elif name == "train.py":
         settings, _ = parse(TrainSettings, [*rest, *SMALL], "", "", files=True)
         train.main(settings)

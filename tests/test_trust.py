@@ -259,14 +259,14 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "train.Metrics",  # a tracker that cannot start
+        "glyphgpt.training.run.Metrics",  # a tracker that cannot start
         "train.Trainer.make_forward",
         "train.evaluate",
         "train.Trainer.sample",
         "glyphgpt.checkpoint.save_file",
         "glyphgpt.checkpoint.fsync_file",
-        "train.Trainer.write_config",
-        "train.Metrics.write_held",
+        "glyphgpt.training.run.Run.write_config",
+        "glyphgpt.training.run.Metrics.write_held",
         "glyphgpt.files.finish_replacement",
     ],
 )

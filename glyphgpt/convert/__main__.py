@@ -20,9 +20,9 @@ from glyphgpt.settings import ConvertSettings
 
 USAGE = "python -m glyphgpt.convert KIND PLACE [--key=value ...]"
 KINDS = {
-    "nanogpt": nanogpt.checkpoint,
-    "nanogpt-data": nanogpt.data_set,
-    "nanogpt-config": nanogpt.config,
+    "nanogpt": nanogpt.convert_checkpoint,
+    "nanogpt-data": nanogpt.convert_dataset,
+    "nanogpt-config": nanogpt.convert_config,
     "huggingface": from_huggingface.checkpoint,
     "to-huggingface": to_huggingface.folder,
     "to-gguf": to_gguf.model,

@@ -1,53 +1,28 @@
 """What every way out has in common: a checkpoint taken apart, and its parts in the form that others want."""
 
-import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Arrays, Checkpoint
-from glyphgpt.data.tokenizers import Tokenizer, tokenizer_from_dict
-from glyphgpt.errors import UserError
-from glyphgpt.inference.numpy_gpt import Form, check_form, expected_shapes
+from glyphgpt.checkpoint import Arrays, weight_shapes
+from glyphgpt.inference.numpy_gpt import sinusoids
+from glyphgpt.settings import ModelConfig
 
 
-def load(place: Path, data_dir: Path) -> tuple[Checkpoint, Form, Tokenizer]:
-    """Load a checkpoint, or a run's best, with its form and its tokenizer.
-
-    Raises:
-        UserError: it is none, or its parts do not belong together.
-    """
-    checkpoint = checkpoints.load_checkpoint(checkpoints.find_checkpoint(place), with_optimizer=False)
-    checkpoint.check_weights()
-    tokenizer = tokenizer_from_dict(checkpoint.metadata.tokenizer, data_dir)
-    try:
-        form = check_form(checkpoint.metadata.model, checkpoint.model)
-    except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise UserError(f"{checkpoint.path}: its config and its weights do not belong together") from error
-    if tokenizer.vocab_size != form.vocab_size:
-        raise UserError(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
-    return checkpoint, form, tokenizer
-
-
-def bake_sinusoids(form: Form, weights: Arrays) -> tuple[Form, Arrays]:
-    """Write sinusoidal positions as a learned table, with the embeddings scaled, and a head that is not."""
-    pair = 10000.0 ** (-2 * np.arange(form.n_embd // 2) / form.n_embd)
-    angle = np.outer(np.arange(form.block_size), pair)  # (T, C / 2)
-    waves = np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(form.block_size, -1)  # (T, C)
-    embedding, scale = weights["token_embedding.weight"], math.sqrt(form.n_embd) if form.small_embeddings else 1
+def bake_sinusoids(config: ModelConfig, weights: Arrays) -> tuple[ModelConfig, Arrays]:
+    """Convert sinusoidal positions to a learned table, scaled embeddings, and a head that is not scaled."""
+    embedding = weights["token_embedding.weight"]
     learned = {
-        "token_embedding.weight": embedding * np.float32(scale),
-        "position.embedding.weight": waves.astype(np.float32),
+        "token_embedding.weight": embedding * np.float32(config.embedding_scale),
+        "position.embedding.weight": sinusoids(0, config.block_size, config.n_embd),
         "head.weight": weights.get("head.weight", embedding),
     }
-    return form.model_copy(update={"position": "learned", "tie_embeddings": False}), weights | learned
+    return config.model_copy(update={"position": "learned", "tie_embeddings": False}), weights | learned
 
 
-def add_missing_weights(form: Form, weights: Arrays, **changes: Any) -> Arrays:
+def add_missing_weights(config: ModelConfig, weights: Arrays, **changes: Any) -> Arrays:
     """Add the gains of 1 and the biases of 0 that the weights of a changed form would have and these have not."""
-    shapes = expected_shapes(form.model_copy(update=changes))
+    shapes = weight_shapes(config.model_copy(update=changes))
     missing = {name: shape for name, shape in shapes.items() if name not in weights}
     return weights | {name: np.full(shape, name.endswith(".weight"), np.float32) for name, shape in missing.items()}
 

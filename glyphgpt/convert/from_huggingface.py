@@ -12,15 +12,14 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import BEST, LAST, Arrays, Checkpoint, Metadata, TrainState
+from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState, save_checkpoint
 from glyphgpt.cli import printable
 from glyphgpt.convert.nanogpt import new_file, our_name
 from glyphgpt.convert.to_huggingface import ACTIVATIONS, CONFIG, TOKENIZER, TRANSPOSED, WEIGHTS, vocabulary
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import UserError
-from glyphgpt.inference.numpy_gpt import Form, check_form
-from glyphgpt.settings import ConvertSettings, Network
+from glyphgpt.files import BEST, LAST
+from glyphgpt.settings import ConvertSettings, ModelConfig, Network
 
 Meaning = tuple[dict[str, int], list[str] | None]
 """The id of each token, and the merges that make them of bytes."""
@@ -51,7 +50,7 @@ def checkpoint(place: Path, settings: ConvertSettings) -> str:
     out = new_file(settings.out, "--out=out/gpt2/best.safetensors", settings)
     found = read(place, Path(settings.data_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_checkpoint(found, out)
+    save_checkpoint(found, out)
     parameters, kind = sum(array.size for array in found.model.values()), found.metadata.tokenizer["kind"]
     return f"{out}: {parameters:,} parameters, {kind} tokens; sample it: python sample.py {out}"
 
@@ -76,62 +75,58 @@ def read(place: Path, data_dir: Path) -> Checkpoint:
     if not place.exists():
         raise UserError(f"{place}: no such file or folder")
     folder = place if place.is_dir() else place.parent
-    form = form_of(folder / CONFIG)
-    tokenizer = tokenizer_of(folder, form["vocab_size"], data_dir)
-    weights = read_weights(files_of(folder) if place.is_dir() else [place])
-    if form["tie_embeddings"] and "head.weight" in weights:  # transformers, too, ties only what is the same
-        form["tie_embeddings"] = np.array_equal(weights["head.weight"], weights.get("token_embedding.weight", ()))
-    if form["tie_embeddings"]:
+    config = read_hf_config(folder / CONFIG)
+    tokenizer = tokenizer_of(folder, config["vocab_size"], data_dir)
+    weights = read_weights(weight_files(folder) if place.is_dir() else [place])
+    if config["tie_embeddings"] and "head.weight" in weights:  # transformers, too, ties only what is the same
+        config["tie_embeddings"] = np.array_equal(weights["head.weight"], weights.get("token_embedding.weight", ()))
+    if config["tie_embeddings"]:
         weights.pop("head.weight", None)
-    if not form["bias"]:  # written by us: there they are zeros
+    if not config["bias"]:  # written by us: there they are zeros
         weights = {name: array for name, array in weights.items() if not name.endswith(".bias") or array.any()}
-    try:
-        check_form(form, weights)
-    except ValueError as error:
-        raise UserError(f"{place}: its weights are not those that {folder / CONFIG} tells of") from error
-    info = Metadata(
-        model=form, tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None, state=TrainState(), scaler={}
+    metadata = Metadata(
+        model=config, tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None, state=TrainState(), scaler={}
     )  # fmt: skip
-    found = Checkpoint(info, weights, path=place)
-    found.check_weights()
-    return found
+    checkpoint = Checkpoint(metadata, weights, path=place)
+    _ = checkpoint.config  # checks the weights
+    return checkpoint
 
 
-def form_of(path: Path) -> dict[str, Any]:
+def read_hf_config(path: Path) -> dict[str, Any]:
     """Read a config.json in our terms.
 
     Raises:
         UserError: it asks for what our network cannot compute.
     """
-    config = DEFAULTS | read_json(path)
+    hf_config = DEFAULTS | read_json(path)
     for name, ours in FIXED.items():
-        if config.get(name, ours) != ours:
-            raise UserError(f"{path}: {name} is {printable(str(config[name]))}; only {ours} can be converted")
-    if config["activation_function"] not in list(OUR_ACTIVATIONS):  # a list, lest one ask for a hash of anything
-        name, known = printable(str(config["activation_function"])), " and ".join(OUR_ACTIVATIONS)
+        if hf_config.get(name, ours) != ours:
+            raise UserError(f"{path}: {name} is {printable(str(hf_config[name]))}; only {ours} can be converted")
+    if hf_config["activation_function"] not in list(OUR_ACTIVATIONS):  # a list, lest one ask for a hash of anything
+        name, known = printable(str(hf_config["activation_function"])), " and ".join(OUR_ACTIVATIONS)
         raise UserError(f"{path}: activation_function is {name}; only {known} can be converted")
-    form = Network().model_dump() | {
-        "vocab_size": config["vocab_size"],
-        "block_size": config["n_positions"],
-        "n_embd": config["n_embd"],
-        "n_layer": config["n_layer"],
-        "n_head": config["n_head"],
-        "dropout": config["resid_pdrop"],
-        "bias": config["bias"],
-        "activation": OUR_ACTIVATIONS[config["activation_function"]],
-        "tie_embeddings": config["tie_word_embeddings"],
+    config = Network().model_dump() | {
+        "vocab_size": hf_config["vocab_size"],
+        "block_size": hf_config["n_positions"],
+        "n_embd": hf_config["n_embd"],
+        "n_layer": hf_config["n_layer"],
+        "n_head": hf_config["n_head"],
+        "dropout": hf_config["resid_pdrop"],
+        "bias": hf_config["bias"],
+        "activation": OUR_ACTIVATIONS[hf_config["activation_function"]],
+        "tie_embeddings": hf_config["tie_word_embeddings"],
     }
     try:
-        form = Form.model_validate(form).model_dump()
+        config = ModelConfig.model_validate(config).model_dump()
     except ValidationError as error:
-        names = ", ".join(str(problem["loc"][0]) for problem in error.errors())
-        raise UserError(f"{path}: cannot be converted for its {names}") from error
-    if config.get("n_inner") not in (None, 4 * form["n_embd"]):
+        problems = [".".join(map(str, problem["loc"])) or problem["msg"] for problem in error.errors()]
+        raise UserError(f"{path}: cannot be converted: {', '.join(problems)}") from error
+    if hf_config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise UserError(f"{path}: n_inner is {printable(str(config['n_inner']))}; only 4 x n_embd can be converted")
-    return form
+    return config
 
 
-def files_of(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights.
 
     Raises:

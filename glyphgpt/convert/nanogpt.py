@@ -17,8 +17,7 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
-from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState
+from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState, check_weights, save_checkpoint
 from glyphgpt.cli import resolve
 from glyphgpt.data.dataset import FORMAT, DatasetMeta, ShardWriter, SourceMeta, SplitMeta, write_meta
 from glyphgpt.data.sources import sanitize
@@ -26,7 +25,6 @@ from glyphgpt.data.staging import dataset_dir, load_progress, staging_dir
 from glyphgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import write_atomic
-from glyphgpt.inference.numpy_gpt import check_form
 from glyphgpt.settings import ConvertSettings, Network, TrainSettings
 
 NANOGPT_TO_OURS = {
@@ -48,7 +46,7 @@ PADDED_VOCABULARY = 50304
 PIECE_TOKENS = 1 << 22
 
 
-def checkpoint(path: Path, settings: ConvertSettings) -> str:
+def convert_checkpoint(path: Path, settings: ConvertSettings) -> str:
     """Turn a ckpt.pt into a checkpoint of ours, with the same logits; return what to say.
 
     Raises:
@@ -57,21 +55,21 @@ def checkpoint(path: Path, settings: ConvertSettings) -> str:
     out = new_file(settings.out, "--out=out/mine/best.safetensors", settings)
     saved = load_plain(path)
     try:
-        form, weights = convert_weights(saved["model"], saved["model_args"])
-        tokenizer = vocabulary(settings.meta, form["vocab_size"])
+        config, weights = convert_weights(saved["model"], saved["model_args"])
+        tokenizer = vocabulary(settings.meta, config["vocab_size"])
         if tokenizer["kind"] == GPT2Tokenizer.kind:
-            form, weights = without_padding(form, weights)
-        check_form(form, weights)
+            config, weights = without_padding(config, weights)
+        check_weights(config, weights)
         state = TrainState(step=int(saved.get("iter_num", 0)))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: no checkpoint of nanoGPT's GPT, or its weights and model_args differ") from error
     info = Metadata(
-        model=form, tokenizer=tokenizer, settings={}, data="", val_loss=None, state=state, scaler={}
+        model=config, tokenizer=tokenizer, settings={}, data="", val_loss=None, state=state, scaler={}
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_checkpoint(Checkpoint(info, weights), out)
+    save_checkpoint(Checkpoint(info, weights), out)
     parameters = sum(array.size for array in weights.values())
-    return f"{out}: {parameters:,} parameters, {form['vocab_size']:,} tokens; sample it: python sample.py {out}"
+    return f"{out}: {parameters:,} parameters, {config['vocab_size']:,} tokens; sample it: python sample.py {out}"
 
 
 def new_file(name: str, example: str, settings: ConvertSettings) -> Path:
@@ -109,7 +107,7 @@ def load_plain(path: Path) -> dict[str, Any]:
 def convert_weights(model: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
     """Return the config and the weights in our names; what torch.compile put before the names is dropped."""
     shape = {key: arguments[key] for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
-    form = Network().model_dump() | {"activation": "gelu_erf", "dropout": float(arguments.get("dropout", 0))} | shape
+    config = Network().model_dump() | {"activation": "gelu_erf", "dropout": float(arguments.get("dropout", 0))} | shape
     weights: Arrays = {}
     for name, tensor in model.items():
         plain = name.removeprefix("_orig_mod.")
@@ -118,8 +116,8 @@ def convert_weights(model: dict[str, Any], arguments: dict[str, Any]) -> tuple[d
     if np.array_equal(weights["head.weight"], weights["token_embedding.weight"]):
         del weights["head.weight"]
     else:
-        form["tie_embeddings"] = False
-    return form, weights
+        config["tie_embeddings"] = False
+    return config, weights
 
 
 def our_name(name: str) -> str:
@@ -136,12 +134,12 @@ def our_name(name: str) -> str:
     return f"{block}{NANOGPT_TO_OURS[module]}.{kind}"
 
 
-def without_padding(form: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+def without_padding(config: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Drop the rows of tokens that do not exist."""
     size = GPT2Tokenizer.vocab_size
     cut = {name: array[:size] if name in ("token_embedding.weight", "head.weight") else array for name, array in
            weights.items()}  # fmt: skip
-    return {**form, "vocab_size": size}, cut
+    return {**config, "vocab_size": size}, cut
 
 
 def vocabulary(meta: str, vocab_size: int) -> dict[str, Any]:
@@ -214,7 +212,7 @@ def read_plain_pickle(data: bytes) -> Any:
     return result
 
 
-def data_set(folder: Path, settings: ConvertSettings) -> str:
+def convert_dataset(folder: Path, settings: ConvertSettings) -> str:
     """Turn a folder with train.bin and val.bin, and a meta.pkl where they hold characters, into a data set of ours.
 
     Raises:
@@ -313,7 +311,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def config(path: Path, settings: ConvertSettings) -> str:
+def convert_config(path: Path, settings: ConvertSettings) -> str:
     """Turn a config in Python into a TOML file of ours for the same training; return what to say.
 
     Raises:

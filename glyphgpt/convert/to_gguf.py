@@ -12,14 +12,15 @@ import numpy as np
 
 from glyphgpt.checkpoint import Arrays
 from glyphgpt.cli import printable
-from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, load, rename_weights
+from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, rename_weights
 from glyphgpt.convert.nanogpt import new_file
 from glyphgpt.data.downloads import GPT2_MERGES, fetch
 from glyphgpt.data.tokenizers import Tokenizer
 from glyphgpt.errors import UserError, optional_import, warn
 from glyphgpt.files import atomic_path
-from glyphgpt.inference.numpy_gpt import EPSILON, Form
-from glyphgpt.settings import ConvertSettings
+from glyphgpt.inference.loading import open_checkpoint
+from glyphgpt.inference.numpy_gpt import EPSILON
+from glyphgpt.settings import ConvertSettings, ModelConfig
 
 OURS_TO_GGUF = {
     "blocks": "blk",
@@ -52,16 +53,17 @@ def model(path: Path, settings: ConvertSettings) -> str:
         from gguf import GGUFWriter  # noqa: PLC0415  (optional)
     out = new_file(settings.out, "--out=model.gguf", settings)
     data_dir = Path(settings.data_dir)
-    checkpoint, form, tokenizer = load(path, data_dir)
-    kind = kind_of(form, checkpoint.path)
-    if form.activation == "gelu_erf":
+    checkpoint, tokenizer = open_checkpoint(path, data_dir)
+    config = checkpoint.config
+    kind = kind_of(config, checkpoint.path)
+    if config.activation == "gelu_erf":
         warn("llama.cpp has GELU by way of tanh only; probabilities will differ by about one in a thousand")
-    tensors = convert_weights(form, checkpoint.model, end=tokenizer.end_of_text is None)
+    tensors = convert_weights(config, checkpoint.model, end=tokenizer.end_of_text is None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as unfinished:
         writer = GGUFWriter(unfinished, kind)
         writer.add_name(printable(checkpoint.path.resolve().parent.name))
-        describe_network(writer, form, kind)
+        describe_network(writer, config, kind)
         describe_tokenizer(writer, tokenizer, data_dir)
         for name, tensor in tensors.items():
             writer.add_tensor(name, tensor)
@@ -70,28 +72,28 @@ def model(path: Path, settings: ConvertSettings) -> str:
         writer.write_tensors_to_file()
         writer.close()
     return (
-        f"{out}: for llama.cpp, as {kind}; prompt and text fit {form.block_size:,} tokens; run it: "
+        f"{out}: for llama.cpp, as {kind}; prompt and text fit {config.block_size:,} tokens; run it: "
         f"llama-completion -no-cnv -m {out} -p PROMPT -n TOKENS"
     )
 
 
-def kind_of(form: Form, path: Path) -> str:
+def kind_of(config: ModelConfig, path: Path) -> str:
     """Return llama.cpp's name of the kind of network that computes the same.
 
     Raises:
         UserError: it has none; the line tells what would have to be set otherwise.
     """
     wanted: dict[str, tuple[Any, ...]] = {"ngram": (1,), "token_shift": (False,)}
-    if form.norm == "layernorm":
-        kind = "gptneox" if form.position == "rotary" else "gpt2"
+    if config.norm == "layernorm":
+        kind = "gptneox" if config.position == "rotary" else "gpt2"
         wanted |= {"activation": ("gelu", "gelu_erf"), "qk_norm": (False,)}
     else:
-        kind = "apertus" if form.qk_norm else "arcee"
+        kind = "apertus" if config.qk_norm else "arcee"
         wanted |= {"position": ("rotary",), "activation": ("relu2",), "bias": (False,)}
-    others = [f"{key} = {plain(values[0])}" for key, values in wanted.items() if getattr(form, key) not in values]
+    others = [f"{key} = {plain(values[0])}" for key, values in wanted.items() if getattr(config, key) not in values]
     if others:
         raise UserError(
-            f"{path}: llama.cpp has no such network; with norm = {form.norm!r} it takes {', '.join(others)}"
+            f"{path}: llama.cpp has no such network; with norm = {config.norm!r} it takes {', '.join(others)}"
         )
     return kind
 
@@ -101,59 +103,59 @@ def plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def convert_weights(form: Form, weights: Arrays, *, end: bool) -> Arrays:
+def convert_weights(config: ModelConfig, weights: Arrays, *, end: bool) -> Arrays:
     """Return the weights in llama.cpp's names; with one more token if `end`."""
-    if form.position == "rotary":  # not all of these kinds can be without a head
+    if config.position == "rotary":  # not all of these kinds can be without a head
         weights = {"head.weight": weights["token_embedding.weight"], **weights}
-    if form.position == "sinusoidal":
-        form, weights = bake_sinusoids(form, weights)
+    if config.position == "sinusoidal":
+        config, weights = bake_sinusoids(config, weights)
     # What llama.cpp expects and the form lacks: biases where there are LayerNorms, else gains.
-    weights = add_missing_weights(form, weights, bias=form.norm == "layernorm", norm="layernorm")
+    weights = add_missing_weights(config, weights, bias=config.norm == "layernorm", norm="layernorm")
     if end:  # its logit is the mean of all, which is never the highest
         for name in ("token_embedding.weight", "head.weight"):
             if name in weights:
                 weights[name] = np.vstack((weights[name], weights[name].mean(0)))
     theirs = rename_weights(weights, OURS_TO_GGUF)
-    if form.norm == "rmsnorm":
-        for layer in range(form.n_layer):
-            theirs |= split_attention(form, f"blk.{layer}.attn_", theirs.pop(f"blk.{layer}.attn_qkv.weight"))
+    if config.norm == "rmsnorm":
+        for layer in range(config.n_layer):
+            theirs |= split_attention(config, f"blk.{layer}.attn_", theirs.pop(f"blk.{layer}.attn_qkv.weight"))
     return {name: np.ascontiguousarray(weight, np.float32) for name, weight in theirs.items()}
 
 
-def split_attention(form: Form, prefix: str, qkv: Any) -> Arrays:
+def split_attention(config: ModelConfig, prefix: str, qkv: Any) -> Arrays:
     """Return what arcee and apertus want in place of the one matrix of queries, keys and values, (3C, C)."""
     q, k, v = np.split(qkv, 3)
-    if form.qk_norm:
-        ones = np.ones(form.n_embd // form.n_head)
+    if config.qk_norm:
+        ones = np.ones(config.n_embd // config.n_head)
         gains = {f"{prefix}q_norm.weight": ones, f"{prefix}k_norm.weight": ones}
     else:  # arcee rotates neighbours, 2i and 2i + 1, where the others pair i and i + D/2 as we do
-        q, k = (each.reshape(form.n_head, 2, -1, form.n_embd).swapaxes(1, 2).reshape(each.shape) for each in (q, k))
+        q, k = (each.reshape(config.n_head, 2, -1, config.n_embd).swapaxes(1, 2).reshape(each.shape) for each in (q, k))
         gains = {}
     return {f"{prefix}q.weight": q, f"{prefix}k.weight": k, f"{prefix}v.weight": v, **gains}
 
 
-def describe_network(writer: Any, form: Form, kind: str) -> None:
+def describe_network(writer: Any, config: ModelConfig, kind: str) -> None:
     """Write what llama.cpp has to know of the network."""
     writer.add_file_type(0)  # float32 throughout
-    writer.add_context_length(form.block_size)
-    writer.add_embedding_length(form.n_embd)
-    writer.add_block_count(form.n_layer)
-    writer.add_feed_forward_length(4 * form.n_embd)
-    writer.add_head_count(form.n_head)
-    if form.norm == "layernorm":
-        writer.add_layer_norm_eps(EPSILON[form.norm])
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    if config.norm == "layernorm":
+        writer.add_layer_norm_eps(EPSILON[config.norm])
     else:
-        writer.add_layer_norm_rms_eps(EPSILON[form.norm])
-    if form.position == "rotary":
-        writer.add_rope_dimension_count(form.n_embd // form.n_head)
+        writer.add_layer_norm_rms_eps(EPSILON[config.norm])
+    if config.position == "rotary":
+        writer.add_rope_dimension_count(config.n_embd // config.n_head)
         writer.add_rope_freq_base(10000.0)
     if kind == "gptneox":
         writer.add_parallel_residual(False)
     if kind == "apertus":  # xIELU: softplus(p) x² + beta x above 0, and below what softplus(n) and beta are factors of
-        writer.add_xielu_alpha_p([math.log(math.e - 1)] * form.n_layer)  # whose softplus is 1
-        writer.add_xielu_alpha_n([-1000.0] * form.n_layer)
-        writer.add_xielu_beta([0.0] * form.n_layer)
-        writer.add_xielu_eps([-1e-6] * form.n_layer)
+        writer.add_xielu_alpha_p([math.log(math.e - 1)] * config.n_layer)  # whose softplus is 1
+        writer.add_xielu_alpha_n([-1000.0] * config.n_layer)
+        writer.add_xielu_beta([0.0] * config.n_layer)
+        writer.add_xielu_eps([-1e-6] * config.n_layer)
 
 
 def describe_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:

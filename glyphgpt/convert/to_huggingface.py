@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from glyphgpt.checkpoint import Arrays
-from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, load, rename_weights
+from glyphgpt.checkpoint import Arrays, write_safetensors
+from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, rename_weights
 from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer
 from glyphgpt.errors import UsageError, UserError, wrap_write_errors
-from glyphgpt.files import copy_mode, swap_dirs
-from glyphgpt.inference.numpy_gpt import EPSILON, Form
-from glyphgpt.settings import ConvertSettings
+from glyphgpt.files import swap_dirs
+from glyphgpt.inference.loading import open_checkpoint
+from glyphgpt.inference.numpy_gpt import EPSILON
+from glyphgpt.settings import ConvertSettings, ModelConfig
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -67,119 +66,120 @@ def folder(place: Path, settings: ConvertSettings) -> str:
     """
     if not settings.out:
         raise UsageError("say where to write: --out=out/huggingface")
-    checkpoint, form, tokenizer = load(place, Path(settings.data_dir))
-    for there, what, instead in unsupported(form):
+    checkpoint, tokenizer = open_checkpoint(place, Path(settings.data_dir))
+    config = checkpoint.config
+    for there, what, instead in unsupported(config):
         if there:
             raise UserError(
                 f"{checkpoint.path}: transformers has no architecture with {what}; train with {instead} to write it"
             )
-    config, weights = convert(form, checkpoint.model)
+    hf_config, weights = convert(config, checkpoint.model)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
     with new_folder(Path(settings.out), overwrite=settings.overwrite) as new:
-        write_json(new / CONFIG, config | ends)
+        write_json(new / CONFIG, hf_config | ends)
         write_json(new / "generation_config.json", ends)
         write_json(new / TOKENIZER, tokenizer_json(tokenizer, Path(settings.data_dir)))
-        write_json(new / "tokenizer_config.json", tokenizer_config(tokenizer, form))
-        write_weights(new / WEIGHTS, weights)
+        write_json(new / "tokenizer_config.json", tokenizer_config(tokenizer, config))
+        write_safetensors(new / WEIGHTS, weights, {"format": "pt"})
     return (
-        f"{settings.out}: {config['architectures'][0]}, {form.vocab_size:,} tokens; "
+        f"{settings.out}: {hf_config['architectures'][0]}, {config.vocab_size:,} tokens; "
         f"load it: AutoModelForCausalLM.from_pretrained({settings.out!r})"
     )
 
 
-def unsupported(form: Form) -> Iterator[tuple[bool, str, str]]:
+def unsupported(config: ModelConfig) -> Iterator[tuple[bool, str, str]]:
     """Yield whether a form has something that no architecture there has, what it is, and what to train with instead."""
-    rotary, rms = form.position == "rotary", form.norm == "rmsnorm"
-    yield form.ngram > 1, f"n-gram tables (ngram = {form.ngram})", "ngram = 1"
-    yield form.token_shift, "token_shift", "token_shift = false"
-    yield rms and not rotary, f"norm = 'rmsnorm' and position = '{form.position}'", "position = 'rotary'"
-    yield form.qk_norm and not rms, "qk_norm and norm = 'layernorm'", "qk_norm = false"
-    yield form.qk_norm and form.bias, "qk_norm and biases", "bias = false"
+    rotary, rms = config.position == "rotary", config.norm == "rmsnorm"
+    yield config.ngram > 1, f"n-gram tables (ngram = {config.ngram})", "ngram = 1"
+    yield config.token_shift, "token_shift", "token_shift = false"
+    yield rms and not rotary, f"norm = 'rmsnorm' and position = '{config.position}'", "position = 'rotary'"
+    yield config.qk_norm and not rms, "qk_norm and norm = 'layernorm'", "qk_norm = false"
+    yield config.qk_norm and config.bias, "qk_norm and biases", "bias = false"
 
 
-def convert(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+def convert(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Return config and weights of the architecture that is a form's network."""
-    if form.position != "rotary":
-        return gpt2(form, weights)
-    return neox(form, weights) if form.norm == "layernorm" else arcee(form, weights)
+    if config.position != "rotary":
+        return gpt2(config, weights)
+    return neox(config, weights) if config.norm == "layernorm" else arcee(config, weights)
 
 
-def gpt2(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+def gpt2(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its GPT-2: learned positions and LayerNorm; fixed waves are a learned table there."""
-    bias = form.bias
-    if form.position == "sinusoidal":
-        form, weights = bake_sinusoids(form, weights)
-    filled = add_missing_weights(form, weights, bias=True)
+    bias = config.bias
+    if config.position == "sinusoidal":
+        config, weights = bake_sinusoids(config, weights)
+    filled = add_missing_weights(config, weights, bias=True)
     names = {name: array.T if name.endswith(TRANSPOSED) else array for name, array in filled.items()}
-    config = {
+    hf_config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": form.vocab_size,
-        "n_positions": form.block_size,
-        "n_embd": form.n_embd,
-        "n_layer": form.n_layer,
-        "n_head": form.n_head,
-        "activation_function": ACTIVATIONS[form.activation],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": ACTIVATIONS[config.activation],
         "layer_norm_epsilon": EPSILON["layernorm"],
-        "embd_pdrop": form.dropout,
-        "attn_pdrop": form.dropout,
-        "resid_pdrop": form.dropout,
-        "tie_word_embeddings": form.tie_embeddings,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
         "bias": bias,  # transformers has always biases, and ignores this; it tells us on the way back
         "dtype": "float32",
     }
-    return config, rename_weights(names, GPT2)
+    return hf_config, rename_weights(names, GPT2)
 
 
-def neox(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+def neox(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its GPT-NeoX: rotary positions and LayerNorm; each head's query, key and value stand together."""
-    filled = add_missing_weights(form, weights, bias=True)
+    filled = add_missing_weights(config, weights, bias=True)
     for name in [name for name in filled if ".attention.qkv." in name]:
-        heads = filled[name].reshape(3, form.n_head, form.n_embd // form.n_head, -1)
+        heads = filled[name].reshape(3, config.n_head, config.n_embd // config.n_head, -1)
         filled[name] = heads.swapaxes(0, 1).reshape(filled[name].shape)
-    config = {
+    hf_config = {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
         "layer_norm_eps": EPSILON["layernorm"],
         "use_parallel_residual": False,
         "rotary_pct": 1.0,  # before 5 too
         "attention_bias": True,
-        "hidden_dropout": form.dropout,
+        "hidden_dropout": config.dropout,
     }
-    return shared(form) | config, rename_weights(filled, NEOX)
+    return shared(config) | hf_config, rename_weights(filled, NEOX)
 
 
-def arcee(form: Form, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+def arcee(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Its Arcee, or with normalised queries and keys its Apertus: rotary positions and RMSNorm, whose gains are 1."""
     parts: Arrays = {}
-    for name, array in add_missing_weights(form, weights, norm="layernorm", bias=False).items():
+    for name, array in add_missing_weights(config, weights, norm="layernorm", bias=False).items():
         if ".attention.qkv." in name:
             parts |= {name.replace("qkv", part): third for part, third in zip("qkv", np.split(array, 3), strict=True)}
         else:
             parts[name] = array
-    config: dict[str, Any] = {"rms_norm_eps": EPSILON["rmsnorm"], "num_key_value_heads": form.n_head}
-    if not form.qk_norm:
-        config |= {"model_type": "arcee", "architectures": ["ArceeForCausalLM"], "mlp_bias": form.bias}
-        return shared(form) | config, rename_weights(parts, ARCEE)
-    gain = np.ones(form.n_embd // form.n_head, np.float32)
-    parts |= {f"blocks.{layer}.attention.{x}_norm.weight": gain for layer in range(form.n_layer) for x in "qk"}
-    config |= {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
-    return shared(form) | config, rename_weights(parts, APERTUS)
+    hf_config: dict[str, Any] = {"rms_norm_eps": EPSILON["rmsnorm"], "num_key_value_heads": config.n_head}
+    if not config.qk_norm:
+        hf_config |= {"model_type": "arcee", "architectures": ["ArceeForCausalLM"], "mlp_bias": config.bias}
+        return shared(config) | hf_config, rename_weights(parts, ARCEE)
+    gain = np.ones(config.n_embd // config.n_head, np.float32)
+    parts |= {f"blocks.{layer}.attention.{x}_norm.weight": gain for layer in range(config.n_layer) for x in "qk"}
+    hf_config |= {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
+    return shared(config) | hf_config, rename_weights(parts, APERTUS)
 
 
-def shared(form: Form) -> dict[str, Any]:
+def shared(config: ModelConfig) -> dict[str, Any]:
     """Return what the configs of its newer architectures have in common."""
     return {
-        "vocab_size": form.vocab_size,
-        "hidden_size": form.n_embd,
-        "intermediate_size": 4 * form.n_embd,
-        "num_hidden_layers": form.n_layer,
-        "num_attention_heads": form.n_head,
-        "max_position_embeddings": form.block_size,
-        "hidden_act": ACTIVATIONS[form.activation],
-        "attention_bias": form.bias,
-        "attention_dropout": form.dropout,
-        "tie_word_embeddings": form.tie_embeddings,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "max_position_embeddings": config.block_size,
+        "hidden_act": ACTIVATIONS[config.activation],
+        "attention_bias": config.bias,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         "rope_theta": 10000.0,  # this and the next as transformers before 5 reads them
         "rope_scaling": None,
@@ -226,13 +226,13 @@ def ids_of(letters: str) -> dict[str, int]:
     return {letter: token for token, letter in enumerate(letters)}
 
 
-def tokenizer_config(tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     """Return what transformers asks of a tokenizer beyond tokenizer.json."""
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "split_special_tokens": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": form.block_size,
+        "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
     } | (ends if tokenizer.end_of_text else {})
 
@@ -240,15 +240,6 @@ def tokenizer_config(tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-
-
-def write_weights(path: Path, weights: Arrays) -> None:
-    """Write safetensors as transformers does, as open to others as the folder is."""
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path, {"format": "pt"})
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(str(error)) from error
-    copy_mode(path.parent, path)
 
 
 @contextmanager

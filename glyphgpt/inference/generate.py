@@ -1,4 +1,4 @@
-"""Decoding: from logits to tokens to text, with a key/value cache, sampling rules and stops."""
+"""Generation: from logits to tokens to text, with a key/value cache, sampling parameters and stop strings."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,44 +7,44 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glyphgpt.data.tokenizers import StreamDecoder, Tokenizer
+from glyphgpt.data.tokenizers import StreamDecoder, Tokenizer, decode, start_token
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
 
 class LanguageModel(Protocol):
-    """What decoding needs of a model."""
+    """A model that predicts the next token."""
 
     def new_cache(self, batch: int) -> Any:
-        """Return an empty cache for so many samples."""
+        """Return an empty cache for `batch` sequences. Its `reorder(rows)` selects rows of the batch."""
         ...
 
     def next_logits(self, tokens: Ids, cache: Any) -> Floats:
-        """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
+        """Return the logits (B, V) of the token that follows tokens (B, T), which follow the cached ones."""
         ...
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn: each rule narrows the choice that the ones before it left."""
+    """How tokens are sampled. Each parameter restricts the tokens that those before it have left."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0 picks the most probable token."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0 allows all."""
+    """Only the k most probable tokens; 0 allows all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability (Holtzman et al. 2019)."""
+    """Only the most probable tokens whose probabilities add up to this (Holtzman et al. 2019)."""
     min_p: float = 0.0
-    """Only tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
+    """Only tokens at least this fraction as probable as the most probable one (Nguyen et al. 2024)."""
 
     def probs(self, logits: Floats) -> Floats:
-        """Turn logits (B, V) into what the probabilities are in proportion to, (B, V); the temperature is above 0."""
+        """Map logits (B, V) to unnormalized probabilities (B, V). The temperature must be above 0."""
         logits = logits.astype(np.float64)
-        probs = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)  # nothing overflows
+        probs = np.exp((logits - logits.max(-1, keepdims=True)) / self.temperature)  # the maximum prevents overflow
         if 0 < self.top_k < logits.shape[-1]:
-            least = np.partition(probs, -self.top_k, axis=-1)[:, -self.top_k, None]  # (B, 1)
-            probs = np.where(probs < least, 0, probs)
+            kth = np.partition(probs, -self.top_k, axis=-1)[:, -self.top_k, None]  # (B, 1)
+            probs = np.where(probs < kth, 0, probs)
         if self.top_p < 1:
             probs /= probs.sum(-1, keepdims=True)
             order = np.argsort(-probs, axis=-1, kind="stable")
@@ -55,24 +55,23 @@ class SamplingParams:
             probs[probs < self.min_p * probs.max(-1, keepdims=True)] = 0
         return probs
 
-    def sample(self, logits: Floats, random: np.random.Generator) -> Ids:
-        """Draw a token for each row of logits (B, V); shape (B,).
+    def sample(self, logits: Floats, rng: np.random.Generator) -> Ids:
+        """Sample a token for each row of logits (B, V), shape (B,).
 
-        The tokens run a race: each takes an exponential time, at a speed in proportion to its chance, and the first
-        wins (Maddison et al. 2014, the Gumbel-max trick, in another form).
+        Each token draws an exponentially distributed time with a rate proportional to its probability, and the first
+        wins (the Gumbel-max trick of Maddison et al. 2014, in another form).
         """
-        if self.temperature < 1e-6:  # the limit, long before numbers overflow
+        if self.temperature < 1e-6:  # the limit, before numbers overflow
             return logits.argmax(-1)
-        times = random.standard_exponential(logits.shape) + 1e-300  # above 0, that who has no chance does not win
+        times = rng.standard_exponential(logits.shape) + 1e-300  # above 0, so that a probability of 0 never wins
         return (self.probs(logits) / times).argmax(-1)
 
 
 def context_start(length: int, block_size: int) -> int:
-    """Return where the context of the next token starts in a text of `length` tokens.
+    """Return where the context for the next token starts in a text of `length` tokens.
 
-    It grows to block_size tokens; when one more is needed, its older half is let go of, and it grows again.
-    Being a function of the length alone, the rule is the same with and without a cache, which lives as long
-    as the start stays.
+    The context grows to block_size tokens. The next token drops its older half, and it grows again. The start depends
+    on the length alone, so it is the same with and without a cache, which is valid as long as the start stays.
     """
     if length <= block_size:
         return 0
@@ -87,70 +86,92 @@ def generate(
     block_size: int,
     num_samples: int,
     max_new_tokens: int,
-    rule: SamplingParams,
+    params: SamplingParams,
     seed: int,
     use_cache: bool = True,
 ) -> Iterator[Ids]:
-    """Go on from a prompt (T,), T at least 1, and yield the next token of every sample, (num_samples,), in turn.
+    """Continue a prompt (T,) of at least one token, and yield the next token of every sample, (num_samples,), in turn.
 
-    The same seed gives the same tokens with and without cache, up to rounding.
+    The same seed gives the same tokens with and without the cache, up to rounding.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     length, start = len(prompt), context_start(len(prompt), block_size)
-    context = [np.full(num_samples, token) for token in prompt[start:]]  # (B,) each
-    cache, unseen = model.new_cache(num_samples), np.stack(context, axis=1)  # (B, T)
+    context = np.tile(prompt[start:], (num_samples, 1))  # (B, T)
+    cache, new_tokens = model.new_cache(1), context[:1]  # the prompt is processed once for all samples
     for _ in range(max_new_tokens):
-        token = rule.sample(model.next_logits(unseen, cache), random)  # (B,)
+        logits = model.next_logits(new_tokens, cache)
+        if len(logits) < num_samples:
+            logits = logits.repeat(num_samples, axis=0)
+            cache.reorder([0] * num_samples)
+        token = params.sample(logits, rng)  # (B,)
         yield token
         length += 1
         before, start = start, context_start(length, block_size)
-        context = [*context[start - before :], token]
+        context = np.concatenate((context[:, start - before :], token[:, None]), axis=1)
         if use_cache and start == before:
-            unseen = token[:, None]
+            new_tokens = token[:, None]
         else:
-            cache, unseen = model.new_cache(num_samples), np.stack(context, axis=1)
+            cache, new_tokens = model.new_cache(num_samples), context
+
+
+def generate_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    block_size: int,
+    max_new_tokens: int,
+    params: SamplingParams,
+    seed: int,
+    use_cache: bool = True,
+) -> str:
+    """Return one sample without a prompt as text."""
+    tokens = generate(
+        model, np.array([start_token(tokenizer)]), num_samples=1,
+        block_size=block_size, max_new_tokens=max_new_tokens, params=params, seed=seed, use_cache=use_cache,
+    )  # fmt: skip
+    return decode(tokenizer, [int(token) for (token,) in tokens])
 
 
 class TextStream:
-    """One sample's text as it grows, ended before the first stop string."""
+    """The text of one sample while it is generated. It ends before the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        """Begin an empty text."""
+        """Start an empty text."""
         self._decoder = StreamDecoder(tokenizer)
         self._stops = [stop for stop in stops if stop]
-        self._held = ""  # may turn out to be the beginning of a stop
+        self._pending = ""  # may be the start of a stop string
         self.text = ""
         self.finished = False
 
     def feed(self, token: int) -> str:
-        """Take a token, and return the text that is certain now."""
-        return "".join(map(self._take, self._decoder.feed(token)))
+        """Add a token, and return the text that is final now."""
+        return "".join(map(self._feed_character, self._decoder.feed(token)))
 
     def end(self) -> str:
-        """Return what was still held back."""
-        sure = "".join(map(self._take, self._decoder.end()))
-        rest, self._held = self._held, ""
-        self.text += rest
+        """Finish the text, and return the part that was pending."""
+        final = "".join(map(self._feed_character, self._decoder.end()))
+        pending, self._pending = self._pending, ""
+        self.text += pending
         self.finished = True
-        return sure + rest
+        return final + pending
 
-    def _take(self, character: str) -> str:
-        """Take one character, so that the same text ends at the same place however its tokens cut it."""
+    def _feed_character(self, character: str) -> str:
+        """Add one character, so that the text ends at the same place however tokens divide it."""
         if self.finished:
             return ""
-        self._held += character
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            sure, self._held, self.finished = self._held[: min(places)], "", True
+        self._pending += character
+        found = [position for stop in self._stops if (position := self._pending.find(stop)) >= 0]
+        if found:
+            final, self._pending, self.finished = self._pending[: min(found)], "", True
         else:
-            keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
-            sure, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        self.text += sure
-        return sure
+            certain = len(self._pending) - max((overlap(self._pending, stop) for stop in self._stops), default=0)
+            final, self._pending = self._pending[:certain], self._pending[certain:]
+        self.text += final
+        return final
 
 
 def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of a text that begins a stop string.
+    """Return the length of the longest suffix of a text that is a proper prefix of a stop string.
 
     >>> overlap("to be or", "organ")
     2

@@ -1,4 +1,4 @@
-"""Trained models, ready to be asked: on a CPU without torch, which takes longer to import than to sample."""
+"""Load a trained model for inference. On a CPU this does without torch, whose import takes longer than most samples."""
 
 import ctypes
 import os
@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Checkpoint
+from glyphgpt.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from glyphgpt.data.tokenizers import Tokenizer, tokenizer_from_dict
 from glyphgpt.errors import UserError
 from glyphgpt.inference.generate import LanguageModel
@@ -19,67 +18,55 @@ if TYPE_CHECKING:
     from model import GPT
 
 
-def open_checkpoint(place: str, data_dir: Path) -> tuple[Checkpoint, Tokenizer]:
-    """Load the checkpoint that a run or file holds, without its optimizer, and its tokenizer.
+def open_checkpoint(path: Path, data_dir: Path) -> tuple[Checkpoint, Tokenizer]:
+    """Load the checkpoint of a run or file, without its optimizer state, and its tokenizer.
 
     Raises:
-        UserError: there is none, it is damaged, or its parts do not belong together.
+        UserError: There is no checkpoint, it is damaged, or its parts do not belong together.
     """
-    checkpoint = checkpoints.load_checkpoint(checkpoints.find_checkpoint(Path(place)), with_optimizer=False)
+    checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
     tokenizer = tokenizer_from_dict(checkpoint.metadata.tokenizer, data_dir)
-    if tokenizer.vocab_size != checkpoint.metadata.model.get("vocab_size"):
-        raise UserError(f"{checkpoint.path}: its tokenizer and its network differ in their vocabularies")
+    if tokenizer.vocab_size != checkpoint.config.vocab_size:
+        raise UserError(f"{checkpoint.path}: its tokenizer and its network differ in vocabulary size")
     return checkpoint, tokenizer
 
 
 @contextmanager
 def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator[LanguageModel]:
-    """Make a checkpoint's model ready to decode; `remedy` is what to lower when memory runs out.
+    """Yield a checkpoint's model on a device, ready to decode; `remedy` names what to lower when memory runs out.
 
     Raises:
-        UserError: config and weights do not belong together, the weights are no numbers, or memory ran out.
+        UserError: The config and the weights do not belong together, or memory ran out.
     """
-    if device == "cpu" or (device == "auto" and not gpu_driver()):
+    if device == "cpu" or (device == "auto" and not has_gpu_driver()):
         try:
-            yield on_cpu(checkpoint)
+            yield NumpyGPT(checkpoint.config, checkpoint.model)
         except MemoryError as error:
             raise UserError(f"out of memory; lower {remedy}") from error
         return
     with torch_model(checkpoint, device, dtype, f"{remedy}, or use --device=cpu") as (model, runtime):
-        from glyphgpt.runtime import TorchLM  # noqa: PLC0415
+        from glyphgpt.runtime import TorchLM  # noqa: PLC0415  (imports torch)
 
-        yield on_cpu(checkpoint) if runtime.device.type == "cpu" else TorchLM(model, runtime)
-
-
-def on_cpu(checkpoint: Checkpoint) -> NumpyGPT:
-    """Return a checkpoint's decoder.
-
-    Raises:
-        UserError: config and weights do not belong together, or the weights are no numbers.
-    """
-    checkpoint.check_weights()
-    try:
-        return NumpyGPT(checkpoint.metadata.model, checkpoint.model)
-    except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise UserError(f"{checkpoint.path}: its config and its weights do not belong together") from error
+        on_cpu = runtime.device.type == "cpu"
+        yield NumpyGPT(checkpoint.config, checkpoint.model) if on_cpu else TorchLM(model, runtime)
 
 
 @contextmanager
 def torch_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator[tuple["GPT", "Runtime"]]:
-    """Make a checkpoint's torch model ready on a device; `remedy` is what to do when memory runs out, after "lower"."""
-    from glyphgpt import runtime as runtimes  # noqa: PLC0415  (torch, only where it is used)
+    """Yield a checkpoint's torch model in evaluation mode on a device; `remedy` names what to lower without memory.
+
+    Raises:
+        UserError: The config and the weights do not belong together, or memory ran out.
+    """
+    from glyphgpt.runtime import init_runtime, oom_hint  # noqa: PLC0415  (imports torch)
     from glyphgpt.training.torch_state import build_model  # noqa: PLC0415
-    from model import GPT, GPTConfig  # noqa: PLC0415
 
-    with (
-        runtimes.init_runtime(device, dtype) as runtime,
-        runtimes.oom_hint(remedy),
-    ):
-        yield build_model(checkpoint, GPT, GPTConfig).to(runtime.device).eval(), runtime
+    with init_runtime(device, dtype) as runtime, oom_hint(remedy):
+        yield build_model(checkpoint).to(runtime.device).eval(), runtime
 
 
-def gpu_driver() -> bool:
-    """Tell whether CUDA's driver is installed, which is sooner seen than torch is imported."""
+def has_gpu_driver() -> bool:
+    """Return whether CUDA's driver is installed, which takes less time to find out than importing torch."""
     try:
         ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:

@@ -35,13 +35,13 @@ def main() -> None:
     settings, words = parse(TranslateSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
     if len(words) != 2:
         raise UsageError(f"name a run and a file: {USAGE}")
-    checkpoint, tokenizer = open_checkpoint(words[0], Path(settings.data_dir))
+    checkpoint, tokenizer = open_checkpoint(Path(words[0]), Path(settings.data_dir))
     sources = read_lines(words[1])
     if settings.out and not Path(settings.out).absolute().parent.is_dir():
         raise UsageError(f"--out={settings.out}: there is no such folder; make it first")
     references = read_references(settings.reference, len(sources)) if settings.reference else []
     with language_model(checkpoint, settings.device, settings.dtype, "batch_size or beam") as model:
-        translator = Translator(model, tokenizer, checkpoint.metadata.model["block_size"], settings)
+        translator = Translator(model, tokenizer, checkpoint.config.block_size, settings)
         translations = translator.translate(sources)
     text = "".join(f"{line}\n" for line in translations)
     if settings.out:

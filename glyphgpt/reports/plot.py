@@ -15,11 +15,10 @@ from typing import Any
 
 from glyphgpt.cli import parse, printable
 from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
-from glyphgpt.files import write_atomic
+from glyphgpt.files import PLOT, write_atomic
 from glyphgpt.settings import PlotSettings
 from glyphgpt.training.metrics import METRICS, Row, read_rows
 
-PICTURE = "metrics.png"
 USAGE = "python -m glyphgpt.reports.plot RUN [RUN ...] [--out=FILE.png]"
 PANELS = [
     ("step", "loss"), ("tokens", "loss"), ("seconds", "loss"),
@@ -35,13 +34,13 @@ def main() -> None:
         raise UsageError(f"name a run: {USAGE}")
     if len(words) > 1 and not settings.out:
         raise UsageError("say where to draw several runs: --out=FILE.png")
-    path = Path(settings.out or Path(words[0]) / PICTURE)
+    path = Path(settings.out or Path(words[0]) / PLOT)
     draw([Path(word) for word in words], path)
     print(f"{path}: drawn")
 
 
-def installed() -> bool:
-    """Return whether drawing is possible here."""
+def is_available() -> bool:
+    """Return whether matplotlib can be imported."""
     try:
         import matplotlib  # noqa: F401, PLC0415  (optional)
     except Exception:  # not installed, or broken
@@ -90,7 +89,7 @@ def read_metrics(run: Path) -> list[Row]:
     Raises:
         UserError: there are none, or they are not as train.py writes them.
     """
-    rows = read_rows(run / METRICS, checked)
+    rows = read_rows(run / METRICS, check_metrics)
     if not rows:
         raise UserError(f"{run / METRICS}: empty; train first")
     for before, row in pairwise(rows):
@@ -100,7 +99,7 @@ def read_metrics(run: Path) -> list[Row]:
     return rows
 
 
-def checked(row: Any) -> Row:
+def check_metrics(row: Any) -> Row:
     """Return a row of metrics.
 
     Raises:

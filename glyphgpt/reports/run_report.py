@@ -1,117 +1,124 @@
-"""Tell a run in one page: curves, samples over time, settings, the network's shapes, and how to go on.
+"""The report of a run: one page with curves, samples over time, settings, shapes, and the commands to continue.
 
-    python -m glyphgpt.reports.run_report out/quick                      into out/quick/report.html
+    python -m glyphgpt.reports.run_report out/quick                      writes out/quick/report.html
     python -m glyphgpt.reports.run_report out/quick --out=quick.html
 
-train.py writes its own run's at its end. The page needs no network: it opens in any browser, from a file.
+train.py writes this page at the end of a run. It needs no network and opens in any browser.
 """
 
 import json
 import math
-import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from glyphgpt.checkpoint import BEST, LAST, read_metadata
-from glyphgpt.cli import ACTIONS, groups, parse, read_toml, resolve
-from glyphgpt.errors import UsageError, exit_on_error
-from glyphgpt.files import write_atomic
-from glyphgpt.reports.plot import read_metrics
-from glyphgpt.reports.summary import LETTERS, ModelSummary
+from glyphgpt.checkpoint import Metadata, TrainState, read_metadata
+from glyphgpt.cli import command, groups, parse, read_toml, resolve
+from glyphgpt.errors import UsageError, UserError, exit_on_error, warn
+from glyphgpt.files import BEST, CONFIG, LAST, PLOT, REPORT, write_atomic
+from glyphgpt.reports import plot
+from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render
-from glyphgpt.settings import PATHS, ReportSettings, TrainSettings
+from glyphgpt.settings import PATHS, Mode, ReportSettings, TrainSettings
 from glyphgpt.training.metrics import SAMPLES, Row, read_rows
+from glyphgpt.training.run import outcome
 
-PAGE = "report.html"
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_a_second")
 POINTS = 1000
-"""The most that a curve has, so that the page of a long run stays small."""
+"""Maximum number of points of a curve, which bounds the size of the page."""
 
 T = TypeVar("T")
 
 
 def main() -> None:
-    """Write the page of the run that the command line names."""
+    """Write the report of the run that the command line names."""
     settings, words = parse(ReportSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
     if len(words) != 1:
         raise UsageError(f"name one run: {USAGE}")
-    path = Path(settings.out or Path(words[0]) / PAGE)
-    write(Path(words[0]), path)
+    path = Path(settings.out or Path(words[0]) / REPORT)
+    write_report(Path(words[0]), path)
     print(f"{path}: written")
 
 
-def write(run: Path, path: Path) -> None:
-    """Write a run's page.
+def write_reports(run: Path, settings: TrainSettings, log: Callable[[str], None], *, with_plot: bool) -> None:
+    """Write a run's report and plot, if its settings ask for them. A failure is only a warning: the run is safe."""
+    if settings.report:
+        try:
+            write_report(run, run / REPORT)
+            log(f"report: {run / REPORT}")
+        except (UserError, OSError) as error:
+            warn(str(error))
+    if settings.plot and with_plot and plot.is_available():
+        try:
+            plot.draw([run], run / PLOT)
+            log(f"plot: {run / PLOT}")
+        except Exception as error:  # of matplotlib, which needs space for its cache
+            warn(f"the run could not be plotted: {error}")
+
+
+def write_report(run: Path, path: Path) -> None:
+    """Write the report of a run.
 
     Raises:
-        UserError: the run has no metrics, some file of it cannot be read, or the page cannot be written.
+        UserError: The run has no metrics, one of its files cannot be read, or the page cannot be written.
     """
-    write_atomic(path, render(PAGE, content(run)).encode())
+    write_atomic(path, render(REPORT, content(run)).encode())
 
 
 def content(run: Path) -> dict[str, Any]:
-    """Return all that the page shows.
+    """Return the data of the page.
 
     Raises:
-        UserError: the run has no metrics, or some file of it cannot be read.
+        UserError: The run has no metrics, or one of its files cannot be read.
     """
-    rows = read_metrics(run)
-    samples = read_rows(run / SAMPLES, checked) if (run / SAMPLES).exists() else []  # older runs have none
-    config = str(run / "config.toml")
+    rows = plot.read_metrics(run)
+    samples = read_rows(run / SAMPLES, check_sample) if (run / SAMPLES).exists() else []
+    config = str(run / CONFIG)
     settings = resolve(TrainSettings, [(config, read_toml(config))])
-    info = next((read_metadata(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
-    step = max(info.state.step if info else 0, rows[-1]["step"])
+    metadata = next((read_metadata(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
+    state = metadata.state if metadata else TrainState()
+    state.step = max(state.step, rows[-1]["step"])
     evaluations = [row for row in rows if row["kind"] == "val" and row.get("loss") is not None]
-    vocab_size = info.model.get("vocab_size") if info else None
-    walk = None
-    if isinstance(vocab_size, int) and 0 < vocab_size <= 10**6:
-        walk = ModelSummary(settings, vocab_size, settings.batch_size)
-    ended, commands = ending(run, settings, step, evaluations)
+    summary = model_summary(settings, metadata)
+    end = outcome(settings, state, run)
     return {
         "name": str(run),
-        "ended": ended,
-        "commands": commands,
-        "figures": figures(settings, rows, evaluations, step=step, walk=walk),
+        "ended": f"{end.text[:1].upper()}{end.text[1:]}.",
+        "commands": [("Sample", command("sample.py", run)), ("Train longer", end.resume)],
+        "figures": figures(settings, rows, evaluations, step=state.step, summary=summary),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},
-        "samples": [{"about": about(row["step"], evaluations), "text": row["text"]} for row in thinned(samples)],
-        "settings": tables(settings),
-        "walk": shapes(walk) if walk else None,
+        "samples": [{"about": caption(row["step"], evaluations), "text": row["text"]} for row in thinned(samples)],
+        "settings": settings_tables(settings),
+        "summary": summary_tables(summary) if summary else None,
     }
 
 
-def checked(row: Any) -> Row:
+def check_sample(row: Any) -> Row:
     """Return a row of samples.
 
     Raises:
-        KeyError, TypeError: it is none.
+        KeyError, TypeError: It is not one.
     """
     if not (isinstance(row["step"], int) and isinstance(row["text"], str)):
         raise TypeError
     return dict(row)
 
 
-def ending(run: Path, settings: TrainSettings, step: int, evaluations: list[Row]) -> tuple[str, list[tuple[str, str]]]:
-    """Say how a run ended, as far as its files tell, and which commands go on from there, each with its purpose."""
-    losses = [row["loss"] for row in evaluations]
-    since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-    resume = f"python train.py --resume {shlex.quote(str(run))}"
-    if step >= settings.max_steps:
-        ended, further = f"All {settings.max_steps:,} steps are done.", f"{resume} --max_steps={2 * step or 1000}"
-    elif 0 < settings.patience <= since_best:
-        ended = f"Stopped early, at step {step:,}: no better loss in {settings.patience} evaluations."
-        further = f"{resume} --patience=0"
-    else:
-        ended, further = f"Not at its end: step {step:,} of {settings.max_steps:,}.", resume
-    return ended, [("Sample it", f"python sample.py {shlex.quote(str(run))}"), ("Train it further", further)]
+def model_summary(settings: TrainSettings, metadata: Metadata | None) -> ModelSummary | None:
+    """Return the summary of a run's network, if its checkpoint tells the vocabulary size."""
+    vocab_size = metadata.model.get("vocab_size") if metadata else None
+    if isinstance(vocab_size, int) and 0 < vocab_size <= 10**6:
+        return ModelSummary(settings, vocab_size, settings.batch_size)
+    return None
 
 
 def figures(
-    settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, walk: ModelSummary | None
+    settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, summary: ModelSummary | None
 ) -> list[tuple[str, str, str]]:
-    """Return the headline figures: what, how much, and a note."""
+    """Return the headline figures: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
     tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
     speeds = [row["tokens_a_second"] for row in rows if "tokens_a_second" in row]
@@ -121,19 +128,19 @@ def figures(
         ("Perplexity", number(best.get("perplexity"), ",.2f"), "of a token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
         ("Tokens", f"{step * tokens:,}", f"{tokens:,} a step"),
-        ("Time", duration(rows[-1]["seconds"]), "with evaluations and samples"),
-        ("Tokens a second", number(median(speeds) if speeds else None, ",.0f"), "median, of training alone"),
-        ("Parameters", number(walk.parameters if walk else None, ","), f"in {settings.n_layer} blocks"),
+        ("Time", duration(rows[-1]["seconds"]), "including evaluations and samples"),
+        ("Tokens a second", number(median(speeds) if speeds else None, ",.0f"), "median, without evaluations"),
+        ("Parameters", number(summary.parameters if summary else None, ","), f"in {settings.n_layer} blocks"),
     ]
 
 
 def number(value: float | None, form: str) -> str:
-    """Return a number in its form, or a dash where there is none."""
+    """Return a formatted number, or a dash for None."""
     return "–" if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:
-    """Return a time for readers.
+    """Return a time in readable units.
 
     >>> duration(5.62), duration(192), duration(7300)
     ('5.6 s', '3 min 12 s', '2 h 1 min')
@@ -145,23 +152,23 @@ def duration(seconds: float) -> str:
 
 
 def thinned(rows: list[T]) -> list[T]:
-    """Return every k-th, so that at most POINTS are left, counted from the end: the last is always there."""
+    """Return every k-th row, at most POINTS, so that the last one is among them."""
     return rows[:: -max(1, math.ceil(len(rows) / POINTS))][::-1]
 
 
 def columns(rows: list[Row]) -> dict[str, list[float | None]]:
-    """Return the quantities of rows, each in a list of its own."""
+    """Return a list for each quantity of the rows."""
     return {name: [row.get(name) for row in thinned(rows)] for name in COLUMNS}
 
 
-def about(step: int, evaluations: list[Row]) -> str:
-    """Say what a sample is of."""
+def caption(step: int, evaluations: list[Row]) -> str:
+    """Return the caption of a sample."""
     loss = next((f", validation loss {row['loss']:.4f}" for row in evaluations if row["step"] == step), "")
     return f"step {step:,}{loss}"
 
 
-def tables(settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the settings under their headings, values written as in TOML."""
+def settings_tables(settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return the settings under their headings, with values as in TOML."""
     found = []
     for heading, fields in groups(TrainSettings):
         rows = [
@@ -172,40 +179,35 @@ def tables(settings: TrainSettings) -> list[dict[str, Any]]:
                 "meaning": " ".join((field.description or "").split()),
             }
             for key, field in fields.items()
-            if key not in ACTIONS and key not in PATHS
+            if key not in Mode.model_fields and key not in PATHS
         ]
         if rows:
             found.append({"heading": heading, "rows": rows})
     return found
 
 
-def shapes(walk: ModelSummary) -> dict[str, Any]:
-    """Return the walk through the network as the page lays it out."""
-    parts = [
-        ("before the blocks", walk.before_blocks()),
-        (f"each of {walk.network.n_layer} blocks", walk.block()),
-        ("after the blocks", walk.after_blocks()),
-    ]
+def summary_tables(summary: ModelSummary) -> dict[str, Any]:
+    """Return the model summary as the page shows it."""
     return {
-        "letters": LETTERS,
+        "letters": SHAPE_LETTERS,
         "parts": [
             {
-                "title": title,
+                "title": heading,
                 "rows": [
                     (
-                        stage.name,
-                        stage.letters,
-                        " × ".join(map(str, walk.sizes(stage))),
-                        f"{stage.parameters:,}" if stage.parameters else "",
-                        f"{stage.multiply_adds:,}" if stage.multiply_adds else "",
+                        layer.name,
+                        layer.symbolic_shape,
+                        " × ".join(map(str, layer.shape)) or "1",
+                        f"{layer.parameters:,}" if layer.parameters else "",
+                        f"{layer.macs:,}" if layer.macs else "",
                     )
-                    for stage in stages
+                    for layer in layers
                 ],
             }
-            for title, stages in parts
+            for heading, _, layers in summary.sections
         ],
-        "all": (f"{walk.parameters:,}", f"{walk.multiply_adds:,}"),
-        "costs": walk.costs(),
+        "all": (f"{summary.parameters:,}", f"{summary.macs:,}"),
+        "costs": summary.costs(),
     }
 
 

@@ -1,10 +1,10 @@
-"""Between torch and checkpoints: weights and optimizer state as arrays by name, and back.
+"""Weights and optimizer state as arrays by name, for checkpoints, and back into torch.
 
-A model may be sharded over processes (`glyphgpt/training/distributed.py`); its checkpoints are as those of any other.
+A model may be sharded over processes (`glyphgpt/training/distributed.py`); its checkpoints are the same as any other's.
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,64 +12,50 @@ from torch import Tensor, nn
 
 from glyphgpt.checkpoint import Arrays, Checkpoint
 from glyphgpt.errors import UserError
-from glyphgpt.inference.numpy_gpt import check_form
 from glyphgpt.training.distributed import full, local, scatter
 from glyphgpt.training.optimizers import Optimizer
 
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:
+    from model import GPT
 
 
 def model_arrays(model: nn.Module, *, keep: bool = True) -> Arrays:
-    """Return the weights by name, or nothing if they are not to be kept. On a CPU they are not copied.
+    """Return the weights by name, or nothing if `keep` is false. On a CPU the arrays share memory with the model.
 
-    Every process must ask for those of a sharded model, even if it does not keep them.
+    All processes of a sharded model must call it, even those that do not keep the result.
     """
     return _arrays(model.state_dict().items(), keep=keep)
 
 
 def _arrays(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> Arrays:
-    complete = ((name, full(tensor)) for name, tensor in tensors)
-    return {name: tensor.cpu().numpy() for name, tensor in complete if keep}
+    gathered = ((name, full(tensor)) for name, tensor in tensors)
+    return {name: tensor.cpu().numpy() for name, tensor in gathered if keep}
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model.
-
-    Raises:
-        UserError: names or shapes differ.
-    """
-    other = UserError(f"{checkpoint.path}: its config and its weights do not belong together")
-    weights = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if shapes != {name: array.shape for name, array in checkpoint.model.items()}:
-        raise other
-    try:
-        for name, tensor in weights.items():
-            local(tensor).copy_(scatter(torch.from_numpy(checkpoint.model[name]), tensor))
-    except TypeError as error:  # numpy has types of which torch knows nothing
-        raise other from error
+    """Copy a checkpoint's weights into a model of the same config."""
+    for name, tensor in model.state_dict().items():
+        local(tensor).copy_(scatter(torch.from_numpy(checkpoint.model[name]), tensor))
 
 
-def build_model(checkpoint: Checkpoint, model_class: type[M], config_class: type[Any]) -> M:
+def build_model(checkpoint: Checkpoint) -> "GPT":
     """Return a checkpoint's model with its weights, on the CPU.
 
     Raises:
-        UserError: config and weights do not belong together, or the weights are no numbers.
+        UserError: The config and the weights do not belong together, or some weights are not finite.
     """
-    checkpoint.check_weights()
-    try:
-        form = check_form(checkpoint.metadata.model, checkpoint.model)
-    except ValueError as error:  # pydantic's errors are ValueErrors too
-        raise UserError(f"{checkpoint.path}: its config and its weights do not belong together") from error
-    model = model_class(config_class(**form.model_dump()))
+    from model import GPT, GPTConfig  # noqa: PLC0415  (no module of the package imports model.py when it is imported)
+
+    model = GPT(GPTConfig(**checkpoint.config.model_dump()))
     load_weights(model, checkpoint)
     return model
 
 
 def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer], *, keep: bool = True) -> Arrays:
-    """Return the optimizers' state as KIND.PARAMETER.KEY; nothing before the first step. On a CPU it is not copied.
+    """Return the optimizers' state as OPTIMIZER.PARAMETER.KEY, which is empty before the first step.
 
-    Every process must ask for that of a sharded model, even if it does not keep it.
+    On a CPU the arrays share memory with the state. All processes of a sharded model must call it, even those that do
+    not keep the result.
     """
     names = _names(model)
     tensors = (
@@ -82,19 +68,19 @@ def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer], *, keep: boo
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:
-    """Return each parameter's name. A sharded model's `named_parameters` may be full ones, for a while."""
+    """Return each parameter's name. While FSDP has gathered weights, `named_parameters` yields other tensors."""
     return {parameter: name for name, parameter in model.state_dict(keep_vars=True).items()}
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint: Checkpoint) -> None:
-    """Load the optimizers' state; learning rates and the like stay those of the settings.
+    """Load the optimizers' state. Learning rates and other hyperparameters stay those of the settings.
 
     Raises:
-        UserError: the state is of another model or optimizer.
+        UserError: The state belongs to another model or optimizer.
     """
     if checkpoint.metadata.state.step == 0:
         return
-    other = UserError(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
+    mismatch = UserError(f"{checkpoint.path}: its optimizer state is of another model or optimizer; start a new run")
     names = _names(model)
     unused = dict(checkpoint.optimizer)
     for optimizer in optimizers:
@@ -103,8 +89,8 @@ def restore_optimizers(model: nn.Module, optimizers: list[Optimizer], checkpoint
             for key, value in state.items():
                 array = unused.pop(f"{type(optimizer).__name__}.{names[parameter]}.{key}", None)
                 if array is None or array.shape != value.shape or array.dtype != np.float32:
-                    raise other
+                    raise mismatch
                 local(value).copy_(scatter(torch.from_numpy(array), value))
             optimizer.state[parameter] = state
     if unused:
-        raise other
+        raise mismatch

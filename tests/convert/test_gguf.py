@@ -28,10 +28,9 @@ from glyphgpt.convert import to_gguf
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.inference.generate import SamplingParams, generate
-from glyphgpt.inference.numpy_gpt import check_form
 from glyphgpt.settings import ConvertSettings
 from glyphgpt.training.torch_state import build_model, model_arrays
-from model import GPT, GPTConfig
+from model import GPT
 
 TEXT = "Ça ira 🙂, mon roi!\n"
 CHARACTERS = "".join(sorted(set(TEXT) | {"\t", "\u0301", "\u00a0", "字", "'", "s"}))
@@ -156,11 +155,11 @@ def test_a_trained_model_writes_the_same_200_characters(tmp_path: Path, form: di
     train.main(tiny_settings(tmp_path, tmp_path / "run", **{"bias": False, **sizes, **learning, **form}))
     to_gguf.model(tmp_path / "run", settings(out=tmp_path / "model.gguf"))
     checkpoint = checkpoints.load_checkpoint(tmp_path / "run" / "best.safetensors")
-    decoder = decoder_of(build_model(checkpoint, GPT, GPTConfig))
+    decoder = decoder_of(build_model(checkpoint))
     tokenizer = CharTokenizer("".join(sorted(set(VERSE))))
     prompt = tokenizer.encode("A small ").astype(np.int64)
     rule = SamplingParams(temperature=0)
-    ours = generate(decoder, prompt, block_size=208, num_samples=1, max_new_tokens=200, rule=rule, seed=0)
+    ours = generate(decoder, prompt, block_size=208, num_samples=1, max_new_tokens=200, params=rule, seed=0)
     text = decode(tokenizer, [int(token[0]) for token in ours])
     assert "it learned" in text
     with llama(tmp_path / "model.gguf") as theirs:
@@ -218,7 +217,7 @@ def test_no_text_ends_before_it_is_as_long_as_asked(tmp_path: Path, tokenizer: T
 def test_the_added_token_is_never_the_likeliest(tmp_path: Path) -> None:
     path, _ = write_checkpoint(tmp_path, CharTokenizer(CHARACTERS), tie_embeddings=False)
     checkpoint = checkpoints.load_checkpoint(path)
-    form = check_form(checkpoint.metadata.model, checkpoint.model)
+    form = checkpoint.config
     checkpoint.model["head.weight"] += 1
     head = to_gguf.convert_weights(form, checkpoint.model, end=True)["output.weight"]
     states = np.random.default_rng(0).standard_normal((32, 1000), np.float32)

@@ -26,7 +26,7 @@ from glyphgpt.errors import UsageError, UserError
 from glyphgpt.inference.generate import SamplingParams, generate
 from glyphgpt.settings import ConvertSettings, TrainSettings
 from glyphgpt.training.torch_state import build_model, model_arrays
-from model import GPT, GPTConfig
+from model import GPT
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here is to come from elsewhere
 
@@ -98,7 +98,7 @@ def test_their_model_gives_the_same_logits_here(tmp_path: Path, activation: str,
     out = tmp_path / "out" / "best.safetensors"
     said = from_huggingface.checkpoint(tmp_path / "theirs", settings(out=out))
     assert said.endswith(f"byte tokens; sample it: python sample.py {out}")
-    converted = build_model(checkpoints.load_checkpoint(out), GPT, GPTConfig).eval()
+    converted = build_model(checkpoints.load_checkpoint(out)).eval()
     assert (converted.config.activation, converted.config.tie_embeddings) == (ours, tied)
     assert_same_logits(converted, model, 256)
 
@@ -140,14 +140,14 @@ def test_other_ways_to_save_the_same(tmp_path: Path, change: Callable[[Path], No
     change(tmp_path)
     found = from_huggingface.read(tmp_path, tmp_path)
     assert found.metadata.model["tie_embeddings"] is True
-    assert_same_logits(build_model(found, GPT, GPTConfig).eval(), model, 256)
+    assert_same_logits(build_model(found).eval(), model, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = byte_folder(tmp_path)
     model.to(dtype).save_pretrained(tmp_path)
-    found = build_model(from_huggingface.read(tmp_path / "model.safetensors", tmp_path), GPT, GPTConfig).eval()
+    found = build_model(from_huggingface.read(tmp_path / "model.safetensors", tmp_path)).eval()
     assert_same_logits(found, model.float(), 256)
 
 
@@ -180,7 +180,7 @@ def test_our_model_gives_the_same_logits_there(tmp_path: Path, architecture: str
     prompt = tokenizer("abc", return_tensors="pt")
     text = there.generate(**prompt, do_sample=False, max_new_tokens=13)[0].tolist()
     tokens = generate(
-        decoder_of(model), np.array(text[:3]), block_size=16, num_samples=1, max_new_tokens=13, rule=GREEDY, seed=0
+        decoder_of(model), np.array(text[:3]), block_size=16, num_samples=1, max_new_tokens=13, params=GREEDY, seed=0
     )
     assert text[3:] == [int(token[0]) for token in tokens]
     assert all(character in CHARACTERS for character in tokenizer.decode(text))
@@ -341,7 +341,7 @@ def test_fine_tuning(tmp_path: Path, gpt2_data_dir: Path) -> None:
     saved = checkpoints.load_checkpoint(tmp_path / "run" / "best.safetensors")
     assert (saved.metadata.model["block_size"], saved.metadata.tokenizer) == (8, {"kind": "gpt2"})
     to_huggingface.folder(tmp_path / "run", settings(out=tmp_path / "back", data_dir=gpt2_data_dir))
-    assert_same_logits(build_model(saved, GPT, GPTConfig).eval(), load(tmp_path / "back")[0], 50257, T=8)
+    assert_same_logits(build_model(saved).eval(), load(tmp_path / "back")[0], 50257, T=8)
 
 
 def test_fine_tuning_on_another_vocabulary_is_refused(data_dir: Path, tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_weights_of_any_type_are_read_or_refused(tmp_path: Path, dtype: torch.dt
     model = byte_folder(tmp_path)
     resave(lambda weights: {name: weight.to(dtype) for name, weight in weights.items()})(tmp_path)
     if dtype.is_floating_point:
-        found = build_model(from_huggingface.read(tmp_path, tmp_path), GPT, GPTConfig)
+        found = build_model(from_huggingface.read(tmp_path, tmp_path))
         if dtype == torch.float64:
             assert_same_logits(found.eval(), model, 256)
     else:

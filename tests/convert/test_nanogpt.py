@@ -22,7 +22,6 @@ from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.settings import ConvertSettings, TrainSettings
 from glyphgpt.training.torch_state import build_model
-from model import GPT, GPTConfig
 
 CHARACTERS = "\n !abcdefgé🙂"
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 12, "block_size": 8, "dropout": 0.0}
@@ -78,9 +77,9 @@ def test_a_checkpoint_gives_the_same_logits(tmp_path: Path, prefix: str, bias: b
     model = reference(len(CHARACTERS), bias=bias)
     out = tmp_path / "out" / "best.safetensors"
     path = write_checkpoint(model, tmp_path / "ckpt.pt", bias=bias, prefix=prefix)
-    said = nanogpt.checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=out))
+    said = nanogpt.convert_checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=out))
     assert said.endswith(f"sample it: python sample.py {out}")
-    ours = build_model(checkpoints.load_checkpoint(out), GPT, GPTConfig).eval()
+    ours = build_model(checkpoints.load_checkpoint(out)).eval()
     tokens = torch.randint(len(CHARACTERS), (3, 8))
     with torch.no_grad():
         expected = model(tokens).logits
@@ -94,7 +93,7 @@ def test_a_checkpoint_gives_the_same_logits(tmp_path: Path, prefix: str, bias: b
 def test_a_converted_checkpoint_is_sampled(tmp_path: Path) -> None:
     path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
     meta = write_meta(tmp_path / "meta.pkl")
-    nanogpt.checkpoint(path, settings(meta=meta, out=tmp_path / "best.safetensors"))
+    nanogpt.convert_checkpoint(path, settings(meta=meta, out=tmp_path / "best.safetensors"))
     done = script("sample.py", str(tmp_path / "best.safetensors"), "--max_new_tokens=20", "--device=cpu")
     assert (done.returncode, done.stderr) == (0, "")
     assert set(done.stdout) <= set(CHARACTERS + "-\n")
@@ -103,8 +102,8 @@ def test_a_converted_checkpoint_is_sampled(tmp_path: Path) -> None:
 def test_the_padding_of_a_vocabulary_of_word_pieces_is_dropped(tmp_path: Path) -> None:
     model = reference(50304, bias=False)
     out = tmp_path / "best.safetensors"
-    nanogpt.checkpoint(write_checkpoint(model, tmp_path / "ckpt.pt", bias=False), settings(out=out))
-    ours = build_model(checkpoints.load_checkpoint(out), GPT, GPTConfig).eval()
+    nanogpt.convert_checkpoint(write_checkpoint(model, tmp_path / "ckpt.pt", bias=False), settings(out=out))
+    ours = build_model(checkpoints.load_checkpoint(out)).eval()
     tokens = torch.randint(50257, (1, 8))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), model(tokens).logits[..., :50257], rtol=0, atol=1e-5)
@@ -131,7 +130,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, place: str) -> None:
     else:
         meta.write_bytes(pickle.dumps({"itos": dict(enumerate(CHARACTERS)), "more": Evil(witness)}))
     with pytest.raises(UserError) as caught:
-        nanogpt.checkpoint(path, settings(meta=meta, out=tmp_path / "best.safetensors"))
+        nanogpt.convert_checkpoint(path, settings(meta=meta, out=tmp_path / "best.safetensors"))
     assert "\n" not in str(caught.value)
     assert not witness.exists()
     assert not (tmp_path / "best.safetensors").exists()
@@ -176,22 +175,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: Any, 
     change(saved)
     torch.save(saved, path)
     with pytest.raises(UserError, match=said):
-        nanogpt.checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=tmp_path / "x.safetensors"))
+        nanogpt.convert_checkpoint(
+            path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=tmp_path / "x.safetensors")
+        )
     assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
     path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
     with pytest.raises(UsageError, match=r"^say where to write: --out="):
-        nanogpt.checkpoint(path, settings())
+        nanogpt.convert_checkpoint(path, settings())
     with pytest.raises(UserError, match=r"^a model of 12 tokens needs its vocabulary: --meta="):
-        nanogpt.checkpoint(path, settings(out=tmp_path / "best.safetensors"))
+        nanogpt.convert_checkpoint(path, settings(out=tmp_path / "best.safetensors"))
     with pytest.raises(UsageError, match="is there already"):
-        nanogpt.checkpoint(path, settings(out=path))
+        nanogpt.convert_checkpoint(path, settings(out=path))
     for name in ("missing.pt", "meta.pkl"):
         write_meta(tmp_path / "meta.pkl")
         with pytest.raises(UserError, match=rf"^{tmp_path / name}: "):
-            nanogpt.checkpoint(tmp_path / name, settings(out=tmp_path / "best.safetensors"))
+            nanogpt.convert_checkpoint(tmp_path / name, settings(out=tmp_path / "best.safetensors"))
 
 
 def write_data(folder: Path, text: str) -> None:
@@ -207,7 +208,7 @@ def test_data_of_characters_decode_to_the_very_text(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(nanogpt, "PIECE_TOKENS", 100)
     text = some_text(1000) + "é🙂"
     write_data(tmp_path / "mine", text)
-    nanogpt.data_set(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
+    nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
     dataset = load_dataset(tmp_path / "data" / "mine", tmp_path / "data")
     parts = [decode(dataset.tokenizer, split.slice(0, split.tokens)) for split in (dataset.train, dataset.val)]
     assert "".join(parts) == text
@@ -222,7 +223,7 @@ def test_data_of_word_pieces_count_their_characters(gpt2_data_dir: Path, tmp_pat
     (tmp_path / "mine").mkdir()
     for name in ("train", "val"):
         GPT2Tokenizer(gpt2_data_dir).encode(text).tofile(tmp_path / "mine" / f"{name}.bin")
-    nanogpt.data_set(tmp_path / "mine", settings(data_dir=gpt2_data_dir, name="pieces"))
+    nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=gpt2_data_dir, name="pieces"))
     dataset = load_dataset(gpt2_data_dir / "pieces", gpt2_data_dir)
     assert decode(dataset.tokenizer, dataset.train.slice(0, dataset.train.tokens)) == text
     assert dataset.train.characters == len(text)
@@ -232,7 +233,7 @@ def test_data_of_word_pieces_count_their_characters(gpt2_data_dir: Path, tmp_pat
 def test_data_sets_stay_in_the_data_folder(tmp_path: Path, name: str) -> None:
     write_data(tmp_path / "mine", some_text(1000))
     with pytest.raises(UsageError, match="--name="):
-        nanogpt.data_set(tmp_path / "mine", settings(data_dir=tmp_path / "data", name=name))
+        nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=tmp_path / "data", name=name))
     assert not (tmp_path / "data").exists()
 
 
@@ -253,7 +254,7 @@ def test_data_that_will_not_do(tmp_path: Path, name: str, content: bytes | None,
     else:
         (tmp_path / "mine" / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        nanogpt.data_set(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
+        nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
     assert not list((tmp_path / "data").glob("*"))
 
 
@@ -281,7 +282,7 @@ n_layer = 4
 def convert_config(folder: Path, text: str, **more: object) -> tuple[TrainSettings, str]:
     (folder / "mine.py").write_text(text)
     out = folder / "out.toml"
-    nanogpt.config(folder / "mine.py", settings(out=out, **more))
+    nanogpt.convert_config(folder / "mine.py", settings(out=out, **more))
     toml = out.read_text(encoding="utf-8")
     return resolve(TrainSettings, [("out.toml", tomllib.loads(toml))]), toml
 

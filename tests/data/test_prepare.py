@@ -24,14 +24,16 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import prepare
-from conftest import ROOT, prepare_text, script, some_text
-from glyphgpt.checkpoint import BEST, Checkpoint, Metadata, TrainState, save_checkpoint
+from glyphgpt.startup import USAGE
+from conftest import ROOT, prepare_text, run_prepare, script, some_text
+from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState, save_checkpoint
 from glyphgpt.data import dataset as shards
 from glyphgpt.data import text as texts
 from glyphgpt.data.dataset import Dataset, load_dataset, read_meta
 from glyphgpt.data.staging import PrepareProgress
 from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError
+from glyphgpt.files import BEST
 
 TEXT = some_text(200)
 NO_TEXT = "is not utf-8 text; convert the file, leave it out, or name its --encoding"
@@ -40,12 +42,11 @@ Run = Callable[..., None]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Run:
     """Run prepare.py in this process, with `tmp_path` as its data folder."""
 
     def run(*words: str | Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words), f"--data_dir={tmp_path / 'data'}"])
-        prepare.main()
+        run_prepare(*map(str, words), f"--data_dir={tmp_path / 'data'}")
 
     return run
 
@@ -281,7 +282,7 @@ def test_standard_input_is_taken_once(run: Run, tmp_path: Path) -> None:
 def test_no_words_at_all(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "data" / "mine.toml", "")
     assert refusal(run, tmp_path / "data", kind=UsageError) == (
-        f"name a recipe or a text: {prepare.USAGE}; recipes here: mine"
+        f"name a recipe or a text: {USAGE['prepare.py']}; recipes here: mine"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from test_text import json_lines
 
 import prepare
-from conftest import contents, prepare_text, script, some_text
+from conftest import contents, prepare_text, run_prepare, script, some_text
 from glyphgpt.data import text as texts
 from glyphgpt.data.dataset import META, ShardWriter
 from glyphgpt.data.staging import PROGRESS, staging_dir
@@ -33,8 +33,7 @@ class Job:
     def run(self, *words: str, name: str = "mine") -> dict[str, bytes]:
         """Prepare, and return the data set's files."""
         flags = [f"--data_dir={self.data_dir}", f"--name={name}"]
-        self.patch.setattr(sys, "argv", ["prepare.py", str(self.file), *words, *flags])
-        prepare.main()
+        run_prepare(str(self.file), *words, *flags)
         return contents(self.data_dir / name)
 
     def break_off(self, pieces: int, *words: str) -> None:

@@ -58,7 +58,7 @@ def draws(
         block_size=8,
         num_samples=samples,
         max_new_tokens=count,
-        rule=SamplingParams(temperature=0 if greedy else 1),
+        params=SamplingParams(temperature=0 if greedy else 1),
         seed=seed,
         use_cache=cache,
     )

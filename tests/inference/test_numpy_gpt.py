@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from conftest import MODERN, SWITCHES, decoder_of, tiny_model
-from glyphgpt.inference.numpy_gpt import NumpyGPT, expected_shapes
+from glyphgpt.checkpoint import check_weights, weight_shapes
+from glyphgpt.settings import ModelConfig
 from glyphgpt.training.torch_state import model_arrays
 from model import GPT
 
@@ -42,9 +43,10 @@ def test_logits_are_those_of_the_network(form: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(str(value) for value in form.values()))
-def test_expected_shapes_are_those_of_the_network(form: dict[str, Any]) -> None:
-    decoder = decoder_of(tiny_model(**form))
-    assert expected_shapes(decoder.form) == {name: p.shape for name, p in tiny_model(**form).state_dict().items()}
+def test_weight_shapes_are_those_of_the_network(form: dict[str, Any]) -> None:
+    model = tiny_model(**form)
+    config = ModelConfig(**asdict(model.config))
+    assert weight_shapes(config) == {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -56,11 +58,11 @@ def test_expected_shapes_are_those_of_the_network(form: dict[str, Any]) -> None:
 def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any]) -> None:
     model = tiny_model(**MODERN)
     with pytest.raises(ValueError):  # whatever pydantic says
-        NumpyGPT({**asdict(model.config), **change}, model_arrays(model))
+        check_weights({**asdict(model.config), **change}, model_arrays(model))
 
 
 def test_weights_of_another_precision_are_refused() -> None:
     model = tiny_model()
     weights = {name: array.astype(np.float16) for name, array in model_arrays(model).items()}
     with pytest.raises(ValueError, match="float32"):
-        NumpyGPT(asdict(model.config), weights)
+        check_weights(asdict(model.config), weights)

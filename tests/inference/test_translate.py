@@ -7,8 +7,8 @@ import pytest
 
 import train
 from conftest import prepare_text, script, tiny_settings
-from glyphgpt.checkpoint import BEST
 from glyphgpt.data.tokenizers import CharTokenizer
+from glyphgpt.files import BEST
 from glyphgpt.inference import beam_search as beam
 from glyphgpt.inference.translate import Translator
 from glyphgpt.settings import TranslateSettings

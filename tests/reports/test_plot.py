@@ -8,7 +8,8 @@ import pytest
 import train
 from conftest import script, tiny_settings
 from glyphgpt.errors import UserError
-from glyphgpt.reports.plot import PICTURE, draw, read_metrics
+from glyphgpt.files import PLOT
+from glyphgpt.reports.plot import draw, read_metrics
 
 PNG = b"\x89PNG\r\n"
 ROWS = [
@@ -28,8 +29,8 @@ def test_training_draws_its_run_and_says_where(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(tiny_settings(data_dir, tmp_path, plot=True))
-    assert (tmp_path / PICTURE).read_bytes().startswith(PNG)
-    assert capsys.readouterr().out.endswith(f"as a picture: {tmp_path / PICTURE}\n")
+    assert (tmp_path / PLOT).read_bytes().startswith(PNG)
+    assert capsys.readouterr().out.endswith(f"as a picture: {tmp_path / PLOT}\n")
 
 
 def test_without_matplotlib_training_ends_as_ever(
@@ -37,9 +38,9 @@ def test_without_matplotlib_training_ends_as_ever(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train.main(tiny_settings(data_dir, tmp_path, plot=True))
-    assert not (tmp_path / PICTURE).exists()
+    assert not (tmp_path / PLOT).exists()
     with pytest.raises(UserError, match=r"^drawing needs matplotlib: pip install matplotlib$"):
-        draw([tmp_path], tmp_path / PICTURE)
+        draw([tmp_path], tmp_path / PLOT)
 
 
 def test_several_runs_are_drawn_together(tmp_path: Path) -> None:
@@ -64,14 +65,14 @@ def test_a_row_that_was_cut_is_left_out_and_speed_is_that_between_rows(tmp_path:
 def test_metrics_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
     run = write_run(tmp_path / "run", line.strip() + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: not as train.py writes it$"):
-        draw([run], run / PICTURE)
+        draw([run], run / PLOT)
 
 
 def test_the_command_line_draws_into_the_runs_folder(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", *ROWS)
     done = script("glyphgpt/reports/plot.py", str(run))
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / PICTURE}: drawn\n", "")
-    assert (run / PICTURE).read_bytes().startswith(PNG)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / PLOT}: drawn\n", "")
+    assert (run / PLOT).read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize(

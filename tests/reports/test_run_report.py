@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train
 from conftest import script, tiny_settings
 from glyphgpt.errors import UserError
-from glyphgpt.reports.run_report import PAGE, POINTS, content, thinned, write
+from glyphgpt.files import REPORT
+from glyphgpt.reports.run_report import POINTS, content, thinned, write_report
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import Mode
+from glyphgpt.training.run import StepMetrics
 
 HOSTILE = (
     "</script><script>alert(1)</script><b>bold</b> &amp; <!-- \0\x1b[31m\x7f \u2028 \ud800 \u202eright \U0001f30d שלום"
@@ -57,9 +60,9 @@ def test_training_writes_the_page_and_says_where(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(tiny_settings(data_dir, tmp_path, report=True))
-    assert capsys.readouterr().out.endswith(f"the run as a page: {tmp_path / PAGE}\n")
+    assert capsys.readouterr().out.endswith(f"the run as a page: {tmp_path / REPORT}\n")
     shown = content(tmp_path)
-    assert (tmp_path / PAGE).read_text(encoding="utf-8").count(json.dumps(shown["samples"])) == 1
+    assert (tmp_path / REPORT).read_text(encoding="utf-8").count(json.dumps(shown["samples"])) == 1
     assert shown["ended"] == "All 20 steps are done."
     assert [sample["about"].split(",")[0] for sample in shown["samples"]] == ["step 0", "step 10", "step 20"]
     assert shown["rows"]["val"]["step"] == [0, 10, 20]
@@ -70,7 +73,7 @@ def test_training_writes_the_page_and_says_where(
 
 def test_it_can_be_turned_off(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(tiny_settings(data_dir, tmp_path, report=False))
-    assert not (tmp_path / PAGE).exists()
+    assert not (tmp_path / REPORT).exists()
     assert "page" not in capsys.readouterr().out
 
 
@@ -78,16 +81,17 @@ def test_a_stopped_run_has_its_page_too_with_the_command_to_go_on(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped(train.Trainer):
-        def tell(self, *rest: Any) -> None:
-            super().tell(*rest)
+        def step(self, batch: torch.Tensor) -> StepMetrics:
+            metrics = super().step(batch)
             if self.state.step == 6:
                 signal.raise_signal(signal.SIGTERM)
+            return metrics
 
     monkeypatch.setattr(train, "Trainer", Stopped)
     with pytest.raises(SystemExit) as ending:
         train.main(tiny_settings(data_dir, tmp_path, report=True, log_every=5))
     assert ending.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / PAGE).exists()
+    assert (tmp_path / REPORT).exists()
     shown = content(tmp_path)
     assert shown["ended"] == "Not at its end: step 7 of 20.", "which is told by the checkpoint alone"
     assert shown["commands"][1] == ("Train it further", f"python train.py --resume {tmp_path}")
@@ -96,10 +100,10 @@ def test_a_stopped_run_has_its_page_too_with_the_command_to_go_on(
 def test_a_page_that_cannot_be_written_costs_a_warning_only(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / PAGE).mkdir()
+    (tmp_path / REPORT).mkdir()
     train.main(tiny_settings(data_dir, tmp_path, report=True))
     said = capsys.readouterr()
-    assert re.fullmatch(rf"warning: {tmp_path / PAGE}: could not be written: [^\n]+\n", said.err)
+    assert re.fullmatch(rf"warning: {tmp_path / REPORT}: could not be written: [^\n]+\n", said.err)
     assert "best validation loss" in said.out
     assert (tmp_path / "last.safetensors").exists()
 
@@ -126,7 +130,7 @@ def test_figures_that_are_not_there_are_dashes(rows: list[dict[str, Any]], loss:
     run = written(tmp_path / "run", rows)
     assert told(run)["Best validation loss"] == loss
     assert told(run)["Parameters"] == "–", "which only a checkpoint tells"
-    write(run, run / PAGE)
+    write_report(run, run / REPORT)
 
 
 def test_a_run_without_steps_or_samples_has_a_page(data_dir: Path, tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_thinning_keeps_the_last_and_even_distances(length: int) -> None:
 
 @given(st.text())
 def test_no_text_breaks_out_and_each_comes_back(text: str) -> None:
-    page = render(PAGE, {"text": text})
+    page = render(REPORT, {"text": text})
     inside = page.partition(' id="data">')[2].partition("</script>")[0]
     assert "<" not in inside
     assert json.loads(inside) == {"text": text}
@@ -164,8 +168,8 @@ def test_no_text_breaks_out_and_each_comes_back(text: str) -> None:
 
 def test_only_the_pages_own_script_and_style_are_allowed(tmp_path: Path) -> None:
     run = written(tmp_path / "run", [val(0, 4.0)], [(0, HOSTILE)])
-    write(run, run / PAGE)
-    page = (run / PAGE).read_text(encoding="utf-8")
+    write_report(run, run / REPORT)
+    page = (run / REPORT).read_text(encoding="utf-8")
     for name in ("style", "script"):
         [inside] = re.findall(rf"<{name}>(.*?)</{name}>", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
@@ -179,14 +183,14 @@ def test_samples_that_are_none_are_refused(line: str, tmp_path: Path) -> None:
     run = written(tmp_path / "run", [val(0, 4.0)])
     (run / "samples.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"samples\.jsonl: not as train.py writes it$"):
-        write(run, run / PAGE)
+        write_report(run, run / REPORT)
 
 
 def test_the_command_line_writes_into_the_runs_folder(tmp_path: Path) -> None:
     run = written(tmp_path / "run", [val(0, 4.0)])
     done = script("glyphgpt/reports/run_report.py", str(run))
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / PAGE}: written\n", "")
-    assert (run / PAGE).read_bytes().startswith(b"<!DOCTYPE html>")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / REPORT}: written\n", "")
+    assert (run / REPORT).read_bytes().startswith(b"<!DOCTYPE html>")
 
 
 @pytest.mark.parametrize(
@@ -213,10 +217,10 @@ class Browser:
 
     def open(self, run: Path, width: int = 1200) -> None:
         """Write a run's page and open it in a window of that width, in pixels."""
-        write(run, run / PAGE)
+        write_report(run, run / REPORT)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get((run / PAGE).as_uri())
+        self.driver.get((run / REPORT).as_uri())
         deadline = time.monotonic() + 10
         while not self.all("svg text") and self.all("svg") and time.monotonic() < deadline:
             time.sleep(0.01)  # curves are drawn with the first frame

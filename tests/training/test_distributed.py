@@ -53,7 +53,7 @@ def test_gradients_are_exchanged_once_an_update(data_dir: Path, tmp_path: Path) 
     trainer = train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU)
     trainer.forward = model = Sharded()
     for _ in range(2):
-        trainer.gradients(trainer.batch())
+        trainer.backward(trainer.next_batch())
     assert model.seen == [False, False, True] * 2
 
 

@@ -18,9 +18,9 @@ from conftest import MODERN, ROOT, as_flags, read_metrics, same_tensors, tiny_se
 from faults import children
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt import runtime
-from glyphgpt.checkpoint import LAST
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.errors import UsageError
+from glyphgpt.files import LAST
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 

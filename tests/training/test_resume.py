@@ -27,7 +27,7 @@ from conftest import (
     tiny_settings,
 )
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.cli import CHECKPOINTS, parse
+from glyphgpt.cli import parse
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.settings import TrainSettings
 
@@ -54,10 +54,10 @@ def train_until(settings: TrainSettings, step: int, number: signal.Signals) -> i
     """Train, send this process a signal within the update that leads to `step`, and return the exit status."""
 
     class Stopped(train.Trainer):
-        def gradients(self, sequences: torch.Tensor) -> float:
+        def backward(self, batch: torch.Tensor) -> float:
             if self.state.step == step - 1:
                 signal.raise_signal(number)
-            return super().gradients(sequences)
+            return super().backward(batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Trainer", Stopped)
@@ -123,10 +123,10 @@ def test_a_signal_at_the_last_step_lets_the_run_end_as_usual(
     straight: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped(train.Trainer):
-        def gradients(self, sequences: torch.Tensor) -> float:
+        def backward(self, batch: torch.Tensor) -> float:
             if self.state.step == 39:
                 signal.raise_signal(signal.SIGTERM)
-            return super().gradients(sequences)
+            return super().backward(batch)
 
     monkeypatch.setattr(train, "Trainer", Stopped)
     train.main(dropout_settings(data_dir, tmp_path))
@@ -401,7 +401,6 @@ def test_the_config_of_a_copied_run_never_means_the_original(project: Path) -> N
 def test_a_config_file_of_the_users_own_keeps_its_out_dir(project: Path) -> None:
     (project / "config.toml").write_text('out_dir = "out/mine"\n', encoding="utf-8")
     (project / "model.safetensors").touch()  # no checkpoint of ours
-    assert set(CHECKPOINTS) == {checkpoints.BEST, checkpoints.LAST}
     assert parsed("config.toml").out_dir == "out/mine"
     assert parsed("out/one/config.toml", "--resume", "--out_dir=out/other").out_dir == "out/other"
 

@@ -16,7 +16,7 @@ from glyphgpt.data.dataset import load_dataset
 from glyphgpt.errors import UserError
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
-from glyphgpt.training.evaluation import Score
+from glyphgpt.training.evaluation import Score, evaluate_best
 from model import GPT
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -89,7 +89,7 @@ def test_eval_only_tells_the_loss_of_best_and_changes_nothing(
 def test_the_validation_loss_is_the_same_number_every_time(restless: Path, data_dir: Path) -> None:
     settings = tiny_settings(data_dir, restless)
     dataset = load_dataset(data_dir / "small", data_dir)
-    scores = [train.score_best(settings, dataset, CPU) for _ in range(2)]
+    scores = [evaluate_best(settings, dataset, CPU) for _ in range(2)]
     assert scores[0] == scores[1]
     assert scores[0].loss == min(validation_losses(restless).values())
 
@@ -157,8 +157,8 @@ def test_dropout_acts_while_training_and_not_at_evaluation(data_dir: Path, tmp_p
 def test_dropout_is_another_at_every_step(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same batch over and over, under weights that hardly move: only dropout can change the loss."""
     settings = tiny_settings(data_dir, tmp_path, dropout=0.5, learning_rate=1e-12, min_lr=0, max_steps=5)
-    same_batch = train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU).batch()
-    monkeypatch.setattr(train.Trainer, "batch", lambda _: same_batch)
+    same_batch = train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU).next_batch()
+    monkeypatch.setattr(train.Trainer, "next_batch", lambda _: same_batch)
     train.main(settings)
     assert len({round(row["loss"], 4) for row in rows(tmp_path, "train")}) == 5
 
@@ -175,7 +175,7 @@ def test_steps_walk_through_the_text_and_processes_share_each(processes: int, da
     for step in range(40):
         for trainer in trainers:
             trainer.state.step = step
-            seen.append(trainer.batch())
+            seen.append(trainer.next_batch())
     starts = window_starts(dataset.train.tokens, 16, settings.seed, first=0, count=40 * 12)
     assert torch.equal(torch.cat(seen), trainers[0].train_windows.at(starts, 17))
 
@@ -201,7 +201,7 @@ def test_a_share_in_uneven_parts_has_the_gradients_of_the_whole(
         trainer = train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU)
         trainer.forward = trainer.make_forward()
         sequences = trainer.train_windows.at(torch.arange(10).numpy() * 31, 17)
-        losses.append(trainer.gradients(sequences))
+        losses.append(trainer.backward(sequences))
         gradients.append([parameter.grad for parameter in trainer.model.parameters()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
@@ -295,7 +295,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(
     fault: str, run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny_settings(data_dir, tmp_path, max_steps=25, learning_rate=0.01, sample_tokens=30)
-    healthy = train.Trainer.gradients
+    healthy = train.Trainer.backward
 
     def gradients(trainer: train.Trainer, sequences: torch.Tensor) -> float:
         loss = healthy(trainer, sequences)
@@ -307,7 +307,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "gradients", gradients)
+        patch.setattr(train.Trainer, "backward", gradients)
         with pytest.raises(
             UserError, match=r"step 13: .*not finite.*lower learning_rate or raise warmup_steps"
         ) as failure:

@@ -1,0 +1,275 @@
+"""The folder of a run: check it, lock it, resume from it, save to it, and log what happens."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tomli_w
+from tqdm import tqdm
+
+from glyphgpt.checkpoint import Checkpoint, TrainState, load_checkpoint, read_metadata, save_checkpoint
+from glyphgpt.cli import command, printable
+from glyphgpt.data.batches import windows_per_epoch
+from glyphgpt.data.dataset import Dataset
+from glyphgpt.errors import BROKEN_PIPE_STATUS, UsageError, UserError, is_broken_pipe, warn
+from glyphgpt.files import (
+    BEST,
+    CONFIG,
+    LAST,
+    PLOT,
+    READY,
+    REPORT,
+    finish_replacement,
+    locked,
+    replace_files,
+    write_atomic,
+)
+from glyphgpt.runtime import Runtime, StopRequest, torchrun_id
+from glyphgpt.settings import PATHS, Mode, ModelConfig, Optimization, TrainSettings
+from glyphgpt.training.evaluation import Score, check_vocabulary
+from glyphgpt.training.metrics import Metrics
+
+LOG_SECONDS = 15  # longest silence where no progress bar is shown
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Measurements of one update."""
+
+    loss: float
+    """Loss of the batch before the update, in nats per token."""
+    grad_norm: float
+    """Norm of the gradients before clipping."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and the command that continues it."""
+
+    text: str
+    resume: str
+
+
+def outcome(settings: TrainSettings, state: TrainState, folder: Path) -> Outcome:
+    """Return how a run ended, or where it was interrupted."""
+    resume = command("train.py", "--resume", folder)
+    if state.step >= settings.max_steps:
+        return Outcome(f"all {settings.max_steps:,} steps done", f"{resume} --max_steps={2 * state.step or 1000}")
+    if out_of_patience(settings, state):
+        text = f"stopped early at step {state.step:,}: no better loss in {settings.patience} evaluations"
+        return Outcome(text, f"{resume} --patience=0")
+    return Outcome(f"interrupted at step {state.step:,} of {settings.max_steps:,}", resume)
+
+
+def out_of_patience(settings: TrainSettings, state: TrainState) -> bool:
+    """Return whether the validation loss has not improved for `patience` evaluations."""
+    return 0 < settings.patience <= state.evaluations_since_best
+
+
+def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
+    """Complete an interrupted replacement of files, and resume if torchrun has restarted the job of this run."""
+    folder, ours = Path(settings.out_dir), False
+    if runtime.is_main:
+        if (folder / READY).exists():
+            with locked(folder, "--out_dir=ANOTHER"):
+                finish_replacement(folder)
+        job = torchrun_id()
+        with suppress(UserError):
+            ours = bool(job) and read_metadata(folder / LAST).torchrun == job
+    (restarted,) = runtime.sum(float(ours))  # the main process decides for all
+    return settings.model_copy(update={"resume": True, "overwrite": False}) if restarted else settings
+
+
+def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
+    """Compare the lengths of the splits with block_size.
+
+    Raises:
+        UserError: The training split is shorter than one window.
+    """
+    train, val, block_size = dataset.train.tokens, dataset.val.tokens, settings.block_size
+    if train <= block_size:
+        raise UserError(
+            f"{dataset.folder}: its {train:,} training tokens do not fill a window of block_size + 1 = "
+            f"{block_size + 1:,}; lower block_size to at most {train - 1:,}, or prepare a longer text"
+        )
+    if val <= block_size:
+        warn(f"the validation split has only {val:,} tokens, fewer than block_size = {block_size:,}: its loss is noisy")
+
+
+def diverged(step: int, problem: str, when: str) -> UserError:
+    """Return the error for numbers that are not finite."""
+    return UserError(
+        f"step {step:,}: {problem}: not finite, so training stopped {when}; the checkpoints are unchanged; "
+        "lower learning_rate or raise warmup_steps, then continue with --resume"
+    )
+
+
+class Run:
+    """A run's folder and its messages. Only the main process writes and prints."""
+
+    def __init__(self, settings: TrainSettings, runtime: Runtime) -> None:
+        """Create the run without touching its folder."""
+        self.settings, self.runtime = settings, runtime
+        self.folder = Path(settings.out_dir)
+        self.stop = StopRequest()
+        self.tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+        self.has_files = settings.resume
+        self.wandb_id = ""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainings out of the folder.
+
+        Raises:
+            UsageError: Another process uses the folder.
+            UserError: There is no run to resume, or the folder cannot be written to.
+        """
+        if self.settings.resume and not (self.folder / LAST).exists():
+            begin = "--overwrite" if (self.folder / BEST).exists() else "leaving --resume out"
+            raise UserError(f"{self.folder}: no run to resume here; start a new one by {begin}")
+        with locked(self.folder, "--out_dir=ANOTHER") if self.runtime.is_main else nullcontext():
+            yield
+
+    def load_last(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from, or None for a new run. Write nothing.
+
+        Raises:
+            UsageError: The folder holds a run, and neither resume nor overwrite is set.
+            UserError: The checkpoint cannot be read.
+        """
+        checkpoint = None
+        if self.settings.resume:
+            checkpoint = load_checkpoint(self.folder / LAST)
+            self.wandb_id = checkpoint.metadata.wandb_id
+        elif not self.settings.overwrite and any((self.folder / name).exists() for name in (BEST, LAST)):
+            resume = "--resume to continue it, " if (self.folder / LAST).exists() else ""
+            raise UsageError(
+                f"{self.folder} already holds a run; add {resume}--overwrite to replace it, or --out_dir=ANOTHER"
+            )
+        self.runtime.barrier()  # every process has looked before one writes
+        return checkpoint
+
+    def check_resumable(self, checkpoint: Checkpoint, config: ModelConfig, dataset: Dataset) -> None:
+        """Check that a checkpoint fits the network and the dataset; warn if settings or data have changed.
+
+        Raises:
+            UserError: The network or the vocabulary differs.
+        """
+        check_vocabulary(checkpoint, dataset)
+        for name in ModelConfig.model_fields.keys() - {"dropout"}:
+            saved, wanted = getattr(checkpoint.config, name), getattr(config, name)
+            if saved != wanted:
+                raise UserError(f"{checkpoint.path}: {name} is {saved} there, but {wanted} in the settings")
+        was, now = checkpoint.metadata.settings, self.settings.model_dump()
+        decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # resuming is for training longer
+        changed = [
+            f"{key} {printable(str(was.get(key)))} -> {value}"
+            for key, value in now.items()
+            if key in decisive and was.get(key) != value
+        ]
+        if changed and self.runtime.is_main:
+            warn(f"settings have changed since the run began: {', '.join(changed)}")
+        if checkpoint.metadata.data != dataset.meta.fingerprint and self.runtime.is_main:
+            warn(f"{dataset.folder} has changed since the run began; the run continues, but not exactly")
+
+    def log_start(self, parameters: int, train_tokens: int) -> None:
+        """Print one line that describes the run."""
+        settings, runtime = self.settings, self.runtime
+        sequences = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
+        epochs = sequences / windows_per_epoch(train_tokens, settings.block_size)
+        processes = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
+        self.log(
+            f"{self.folder}: {parameters:,} parameters on {runtime.device}, "
+            f"{str(runtime.dtype).removeprefix('torch.')}{processes}; {self.tokens_per_step:,} tokens a step, "
+            f"{settings.max_steps:,} steps = {epochs:.2f} epochs over {train_tokens:,} tokens"
+        )
+
+    @contextmanager
+    def recording(self, state: TrainState) -> Iterator[None]:
+        """Open the metrics and the progress bar, and take signals as requests to stop."""
+        self.start_time = time.perf_counter() - state.seconds
+        hidden = None if self.runtime.is_main else True  # None hides the bar where there is no terminal
+        self.bar = tqdm(total=self.settings.max_steps, initial=state.step, unit="step", disable=hidden)
+        self.metrics = Metrics(self.settings, wandb_id=self.wandb_id, silent=not self.runtime.is_main)
+        with closing(self.metrics), self.stop.listening(), self.bar:
+            if self.settings.resume:
+                self.write_config(self.folder)
+                self.metrics.open(keep_steps=state.step)
+            yield
+
+    def seconds(self) -> float:
+        """Return the time spent on this run, in this process and in those before it."""
+        return round(time.perf_counter() - self.start_time, 3)
+
+    def log_step(self, step: int, metrics: StepMetrics) -> None:
+        """Show an update on the progress bar, and write a row of metrics every `log_every` steps."""
+        speed = (self.bar.format_dict["rate"] or 0.0) * self.tokens_per_step
+        self.bar.set_postfix_str(f"loss {metrics.loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+        if self.bar.disable and time.perf_counter() - self.log_time > LOG_SECONDS:
+            self.log(f"step {step:,}: training loss {metrics.loss:.3f}")
+        if step % self.settings.log_every == 0:
+            self.write_metrics("train", step, metrics)
+
+    def write_metrics(self, kind: str, step: int, metrics: StepMetrics | Score) -> None:
+        """Write a row of metrics."""
+        tokens = step * self.tokens_per_step
+        self.metrics.write(kind, step, **asdict(metrics), tokens=tokens, seconds=self.seconds())
+
+    def save(self, checkpoints: dict[str, Checkpoint]) -> None:
+        """Write checkpoints by file name, in this order. The first ones of a new run replace an earlier run.
+
+        The earlier run stays complete until all files of the new one can take its place.
+
+        Raises:
+            UserError: They could not be written; the previous files are unchanged.
+        """
+        if self.has_files:
+            for name, checkpoint in checkpoints.items():
+                save_checkpoint(checkpoint, self.folder / name)
+            return
+        with replace_files(self.folder, stale=(REPORT, PLOT)) as new:
+            for name, checkpoint in checkpoints.items():
+                save_checkpoint(checkpoint, new / name)
+            self.metrics.write_held(new)
+            self.write_config(new)
+        self.metrics.open(keep_steps=math.inf)
+        self.has_files = True
+
+    def write_config(self, folder: Path) -> None:
+        """Write the settings with which this run can be resumed or repeated from any working directory."""
+        if self.runtime.is_main:
+            settings = self.settings.model_dump(exclude=set(Mode.model_fields))
+            absolute = {key: str(Path(settings[key]).absolute()) for key in PATHS if settings[key]}
+            write_atomic(folder / CONFIG, tomli_w.dumps(settings | absolute).encode())
+
+    def log(self, text: str) -> None:
+        """Print without breaking the progress bar. If nobody reads the output any more, request a stop."""
+        self.log_time = time.perf_counter()
+        if self.runtime.is_main:
+            try:
+                tqdm.write(text)
+            except OSError as error:
+                if is_broken_pipe(error):
+                    self.stop.stop_on_broken_pipe()
+
+    def log_end(self, state: TrainState, stopped_by: signal.Signals | None) -> None:
+        """Print how the run ended and what to do next."""
+        end = outcome(self.settings, state, self.folder)
+        if stopped_by and state.step < self.settings.max_steps:
+            self.log(f"{stopped_by.name}: {end.text}, saved; resume: {end.resume}")
+            return
+        self.log(f"{end.text}; best validation loss {state.best_loss:.4f}")
+        self.log(f"sample: {command('sample.py', self.folder)}")
+        self.log(f"train longer: {end.resume}")
+
+    def exit_status(self, state: TrainState, stopped_by: signal.Signals | None) -> int:
+        """Return the exit status of the process: 0, or that of the signal or the broken pipe that stopped the run."""
+        if stopped_by and state.step < self.settings.max_steps:
+            return 128 + stopped_by
+        return BROKEN_PIPE_STATUS if self.stop.broken_pipe else 0
