@@ -1,11 +1,13 @@
 """Every command in the documentation works, every link leads somewhere, and every setting that it names exists."""
 
+import ast
 import importlib.util
 import io
 import re
 import runpy
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -29,7 +31,11 @@ from glyphgpt.settings import (
 )
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md"))}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in (".", "docs", "bench", "lessons")
+    for path in sorted((ROOT / folder).glob("*.md"))
+}
 COMMAND_PAGES = [name for name in PAGES if name in ("README.md", "CONTRIBUTING.md") or name.startswith("docs/")]
 
 SCRIPTS: dict[str, type[Settings]] = {
@@ -42,14 +48,15 @@ SCRIPTS: dict[str, type[Settings]] = {
     "glyphgpt/reports/run_report.py": ReportSettings,
 }
 SMALL = {  # flags that make a command of a page short, added to its own
-    "train.py": "--max_steps=1 --eval_tokens=100 --sample_tokens=5 --batch_size=1 --device=cpu --compile=False --plot=False",
+    "train.py": "--max_steps=1 --eval_tokens=100 --sample_tokens=5 --batch_size=1 --device=cpu --compile=False "
+    "--plot=False",
     "sample.py": "--max_new_tokens=3 --device=cpu --skip_unknown",  # the small text lacks some letters
 }
 ABSENT = re.compile(r"config/gpt2\.toml|tokenizer=gpt2|init_from=gpt2|^gpt2$|nanoGPT/")
 """Words of commands that are parsed, not run: they need a GPU, a download, or a checkout of nanoGPT."""
-OTHER_PROGRAMS = {"cat", "export", "git", "head", "hf", "llama-completion", "python3", ".", "first=$(scontrol"}
-OTHER_FLAGS = {"constraint", "editable", "extra-index-url", "system-site-packages", "force-reinstall", "help"}
-"""Flags of pip and venv, and one of all our scripts."""
+OTHER_PROGRAMS = {"cat", "export", "git", "head", "hf", "llama-completion", "python3", ".", "[", "first=$(scontrol"}
+OTHER_FLAGS = {"constraint", "editable", "extra-index-url", "system-site-packages", "signal", "help"}
+"""Flags of pip, venv and sbatch, and one of all our scripts."""
 
 
 def shell_blocks(page: str) -> str:
@@ -66,7 +73,7 @@ def inline_code(page: str) -> list[str]:
 
 def commands(page: str) -> Iterator[list[str]]:
     """Yield the commands of a page as words, those within a line apart, without variables that they set."""
-    inline = [code for code in inline_code(page) if code.startswith(("python ", "torchrun ", "make "))]
+    inline = [code for code in inline_code(page) if code.startswith(("python ", "torchrun ", "make ", "pip "))]
     for line in [*shell_blocks(page).splitlines(), *inline]:
         words = shlex.split(line, comments=True)
         for joins, part in groupby(words, {"|", "&&"}.__contains__):
@@ -96,7 +103,7 @@ def check(words: list[str]) -> None:
     if program == "python":
         check_script(*script_of(words))
     elif program in ("torchrun", "srun"):
-        options = get_args_parser().parse_args(rest[rest.index("torchrun") + 1 :] if program == "srun" else rest)
+        options = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
         check_script(options.training_script, [word for word in options.training_script_args if word[0] != "$"])
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -116,6 +123,8 @@ def check_script(name: str, rest: list[str]) -> None:
     if name in SCRIPTS:
         _, plain = parse(SCRIPTS[name], rest, "", "", files=name == "train.py")
         assert name != "glyphgpt/convert/__main__.py" or plain[0] in KINDS
+    elif name == "-c":
+        ast.parse(rest[0])
     elif name == "pytest.py":
         assert all((ROOT / word).exists() for word in rest if not word.startswith("-"))
     else:
@@ -128,7 +137,11 @@ def run(name: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a script in this process, as its command line would."""
     monkeypatch.setattr(sys, "argv", [name, *rest, *SMALL.get(name, "").split()])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"to be or not to be\nthe king, my lord\n")))
-    runpy.run_path(str(ROOT / name), run_name="__main__")
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, on_ctrl_c)
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +170,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", COMMAND_PAGES)
-def test_every_command_runs_or_parses(
-    page: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_runs_or_parses(page: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     if page == "README.md":  # which trains the run that all other pages begin with
@@ -236,7 +247,8 @@ def test_the_page_of_settings_is_up_to_date() -> None:
 def test_tables_name_real_settings() -> None:
     training, nanogpt = (PAGES[f"docs/{name}.md"].read_text(encoding="utf-8") for name in ("training", "from-nanogpt"))
     table = training[training.index("| setting |") :].partition("\n\n")[0]
-    names = {name for cell in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)}
+    cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     paragraph = nanogpt[nanogpt.index("These settings keep") :].partition("\n\n")[0]
     names |= set(re.findall(r"`(\w+)`", paragraph))
     assert len(names) > 30
