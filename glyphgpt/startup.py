@@ -8,7 +8,6 @@ import ctypes
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ USAGE = {
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-@cache
-def command_line(script: str) -> tuple[Any, list[str]]:
+_parsed: dict[str, tuple[Any, list[str]]] = {}
+"""The command line of the main program, from the start of its imports until `run`."""
+
+
+def parse_command_line(script: str) -> tuple[Any, list[str]]:
     """Return the settings and the plain words of a script's command line.
 
     Raises:
@@ -43,7 +45,7 @@ def command_line(script: str) -> tuple[Any, list[str]]:
 def run(script: str, main: Callable[..., None], broken_pipe_status: int = BROKEN_PIPE_STATUS) -> None:
     """Call a script's main function with its settings and plain words; print errors as one line each."""
     with exit_on_error(broken_pipe_status):
-        settings, words = command_line(script)
+        settings, words = _parsed.pop(script, None) or parse_command_line(script)
         main(settings, *words)
 
 
@@ -68,7 +70,7 @@ def start() -> None:
         exit_on_ctrl_c()
         keep_freed_memory()
         with exit_on_error():
-            command_line(program.name)
+            _parsed[program.name] = parse_command_line(program.name)
 
 
 start()
