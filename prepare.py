@@ -12,6 +12,8 @@ it. The first part trains, the last (val_fraction) validates; decoding both give
 was interrupted continues where it stopped, once it is started again.
 """
 
+import glyphgpt.startup  # first: answers --help and mistakes before the other imports
+
 import codecs
 import hashlib
 import os
@@ -27,7 +29,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-import glyphgpt.startup  # first: answers --help and mistakes before the other imports
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker

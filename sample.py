@@ -10,6 +10,8 @@ A checkpoint contains its vocabulary (except GPT-2's, which is downloaded once),
 context grows to the model's block_size tokens; then its older half is dropped, and it grows again.
 """
 
+import glyphgpt.startup  # first: answers --help and mistakes before the other imports
+
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-import glyphgpt.startup  # first: answers --help and mistakes before the other imports
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
 from glyphgpt.data.text import read_text
@@ -78,7 +79,7 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
     if (folder / META).is_file():
         dataset = load_dataset(folder, data_dir)
         if dataset.meta.tokenizer != tokenizer.to_dict():
-            raise UserError(f"{folder}: its vocabulary differs from the model's; score its text instead: --score=FILE")
+            raise UserError(f"{folder}: its vocabulary differs from the model's; score its text: --score=FILE")
         return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
     text = read_text(settings.score)
     tokens = encode_text(text, tokenizer, skip=settings.skip_unknown)

@@ -8,6 +8,8 @@
 Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.html to out_dir.
 """
 
+import glyphgpt.startup  # first: answers --help and mistakes before torch is imported
+
 import math
 import signal
 from dataclasses import asdict, fields
@@ -18,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import glyphgpt.startup  # first: answers --help and mistakes before torch is imported
 from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState
 from glyphgpt.data.batches import Windows, window_starts
 from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset

@@ -1,6 +1,7 @@
-"""TOML files and command-line flags into typed, checked settings.
+"""The command line: TOML files and flags to settings, help, and commands for messages.
 
-Order: defaults, files from left to right, flags. Nothing is executed, and all problems are told at once.
+Settings come from the defaults, then from files from left to right, then from flags; later values win. Nothing is
+executed, and all problems are reported at once.
 """
 
 import argparse
@@ -28,12 +29,10 @@ Values = dict[str, Any]
 
 COMMAND_LINE = "command line"
 ROOT = Path(__file__).parent.parent
-"""Where the scripts are."""
-ACTIONS = Mode.model_fields.keys()
-BEYOND_WORDS = 10**6
-"""Bounds from here on are there for the sake of arithmetic."""
+"""The folder of the scripts."""
+LARGE_BOUND = 10**6
+"""Bounds from here on only keep the arithmetic in range; help and messages do not show them."""
 
-# nanoGPT's names for settings that are called otherwise here.
 NANOGPT_NAMES = {
     "always_save_checkpoint": "save_every",
     "eval_interval": "eval_every",
@@ -45,13 +44,15 @@ NANOGPT_NAMES = {
     "wandb_log": "wandb",
     "warmup_iters": "warmup_steps",
 }
+"""nanoGPT's names of settings that have other names here."""
 
 
 def read_words(settings_class: type[Settings], words: Sequence[str]) -> tuple[list[str], Values]:
-    """Sort command-line words into plain words and flags.
+    """Return the plain words and the flags of a command line.
 
-    `--key=value` and `--key value` mean the same, a dash in a key stands for an underscore, and a switch may
-    stand bare. Values stay text (or None where one is missing); a repeated key of several values adds to it.
+    `--key=value` and `--key value` are the same, a dash in a key is an underscore, and a switch needs no value. Values
+    stay text, or None if one is missing; a setting of several values collects those of repeated flags. (argparse cannot
+    do this: for `--resume FOLDER` and `--compile False` it would need to know which words are values of a switch.)
     """
     plain: list[str] = []
     flags: Values = {}
@@ -80,13 +81,12 @@ def read_toml(path: str) -> Values:
     """Read one TOML file of settings.
 
     Raises:
-        UsageError: it is missing, unreadable, or not TOML; a Python config gets told how to become TOML.
+        UsageError: It is missing, unreadable, or not TOML. For a Python config, the message says how to convert it.
     """
     if path.endswith(".py"):
-        raise UsageError(
-            f"{path}: a Python config is never executed; copy its 'key = value' lines to "
-            f"{Path(path).with_suffix('.toml')}, with true and false in small letters and products worked out"
-        )
+        words = ["nanogpt-config", path, f"--out={Path(path).with_suffix('.toml')}"]
+        convert = shlex.join(["python", "-m", "glyphgpt.convert", *words])
+        raise UsageError(f"{path}: a Python config is never executed; convert one of nanoGPT's: {convert}")
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # PowerShell writes a byte order mark
     except OSError as error:
@@ -98,17 +98,17 @@ def read_toml(path: str) -> Values:
 def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
     """Read a settings file, or the config.toml of a run's folder; return its path and its values.
 
-    The config.toml of a run, which is the one beside a checkpoint, belongs to the folder that it is in now, wherever
-    that has been moved or copied from. With `resume`, any config.toml does.
+    A config.toml beside a checkpoint, or any with `resume`, is that of a run. Its out_dir is the folder that it is in,
+    from wherever that has been moved or copied.
 
     Raises:
-        UsageError: as `read_toml`; or the folder holds no run.
+        UsageError: The file cannot be read, or the folder holds no run.
     """
     path = Path(word)
     if path.is_dir():
         path /= CONFIG
         if not path.exists():
-            raise UsageError(f"{word}: this folder holds no run; its {CONFIG} is missing")
+            raise UsageError(f"{word}: not the folder of a run; it has no {CONFIG}")
     values = read_toml(str(path))
     if path.name == CONFIG and (resume or any((path.parent / name).exists() for name in (BEST, LAST))):
         values = relocated(values, path.parent)
@@ -118,7 +118,7 @@ def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
 def relocated(values: Values, folder: Path) -> Values:
     """Return the settings of the run that is in `folder` now.
 
-    Data that is no longer where it was is expected where it was as seen from the run: both may have moved together.
+    If data_dir does not exist any more, it is looked for at the same path relative to the run: both may have moved.
     """
     data_dir, out_dir = values.get("data_dir"), values.get("out_dir")
     if isinstance(data_dir, str) and isinstance(out_dir, str) and not Path(data_dir).exists():
@@ -129,7 +129,7 @@ def relocated(values: Values, folder: Path) -> Values:
 
 
 def command(script: str, *words: str | Path) -> str:
-    """Return a command that runs one of the scripts from here, to be pasted into a shell.
+    """Return a shell command that runs one of the scripts from the working directory.
 
     >>> command("sample.py", "out/my run")
     "python sample.py 'out/my run'"
@@ -138,24 +138,25 @@ def command(script: str, *words: str | Path) -> str:
 
 
 def from_here(path: Path) -> str:
-    """Return a path as seen from the working directory, if it is below it."""
+    """Return a path relative to the working directory, if it is inside it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S:
-    """Check the values of each (name, values) source, later ones winning, and return the settings.
+    """Return the settings from (name, values) sources, of which later ones win.
 
     Raises:
-        UsageError: one line for each problem, with its source.
+        UsageError: Some values are not valid; one line per problem, with its source.
     """
     problems: list[str] = []
     merged: Values = {}
     for source, given in sources:
         values = {printable(key): value for key, value in given.items()}
-        if source != COMMAND_LINE:  # a file says what a run is, and not what becomes of the last one
-            problems += [f"{source}: '{key}' is for the command line: --{key}" for key in values if key in ACTIONS]
-        try:  # flags are text to be read; TOML has types of its own, which must fit
+        if source != COMMAND_LINE:  # a file describes a run; whether to resume or replace one is said each time
+            modes = [key for key in values if key in Mode.model_fields]
+            problems += [f"{source}: '{key}' is for the command line only: --{key}" for key in modes]
+        try:  # flags are text to convert; TOML values have types, which must match
             checked = settings_class.model_validate(values, strict=source != COMMAND_LINE)
             merged.update({key: getattr(checked, key) for key in values})
         except ValidationError as error:
@@ -170,7 +171,7 @@ def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S
 
 
 def explain(settings_class: type[Settings], source: str, key: str, value: object) -> str:
-    """Say in one line why a source's value for a key cannot be taken, and what could be."""
+    """Return one line that says why a source's value is not valid, and what would be."""
     name = f"--{key}" if source == COMMAND_LINE else f"'{key}'"
     field = settings_class.model_fields.get(key)
     if field is None:
@@ -184,24 +185,24 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
     if value is None or (isinstance(value, list) and None in value):
         return f"{source}: {name} needs a value: {expected(field)}"
     wanted = "printable text" if field.annotation is str and isinstance(value, str) else expected(field)
-    digits = isinstance(value, str) and value.isdecimal() and len(value) >= len(str(BEYOND_WORDS))
-    large = digits or (isinstance(value, int) and abs(value) > BEYOND_WORDS)  # Python does not print all numbers
-    shown = "so large a one" if large else reprlib.repr(value)
+    digits = isinstance(value, str) and value.isdecimal() and len(value) >= len(str(LARGE_BOUND))
+    large = digits or (isinstance(value, int) and abs(value) > LARGE_BOUND)  # Python does not print all numbers
+    shown = "such a large number" if large else reprlib.repr(value)
     return f"{source}: {name} must be {wanted}, not {shown}"
 
 
 def printable(key: str) -> str:
-    """Return a key or value as it can stand in a line, whatever bytes it came from."""
+    """Return a key or value as printable text of limited length, whatever it contains."""
     return reprlib.repr(key)[1:-1] if len(key) > 100 or not key.isprintable() else key
 
 
 def is_switch(field: FieldInfo | None) -> bool:
-    """Tell whether a setting may stand bare on the command line."""
+    """Return whether a setting needs no value on the command line."""
     return field is not None and bool in {field.annotation, *get_args(field.annotation)}
 
 
 def is_value(word: str, field: FieldInfo | None) -> bool:
-    """Tell whether the word after a bare key is its value; after a switch it need not be."""
+    """Return whether the word after `--key` is its value. After a switch, it is one only if it is valid."""
     if field is None or not is_switch(field):
         return not word.startswith("--")
     annotation: Any = field.annotation
@@ -213,23 +214,23 @@ def is_value(word: str, field: FieldInfo | None) -> bool:
 
 
 def bounds(field: FieldInfo) -> list[str]:
-    """Say a setting's bounds, as in ["at least 0", "below 1"], but for those that nobody meets."""
+    """Return a setting's bounds in words, as in ["at least 0", "below 1"], without very large ones."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return [
         f"{phrase} {getattr(bound, name)}"
         for bound in field.metadata
         for name, phrase in words.items()
-        if hasattr(bound, name) and getattr(bound, name) < BEYOND_WORDS
+        if hasattr(bound, name) and getattr(bound, name) < LARGE_BOUND
     ]
 
 
 def expected(field: FieldInfo) -> str:
-    """Say which values a setting takes, as in "a whole number, at least 1"."""
+    """Return which values a setting accepts, as in "a whole number, at least 1"."""
     return ", ".join([type_name(field.annotation), *bounds(field)])
 
 
 def type_name(annotation: Any) -> str:
-    """Name a setting's type in plain words."""
+    """Return a setting's type in words."""
     origin = get_origin(annotation)
     if origin is Literal:
         return " or ".join(repr(choice) for choice in get_args(annotation))
@@ -241,7 +242,7 @@ def type_name(annotation: Any) -> str:
 
 
 def groups(settings_class: type[Settings]) -> Iterator[tuple[str, Mapping[str, FieldInfo]]]:
-    """Yield each heading of a settings class with the settings that stand under it."""
+    """Yield each heading of a settings class, with its settings."""
     for group in reversed(settings_class.__mro__):
         own = [key for key in inspect.get_annotations(group) if key in settings_class.model_fields]
         if own:
@@ -249,12 +250,12 @@ def groups(settings_class: type[Settings]) -> Iterator[tuple[str, Mapping[str, F
 
 
 def default_text(field: FieldInfo) -> str:
-    """Write a default as one would in TOML or on the command line."""
+    """Return a default as it is written on the command line."""
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def metavar(annotation: Any) -> str:
-    """Name a setting's type as help does: INT, or the words to choose from."""
+    """Return a setting's type as help shows it: INT, or the choices."""
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
@@ -263,7 +264,7 @@ def metavar(annotation: Any) -> str:
 
 
 def help_text(settings_class: type[Settings], usage: str, description: str) -> str:
-    """Lay out a script's help: every setting with its type, bounds, default and meaning."""
+    """Return a script's help: every setting with its type, meaning, bounds and default."""
     parser = argparse.ArgumentParser(
         usage=usage, description=description, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -280,16 +281,20 @@ def help_text(settings_class: type[Settings], usage: str, description: str) -> s
 def parse(
     settings_class: type[S], words: Sequence[str], usage: str, description: str, *, files: bool
 ) -> tuple[S, list[str]]:
-    """Read a script's command line into its settings and its plain words.
+    """Return the settings and the plain words of a command line, without the script's name.
 
-    Where `files` is true, the plain words are TOML files of settings, or folders of runs. `-h` or `--help` among the
-    words prints the help and exits.
+    If `files` is true, the plain words are TOML files of settings or folders of runs. `-h` or `--help` prints the help
+    and exits.
+
+    Raises:
+        UsageError: The command line or a file is not valid; one line per problem.
+        SystemExit: The help was printed.
     """
     if {"-h", "--help"} & set(words):
         print(help_text(settings_class, usage, description), flush=True)
         raise SystemExit(0)
     plain, flags = read_words(settings_class, words)
-    plain = [os.path.expanduser(word) for word in plain]  # noqa: PTH111  (which keeps what is no path as it is)
+    plain = [os.path.expanduser(word) for word in plain]  # noqa: PTH111  (Path would change words that are not paths)
     resume = str(flags.get("resume", "false")).lower() not in ("false", "f", "no", "n", "off", "0")
     sources = [read_config(word, resume=resume) for word in plain] if files else []
     return resolve(settings_class, [*sources, (COMMAND_LINE, flags)]), plain

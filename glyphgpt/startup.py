@@ -45,7 +45,7 @@ def parse_command_line(script: str) -> tuple[Any, list[str]]:
 def run(script: str, main: Callable[..., None], broken_pipe_status: int = BROKEN_PIPE_STATUS) -> None:
     """Call a script's main function with its settings and plain words; print errors as one line each."""
     with exit_on_error(broken_pipe_status):
-        settings, words = _parsed.pop(script, None) or parse_command_line(script)
+        settings, words = _parsed.pop(script) if script in _parsed else parse_command_line(script)
         main(settings, *words)
 
 

@@ -186,7 +186,7 @@ def test_every_name_of_nanogpt_leads_to_a_setting() -> None:
         ("dataset = 3", "'dataset' must be text, not 3"),
         ("n_layers = 6", "unknown key 'n_layers'; did you mean 'n_layer'?"),
         ("[model]\nn_layer = 6", "unknown key 'model'; --help lists every setting"),
-        ("overwrite = true", "'overwrite' is for the command line: --overwrite"),
+        ("overwrite = true", "'overwrite' is for the command line only: --overwrite"),
         ("warmup_iters = 6", "unknown key 'warmup_iters'; nanoGPT's 'warmup_iters' is 'warmup_steps' here"),
     ],
     ids=str,
@@ -246,15 +246,15 @@ def test_a_file_that_is_missing_and_a_folder(folder: Path) -> None:
     missing = folder / "missing.toml"
     line = f"{missing}: cannot read this settings file: No such file or directory"
     assert problems(TrainSettings, str(missing)) == [line]
-    assert problems(TrainSettings, str(folder)) == [f"{folder}: this folder holds no run; its config.toml is missing"]
+    assert problems(TrainSettings, str(folder)) == [f"{folder}: not the folder of a run; it has no config.toml"]
 
 
 def test_a_python_config_is_never_executed(folder: Path) -> None:
     marker = folder / "executed"
     config = write_toml(folder, f"open({str(marker)!r}, 'w')\nn_layer = 6\n", "config.py")
     assert problems(TrainSettings, config) == [
-        f"{config}: a Python config is never executed; copy its 'key = value' lines to {folder / 'config.toml'}, "
-        "with true and false in small letters and products worked out"
+        f"{config}: a Python config is never executed; convert one of nanoGPT's: python -m glyphgpt.convert "
+        f"nanogpt-config {config} --out={folder / 'config.toml'}"
     ]
     assert not marker.exists()
 
@@ -272,7 +272,7 @@ def test_a_python_config_is_never_executed(folder: Path) -> None:
             ["position = 'sinusoidal' needs an even n_embd, not 9"],
         ),
         (["--min_lr=0.1", "--learning_rate=0.01"], ["min_lr = 0.1 is above learning_rate = 0.01"]),
-        (["--init_from=resume"], ["init_from = 'resume' is nanoGPT's way; say --resume here"]),
+        (["--init_from=resume"], ["init_from = 'resume' is nanoGPT's; use --resume here"]),
         (["--resume", "--overwrite"], ["resume and overwrite contradict each other; choose one"]),
         (
             ["--n_head=3", "--min_lr=2"],
@@ -292,7 +292,7 @@ def test_training_settings_that_do_not_go_together(words: list[str], lines: list
         (["--interactive", "--num_samples=2"], "interactive shows one sample at a time; leave num_samples out"),
         (
             ["--interactive", "--prompt_file=-"],
-            "interactive reads standard input itself; give the prompt another way",
+            "interactive reads standard input; pass the prompt with --prompt",
         ),
         (["--interactive", "--score=a"], "score and interactive contradict each other; choose one"),
     ],
@@ -344,14 +344,14 @@ def test_every_setting_is_told_in_the_help_with_its_default_and_meaning(settings
 def test_help_words_an_entry_as_one_would_say_it() -> None:
     shown = " ".join(help_text(TrainSettings, "usage", "description").split())
     assert "--n_layer INT Number of blocks. (at least 1; default 4)" in shown
-    assert "--compile auto|true|false torch.compile the model" in shown
+    assert "--compile auto|true|false Compile the model with torch.compile" in shown
     assert "(at least 0; below 1; default 0.0)" in shown
     for heading in (
         "Data and results:",
         "The network:",
         "Optimization:",
-        "The machine:",
-        "What to do (on the command line only):",
+        "Hardware:",
+        "Mode (on the command line only):",
     ):
         assert heading in shown
 
@@ -447,7 +447,7 @@ def test_a_name_that_could_be_no_line_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["n_layer", "n_embd", "batch_size", "max_steps", "ngram_rows", "eval_every"])
 def test_numbers_beyond_any_machine_are_refused(key: str) -> None:
-    with pytest.raises(UsageError, match=rf"--{key} must be a whole number, at least [01], not so large a one$"):
+    with pytest.raises(UsageError, match=rf"--{key} must be a whole number, at least [01], not such a large number$"):
         resolve(TrainSettings, [("command line", {key: "9" * 30})])
 
 

@@ -24,7 +24,7 @@ from glyphgpt.errors import UsageError, UserError, exit_on_error, format_os_erro
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 1, "error: a.txt: No such file\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
         (OSError("something odd"), 1, "error: something odd\n"),
-        (MemoryError(), 1, "error: out of memory; make something smaller\n"),
+        (MemoryError(), 1, "error: out of memory; use a smaller model, batch or text\n"),
     ],
     ids=repr,
 )
@@ -207,7 +207,7 @@ def test_no_more_threads_is_one_line() -> None:
 @pytest.mark.parametrize("error", [ImportError("bad binary"), ValueError("numpy.dtype size changed"), OSError("libx")])
 def test_a_package_that_is_broken_is_not_called_missing(error: Exception) -> None:
     with (
-        pytest.raises(UsageError, match=rf"^it needs pyarrow, which is installed but cannot .*\({error}\); install it"),
+        pytest.raises(UsageError, match=rf"^it needs pyarrow, which is installed but .*\({error}\); reinstall it"),
         optional_import("pyarrow", "it"),
     ):
         raise error

@@ -31,7 +31,7 @@ def test_another_training_is_refused_and_touches_nothing(data_dir: Path, tmp_pat
     train.main(settings)
     with locked(tmp_path, "x"):
         before = contents(tmp_path)
-        refusal = f"{tmp_path}: in use by another process; wait for its end, or use --out_dir=ANOTHER"
+        refusal = f"{tmp_path}: in use by another process; wait until it ends, or use --out_dir=ANOTHER"
         done = script("train.py", *as_flags(settings), "--resume")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error: {refusal}")
@@ -69,7 +69,9 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "replace", fail)
     if call == "unlink":  # what is left then does no harm
         monkeypatch.setattr(os, "unlink", fail)
-    with pytest.raises(UserError, match=rf"^{tmp_path / 'a'}: could not be written: No space left on device$"):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path / 'a'}: could not be written: No space left on device; the previous file"
+    ):
         write_atomic(tmp_path / "a", b"second")
     monkeypatch.undo()
     assert (tmp_path / "a").read_bytes() == b"first"
@@ -103,7 +105,7 @@ def test_a_file_system_without_flock_is_locked_another_way(tmp_path: Path) -> No
     assert first.stdout
     assert first.stdout.readline() == "locked\n"
     assert (
-        lock().communicate()[1] == f"error: {tmp_path}: in use by another process; wait for its end, or use another\n"
+        lock().communicate()[1] == f"error: {tmp_path}: in use by another process; wait until it ends, or use another\n"
     )
     first.kill()
     first.communicate()

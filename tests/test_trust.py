@@ -60,7 +60,7 @@ def test_a_run_that_is_there_is_refused_and_left_as_it_was(straight: Path, data_
     done = script("train.py", *as_flags(tiny_settings(data_dir, straight, seed=2, n_layer=1)))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: {straight} holds a run already; add --resume to continue it, --overwrite to replace it, "
+        f"error: {straight} already holds a run; add --resume to continue it, --overwrite to replace it, "
         "or --out_dir=ANOTHER\n"
     )
     assert contents(straight) == before
@@ -69,7 +69,7 @@ def test_a_run_that_is_there_is_refused_and_left_as_it_was(straight: Path, data_
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_one_checkpoint_alone_is_a_run_too(name: str, straight: Path, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((straight / name).read_bytes())
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already holds a run"):
         train.main(tiny_settings(data_dir, tmp_path))
     assert contents(tmp_path) == {name: (straight / name).read_bytes(), ".lock": b""}
 

@@ -130,8 +130,8 @@ class Run:
             UserError: There is no run to resume, or the folder cannot be written to.
         """
         if self.settings.resume and not (self.folder / LAST).exists():
-            begin = "--overwrite" if (self.folder / BEST).exists() else "leaving --resume out"
-            raise UserError(f"{self.folder}: no run to resume here; start a new one by {begin}")
+            instead = "use --overwrite" if (self.folder / BEST).exists() else "leave --resume out"
+            raise UserError(f"{self.folder}: no run to resume here; {instead} to start a new one")
         with locked(self.folder, "--out_dir=ANOTHER") if self.runtime.is_main else nullcontext():
             yield
 
@@ -262,10 +262,10 @@ class Run:
         """Print how the run ended and what to do next."""
         end = outcome(self.settings, state, self.folder)
         if stopped_by and state.step < self.settings.max_steps:
-            self.log(f"{stopped_by.name}: {end.text}, saved; resume: {end.resume}")
+            self.log(f"{end.text} by {stopped_by.name}, saved; resume it: {end.resume}")
             return
         self.log(f"{end.text}; best validation loss {state.best_loss:.4f}")
-        self.log(f"sample: {command('sample.py', self.folder)}")
+        self.log(f"sample it: {command('sample.py', self.folder)}")
         self.log(f"train longer: {end.resume}")
 
     def exit_status(self, state: TrainState, stopped_by: signal.Signals | None) -> int:

@@ -1,5 +1,7 @@
 """prepare.py: any text becomes shards that decode to the very text, or one clear line and nothing else."""
 
+from glyphgpt.startup import USAGE
+
 import io
 import json
 import os
@@ -24,7 +26,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import prepare
-from glyphgpt.startup import USAGE
 from conftest import ROOT, prepare_text, run_prepare, script, some_text
 from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState, save_checkpoint
 from glyphgpt.data import dataset as shards

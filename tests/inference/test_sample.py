@@ -204,7 +204,7 @@ def test_score_is_the_loss_that_evaluation_tells(
     file.write_bytes("qz字".join(validation_text).encode())
     with pytest.raises(UserError, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
         ask(score=str(file))
-    left_out = "(1,797 unknown characters left out)"
+    left_out = "(1,797 unknown characters skipped)"
     assert ask(score=str(file), skip_unknown=True, dtype="float32") == f"{file}: 600 tokens {left_out}, {evaluated}"
 
 
@@ -214,7 +214,7 @@ def test_score_takes_a_data_set_too(data_dir: Path, ask: Ask, tmp_path: Path, mo
     said = f"{data_dir / 'small'}: validation split: 600 tokens, {loss}"
     assert ask(score="small", data_dir=str(data_dir)) == ask(score=str(data_dir / "small")) == said
     prepare_text(some_text(1000) + "z", data_dir, "other")
-    with pytest.raises(UserError, match=r"other: its vocabulary is not the model's; score its text instead: --score="):
+    with pytest.raises(UserError, match=r"other: its vocabulary differs from the model's; score its text: --score="):
         ask(score="other", data_dir=str(data_dir))
     monkeypatch.chdir(tmp_path)
     assert ask(score="small", data_dir=str(data_dir)).startswith("small: 600 tokens, "), "a file comes first"
@@ -233,7 +233,7 @@ def test_score_reads_standard_input(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
 def test_too_little_to_score_is_refused(text: str, count: int, ask: Ask, tmp_path: Path) -> None:
     file = tmp_path / "short.txt"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^.*short\.txt: {count} tokens; scoring a text needs at least 2$"):
+    with pytest.raises(UserError, match=rf"^.*short\.txt: {count} tokens; a score needs at least 2$"):
         ask(score=str(file))
 
 
@@ -325,11 +325,11 @@ def broken_checkpoints(folder: Path, run: Path) -> dict[str, str]:
     flipped = bytearray(whole)
     flipped[-7] ^= 4
     files = {
-        "missing": (None, "no checkpoint there"),
-        "empty": (b"", "no checkpoint of glyphgpt, or cut short"),
-        "text": (b"Who's there?\n" * 100, "no checkpoint of glyphgpt, or cut short"),
-        "pickle": (b"\x80\x04\x95" + b"a" * 5000, "no checkpoint of glyphgpt, or cut short"),
-        "cut in the header": (whole[:300], "no checkpoint of glyphgpt, or cut short"),
+        "missing": (None, "no such checkpoint"),
+        "empty": (b"", "not a checkpoint of glyphgpt, or truncated"),
+        "text": (b"Who's there?\n" * 100, "not a checkpoint of glyphgpt, or truncated"),
+        "pickle": (b"\x80\x04\x95" + b"a" * 5000, "not a checkpoint of glyphgpt, or truncated"),
+        "cut in the header": (whole[:300], "not a checkpoint of glyphgpt, or truncated"),
         "cut in the weights": (whole[:-1000], "damaged"),
         "flipped": (bytes(flipped), "damaged"),
         "longer": (whole + b"more", "damaged"),
@@ -340,7 +340,7 @@ def broken_checkpoints(folder: Path, run: Path) -> dict[str, str]:
     save_file({"weight": torch.ones(3)}, folder / "foreign")
     (folder / "folder").mkdir()
     said = {name: said for name, (_, said) in files.items()}
-    return {**said, "foreign": "no checkpoint of glyphgpt", "folder": "no checkpoint in this folder; train first"}
+    return {**said, "foreign": "not a checkpoint of glyphgpt", "folder": "no checkpoint in this folder; train first"}
 
 
 def test_files_that_are_no_good_checkpoints_are_refused(run: Path, ask: Ask, tmp_path: Path) -> None:
@@ -386,4 +386,4 @@ def test_a_stop_may_name_a_new_line_and_one_that_never_comes_is_told(run: Path, 
     whole = ask(max_new_tokens=200)
     assert ask(max_new_tokens=200, stop=("\\n",)) == whole.partition("\n")[0] + "\n"
     sample.main(settings(stop=("%",)), str(run))
-    assert capsys.readouterr().err == "warning: stop = '%' never comes: the model has never seen '%'\n"
+    assert capsys.readouterr().err == "warning: stop = '%' cannot occur: '%' is not in the model's vocabulary\n"

@@ -103,7 +103,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     for step, number in stops:
         assert train_until(settings, step, number) == 128 + number
         assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == step
-        told = f"stopped by {number.name} at step {step}, saved; resume it: python train.py --resume {tmp_path}"
+        told = (
+            f"interrupted at step {step} of 40 by {number.name}, saved; resume it: python train.py --resume {tmp_path}"
+        )
         assert told in capsys.readouterr().out
         settings = resumed(settings)
     train.main(settings)
@@ -213,14 +215,14 @@ def test_killed_and_signalled_processes_go_on_to_the_same_bits(data_dir: Path, t
             assert process.returncode == -signal.SIGKILL
         else:
             assert process.returncode == 128 + number
-            assert f"stopped by {number.name} at step {step}, saved; resume it: python train.py " in out
+            assert f"interrupted at step {step} of 300 by {number.name}, saved; resume it: python train.py " in out
         reached, settings = step, resumed(settings)
     train.main(resumed(settings, save_every=0))
     assert_same_run(tmp_path / "straight", out_dir)
 
 
 def test_resume_with_nothing_there_says_so(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^.*: no run to resume here; leave --resume out to begin one$"):
+    with pytest.raises(UserError, match=r"^.*: no run to resume here; leave --resume out to start a new one$"):
         train.main(tiny_settings(data_dir, tmp_path / "nothing", resume=True))
     assert not (tmp_path / "nothing").exists()
 
@@ -300,7 +302,7 @@ def test_a_changed_text_of_the_same_vocabulary_gets_a_warning(
     capsys.readouterr()
     train.main(resumed(settings))
     assert "warning: " in (said := capsys.readouterr().err)
-    assert f"{tmp_path / 'small'} is not the data that the run began with" in said
+    assert f"{tmp_path / 'small'} has changed since the run began" in said
     assert checkpoints.load_checkpoint(tmp_path / "run" / "last.safetensors").metadata.state.step == 20
 
 
@@ -312,7 +314,7 @@ def test_settings_that_change_what_comes_are_told(
     assert "settings changed" not in capsys.readouterr().err
     train.main(tiny_settings(data_dir, tmp_path, max_steps=5, seed=7, dropout=0.2, resume=True))
     said = capsys.readouterr().err
-    assert "warning: settings changed since the run began: " in said
+    assert "warning: settings have changed since the run began: " in said
     assert "seed 1337 -> 7" in said
     assert "dropout 0.0 -> 0.2" in said
 
@@ -329,14 +331,14 @@ def test_a_run_goes_on_by_itself_only_under_the_torchrun_that_began_it(
     train.main(tiny_settings(data_dir, tmp_path / "broken", max_steps=10))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     for _ in range(2):  # a restart after a refusal is refused as well
-        with pytest.raises(UsageError, match="holds a run already"):
+        with pytest.raises(UsageError, match="already holds a run"):
             train.main(tiny_settings(data_dir, tmp_path / "broken"))
     train.main(tiny_settings(data_dir, tmp_path / "broken", max_steps=10, overwrite=True))
     train.main(tiny_settings(data_dir, tmp_path / "broken", overwrite=True))
     assert read_metrics(tmp_path / "broken")[-1]["step"] == 20
     assert [row["step"] for row in read_metrics(tmp_path / "broken") if row["kind"] == "val"] == [0, 10, 20]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already holds a run"):
         train.main(tiny_settings(data_dir, tmp_path / "broken"))
 
 

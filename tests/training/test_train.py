@@ -96,9 +96,9 @@ def test_the_validation_loss_is_the_same_number_every_time(restless: Path, data_
 
 def test_eval_only_without_a_run_or_with_another_vocabulary_says_so(restless: Path, tmp_path: Path) -> None:
     prepare_text(some_text(1000).upper(), tmp_path)
-    with pytest.raises(UserError, match=r"best\.safetensors: no checkpoint there"):
+    with pytest.raises(UserError, match=r"best\.safetensors: no such checkpoint"):
         train.main(tiny_settings(tmp_path, tmp_path / "nothing", eval_only=True))
-    with pytest.raises(UserError, match="differ in their vocabularies") as failure:
+    with pytest.raises(UserError, match="have different vocabularies") as failure:
         train.main(tiny_settings(tmp_path, restless, eval_only=True))
     assert str(restless) in str(failure.value)
     assert str(tmp_path / "small") in str(failure.value)
@@ -268,7 +268,7 @@ def test_patience_stops_early_and_says_so(data_dir: Path, tmp_path: Path, capsys
     stopped = checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step
     assert stopped == best + 2 * 5 < 500
     assert list(losses)[-1] == stopped
-    assert f"stopped at step {stopped}: no better loss in 2 evaluations" in capsys.readouterr().out
+    assert f"stopped early at step {stopped}: no better loss in 2 evaluations" in capsys.readouterr().out
     before = (tmp_path / "last.safetensors").read_bytes()
     train.main(settings.model_copy(update={"resume": True}))
     assert (tmp_path / "last.safetensors").read_bytes() == before
@@ -413,7 +413,7 @@ def test_a_compiled_model_is_trained_and_saved_under_plain_names(
 
 def test_a_text_shorter_than_a_window_is_refused_with_advice_that_works(tmp_path: Path) -> None:
     prepare_text(some_text(200), tmp_path)
-    with pytest.raises(UserError, match=r"180 tokens .* lower block_size to at most 179"):
+    with pytest.raises(UserError, match=r"180 training tokens .* lower block_size to at most 179"):
         train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=180))
     train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=179, max_steps=2))
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2]
@@ -422,7 +422,7 @@ def test_a_text_shorter_than_a_window_is_refused_with_advice_that_works(tmp_path
 def test_a_short_validation_text_gets_a_warning_and_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_text(some_text(200), tmp_path)
     train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=20))
-    assert "warning: the validation text has 20 tokens" in capsys.readouterr().err
+    assert "warning: the validation split has only 20 tokens" in capsys.readouterr().err
     train.main(tiny_settings(tmp_path, tmp_path / "longer", block_size=19))
     assert "warning" not in capsys.readouterr().err
     assert validation_losses(tmp_path / "run").keys() == {0, 10, 20}
