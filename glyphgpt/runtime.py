@@ -1,4 +1,4 @@
-"""The machine a script runs on: device, precision, compilation, processes, and requests to stop."""
+"""What a script runs on: device, precision, compilation and processes; and requests to stop."""
 
 import hashlib
 import os
@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from glyphgpt.errors import UsageError, UserError, warn
 
 CPU_OPTIONS: dict[str, Any] = {
-    "cpp.vec_isa_ok": True,  # spares ten seconds of trial programs, one for each set of vector instructions
-    "cpp.use_decompose_tanh": True,  # by way of exp, in half the time
+    "cpp.vec_isa_ok": True,  # skips ten seconds of test compilations, one for each vector instruction set
+    "cpp.use_decompose_tanh": True,  # computes tanh from exp, in half the time
     "fallback_random": True,  # compiled random numbers are slow on CPUs
 }
 GLOO_SECONDS = 0.3
-"""Gloo's threads outlive its process group and may still have to drop a tensor, for which they need Python: one that is
-ending aborts them, and the process with them ("terminate called without an active exception")."""
+"""Pause before the process exits. Gloo's threads outlive the process group and may still have to release a tensor. If
+Python is shutting down by then, they abort the process ("terminate called without an active exception")."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the work happens, and which process of how many this one is."""
+    """Device and precision of the computation, and the rank of this process among all."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,17 +41,17 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes files."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which products are computed in `dtype`."""
+        """Return a context in which matrix products are computed in `dtype`."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def sum(self, *values: float) -> list[float]:
-        """Add up numbers over all processes."""
+        """Return the sum of each value over all processes."""
         if self.world_size == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -59,26 +59,27 @@ class Runtime:
         return totals.tolist()
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
 def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
-    """Choose the device and precision, and join the other processes if torchrun started several.
+    """Select the device and precision, and join the other processes if torchrun started several.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: The device does not exist.
+        UserError: Another process of the run was lost.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        # torch wants an index here; under torchrun each process of this machine has a GPU of its own
+        # set_device needs an index; under torchrun each process of a machine has its own GPU
         chosen = choose_device(f"cuda:{local_rank if world_size > 1 else chosen.index or 0}")
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     if chosen.type == "cpu":
         use_deterministic_algorithms()
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
@@ -92,37 +93,37 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
         yield runtime
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError("lost another process of this run, which ended or hangs; go on with --resume") from error
+            raise UserError("lost another process of this run, which ended or hangs; continue with --resume") from error
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        failed = isinstance(sys.exc_info()[1], Exception)  # and is still to be told, before torchrun ends this one too
+        failed = isinstance(sys.exc_info()[1], Exception)  # print the error before torchrun ends this process
         if not gpu and not failed:
             time.sleep(GLOO_SECONDS)
 
 
 def use_deterministic_algorithms() -> None:
-    """Have compiled code sum in a fixed order: its backward pass of embeddings otherwise adds atomically, from threads.
+    """Make compiled code on a CPU sum in a fixed order; its embedding backward otherwise adds atomically from threads.
 
-    GPUs are left alone: there it takes slower kernels, and some operations have none.
+    Not for GPUs, where deterministic kernels are slower or missing.
     """
     torch.use_deterministic_algorithms(True)
-    # nothing here reads memory that it has not written
+    # filling costs time, and nothing here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def torchrun_id() -> str:
-    """Return a fingerprint of the torchrun that started this process, the same after restarts; empty if none did."""
+    """Return a fingerprint of the torchrun job of this process, the same after restarts; "" without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return hashlib.sha256(f"{run} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:16] if run else ""
 
 
 def rendezvous_store() -> Any:
-    """Return where processes find each other: torchrun's store, which lasts over restarts.
+    """Return the store through which processes find each other.
 
-    What processes of an earlier start left there is kept apart where all are on one machine. Between machines, which
-    count their restarts differently, torchrun has to be told to make a new store each time:
+    torchrun keeps one store over all restarts. On one machine, a prefix separates the entries of each restart. Several
+    machines count their restarts differently, so there torchrun must create a new store each time, with
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
@@ -132,26 +133,26 @@ def rendezvous_store() -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name, or for "auto" the fastest one here.
+    """Return the device of that name, or for "auto" the fastest one available.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: There is no such device.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    here = ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * mps
-    if name not in here:
-        raise UsageError(f"device = '{name}' is not on this machine; here: auto, {', '.join(here)}")
+    available = ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * mps
+    if name not in available:
+        raise UsageError(f"device = '{name}' is not on this machine; available: auto, {', '.join(available)}")
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision of that name, or for "auto" the fastest that trains well on the device."""
+    """Return the dtype of that name, or for "auto" the fastest one that trains well on the device."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu":  # emulated, bfloat16 would be the slower one
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot tell
+    if device.type == "cpu":  # emulated bfloat16 is slower than float32
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions
         native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
         return torch.bfloat16 if native else torch.float32
     if device.type != "cuda":
@@ -160,10 +161,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
-    """Return the model compiled if that is asked for and works, else with one warning as it is.
+    """Return the compiled model, or the model itself if it is not to be compiled or, with a warning, if that fails.
 
-    What is returned shares weights with `model`, which stays as it was, for evaluation: its shapes would be compiled
-    anew. It is tried, forward and backward, on `example`; gradients are cleared again.
+    The compiled model shares its weights with `model`, which stays uncompiled for evaluation, whose shapes would have
+    to be compiled again. A forward and backward pass on `example` tests it; the gradients are cleared afterwards.
     """
     if choice is False or (choice == "auto" and runtime.device.type != "cuda"):
         return model
@@ -172,48 +173,48 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
         compiled = torch.compile(model, options=CPU_OPTIONS if runtime.device.type == "cpu" else None)
         with runtime.autocast():
             compiled(*example).backward()
-    except torch.OutOfMemoryError:  # no fault of the compiler's
+    except torch.OutOfMemoryError:  # not the compiler's fault
         raise
-    except Exception as error:  # whatever breaks inside the compiler, eager still trains
+    except Exception as error:  # whatever breaks inside the compiler, training works without it
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        if hasattr(model, "unshard"):  # other processes wait for this one in the middle of it
+        if hasattr(model, "unshard"):  # a sharded model: other processes wait inside the same pass
             raise UserError(f"torch.compile failed ({reason[0][:200]}); add --compile=False") from error
-        warn(f"torch.compile failed ({reason[0][:200]}); going on without it, slower")
+        warn(f"torch.compile failed ({reason[0][:200]}); training without it, which is slower")
         compiled = model
     model.zero_grad(set_to_none=True)
     return compiled
 
 
 class TorchLM:
-    """A torch model as decoding sees it (`generate.LanguageModel`): ids in, logits out, both on the CPU."""
+    """A torch model as a `LanguageModel` for generation: tokens in, logits out, both NumPy arrays."""
 
     def __init__(self, model: Any, runtime: Runtime) -> None:
-        """Take a model in evaluation mode, on the runtime's device."""
+        """Wrap a model in evaluation mode on the runtime's device."""
         self.model, self.runtime = model, runtime
 
     def new_cache(self, batch: int) -> Any:  # noqa: ARG002
-        """Return an empty cache."""
+        """Return an empty cache for `batch` sequences."""
         return self.model.new_cache()
 
     @torch.inference_mode()
     def next_logits(self, tokens: NDArray[np.int64], cache: Any) -> NDArray[np.float32]:
-        """Return the logits (B, V) of the token after these (B, T), and after those that the cache has seen."""
+        """Return the logits (B, V) of the token that follows tokens (B, T), which follow the cached ones."""
         with self.runtime.autocast():
             logits: Tensor = self.model.next_logits(torch.from_numpy(tokens).to(self.runtime.device), cache)
         return logits.float().cpu().numpy()
 
 
 class StopRequest:
-    """Remembers Ctrl-C, SIGTERM or SIGHUP, so that a loop can end at a good place; Ctrl-C then ends it at once."""
+    """A flag that Ctrl-C, SIGTERM and SIGHUP set, so that a loop can finish its step; another Ctrl-C exits at once."""
 
     def __init__(self) -> None:
-        """Begin with no request."""
+        """Create a flag that is not set."""
         self.signal: signal.Signals | None = None
         self.broken_pipe = False
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Take the signals while in this context."""
+        """Handle the signals in this context."""
         numbers = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
@@ -225,24 +226,24 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def stop_on_broken_pipe(self) -> None:
-        """Take the loss of who read the output, `head` say, as a request to stop, as a closed terminal is one."""
+        """Request a stop because nobody reads the output any more, as when the terminal is closed."""
         self.broken_pipe = True
         self.signal = self.signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which schedulers and torchrun may both send
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers and torchrun may both send it
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping and saving after this step; Ctrl-C stops at once\n")  # print is not reentrant
+            os.write(2, b"\nstopping and saving after this step; Ctrl-C exits at once\n")  # print is not reentrant
 
 
 @contextmanager
 def oom_hint(settings_to_lower: str) -> Iterator[None]:
-    """Turn running out of memory into one line that says which settings to lower.
+    """Turn an out-of-memory error into one line that says which settings to lower.
 
     Raises:
-        UserError: memory ran out.
+        UserError: Memory ran out.
     """
     try:
         yield

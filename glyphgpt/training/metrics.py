@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, samples.jsonl, and optional trackers."""
+"""Logs of a run: metrics.jsonl, samples.jsonl, and optional experiment trackers."""
 
 import json
 import math
@@ -12,30 +12,30 @@ from glyphgpt.files import write_atomic
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
-"""Rows of numbers; `kind` is "train" (loss of that step's batch) or "val" (loss of the whole validation split)."""
+"""Rows of measurements; `kind` is "train" (loss of the batch) or "val" (loss of the validation split)."""
 SAMPLES = "samples.jsonl"
-"""Rows of a `step` and the `text` that the model wrote then."""
+"""Rows with a `step` and the `text` that the model generated then."""
 
 Row = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Takes rows of metrics."""
+    """An experiment tracker, which receives rows of metrics."""
 
     def write(self, row: Row) -> None:
-        """Take one row; its `step` is the number of updates done."""
+        """Log one row; its `step` is the number of updates done."""
         ...
 
     def close(self) -> None:
-        """Finish."""
+        """Finish the log."""
         ...
 
 
 class JsonlWriter:
-    """A file of rows: one JSON object a line, with the `step` that it is of, each written at once."""
+    """A file with one JSON object per line, each with a `step` and written at once."""
 
     def __init__(self, path: Path, *, keep_steps: float) -> None:
-        """Open the file; rows after step `keep_steps`, which a resumed run writes again, are dropped."""
+        """Open the file, and drop rows after step `keep_steps`, which a resumed run writes again."""
         self._path = path
         rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         write_atomic(path, b"".join(row for row in rows if _step_of(row) <= keep_steps))
@@ -45,7 +45,7 @@ class JsonlWriter:
         """Append a row.
 
         Raises:
-            UserError: it could not be written.
+            UserError: The file could not be written.
         """
         with wrap_write_errors(self._path):
             self._file.write(encode_row(row))
@@ -53,18 +53,18 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of a row that could not be written, which was told
+        with suppress(OSError):  # of a row that could not be written, which has been reported
             self._file.close()
 
 
 def encode_row(row: Row) -> bytes:
-    """Return a row as a line of JSON, which has no word for numbers that are not finite: they become null."""
+    """Return a row as a line of JSON; numbers that are not finite become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(plain).encode() + b"\n"
 
 
 def _step_of(line: bytes) -> float:
-    """Return a row's step; a line that was cut counts as the far future."""
+    """Return a row's step, or infinity for a truncated line."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
@@ -73,12 +73,12 @@ def _step_of(line: bytes) -> float:
 
 
 def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
-    """Read a file of rows, but for a last one that was cut; what is not finite becomes None.
+    """Read a file of rows, except a truncated last one; numbers that are not finite become None.
 
-    `check` returns a row, or raises a KeyError or TypeError where it is none.
+    `check` returns a row, or raises a KeyError or TypeError if it is not one.
 
     Raises:
-        UserError: the file is not there, cannot be read, or is not as train.py writes it.
+        UserError: The file is missing, cannot be read, or was not written by train.py.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -92,34 +92,34 @@ def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
 
 
 class TensorBoard:
-    """Writes rows as TensorBoard events."""
+    """A tracker that writes TensorBoard events."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        """Open an event file in the run's folder; earlier events of `first_step` and later are hidden."""
+        """Open an event file in the run's folder, and hide earlier events from `first_step` on."""
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, row: Row) -> None:
-        """Write each number under its name."""
+        """Log each number under its name."""
         for name, value in numbers(row).items():
             self._writer.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:
-        """Flush."""
+        """Flush and close the file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """Logs rows to Weights & Biases."""
+    """A tracker that logs to Weights & Biases."""
 
     def __init__(self, folder: Path, settings: TrainSettings, wandb_id: str) -> None:
-        """Start a run named as the folder, or continue the one of this id.
+        """Start a run with the folder's name, or continue the one with this id.
 
         Raises:
-            UserError: it cannot be started: no login or no network, say.
+            UserError: It cannot start, for example without a login or a network.
         """
-        import wandb  # noqa: PLC0415  (`check_trackers` has seen to it)
+        import wandb  # noqa: PLC0415  (optional; `check_trackers` has imported it before)
 
         try:
             self._run = wandb.init(
@@ -130,7 +130,7 @@ class WeightsAndBiases:
                 id=wandb_id or None,
                 resume="allow",
             )
-        except Exception as error:  # its own errors, those of its server, and some of the system's
+        except Exception as error:  # errors of wandb, its server, and the system
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"Weights & Biases cannot start: {reason}; log in (wandb login), leave --wandb out, or have it write "
@@ -148,10 +148,10 @@ class WeightsAndBiases:
 
 
 def check_trackers(settings: TrainSettings) -> None:
-    """Make sure, before a run begins, that the trackers which it asks for are installed.
+    """Check that the trackers in the settings are installed, before the run starts.
 
     Raises:
-        UsageError: one is not.
+        UsageError: One of them is not.
     """
     if settings.tensorboard:
         with optional_import("tensorboard", "tensorboard = true"):
@@ -162,19 +162,19 @@ def check_trackers(settings: TrainSettings) -> None:
 
 
 def numbers(row: Row) -> Row:
-    """Return a row's measurements, named by kind and key, as in "val/loss"."""
+    """Return a row's measurements with names such as "val/loss"."""
     return {f"{row['kind']}/{key}": value for key, value in row.items() if key not in ("kind", "step")}
 
 
 class Metrics:
-    """metrics.jsonl, samples.jsonl and every tracker that the settings ask for.
+    """metrics.jsonl, samples.jsonl, and the trackers in the settings.
 
-    A new run keeps its rows in memory until its folder is its own: `write_held` puts them among the files that replace
-    an earlier run's, `open` has later ones appended.
+    A new run keeps its rows in memory until it owns its folder. `write_held` then writes them among the files that
+    replace those of an earlier run, and `open` opens the files for later rows.
     """
 
     def __init__(self, settings: TrainSettings, *, wandb_id: str = "", silent: bool = False) -> None:
-        """Start the tracker that others can refuse, and leave the folder as it is; do nothing at all if `silent`.
+        """Start Weights & Biases, the only tracker that can fail to start. Write nothing; if `silent`, do nothing.
 
         Raises:
             UserError: Weights & Biases cannot start.
@@ -191,12 +191,12 @@ class Metrics:
             self._trackers.append(tracker)
 
     def write_held(self, folder: Path) -> None:
-        """Write the rows so far as files in a folder."""
+        """Write the rows so far to files in a folder."""
         for name, rows in self._held.items():
             write_atomic(folder / name, b"".join(map(encode_row, rows)))
 
     def open(self, *, keep_steps: float) -> None:
-        """Open the files of the run's folder; rows after step `keep_steps`, which are to come again, are dropped."""
+        """Open the files in the run's folder, and drop rows after step `keep_steps`, which will be written again."""
         if self._silent:
             return
         self._files = {name: JsonlWriter(self._folder / name, keep_steps=keep_steps) for name in self._held}
@@ -208,18 +208,18 @@ class Metrics:
             self._trackers.append(tensorboard)
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Write one row, and give it to the trackers; one that fails is given no more."""
+        """Write one row, and log it to the trackers; one that fails is not used any more."""
         row = {"kind": kind, "step": step, **values}
         self._write(METRICS, row)
         for tracker in list(self._trackers):
             try:
                 tracker.write(row)
-            except Exception as error:  # a server's, or a full disk's: no reason to stop training
+            except Exception as error:  # of a server or a full disk: no reason to stop training
                 self._trackers.remove(tracker)
-                warn(f"{type(tracker).__name__} failed, and gets no more rows: {error}")
+                warn(f"{type(tracker).__name__} failed and is not used any more: {error}")
 
     def write_sample(self, step: int, text: str) -> None:
-        """Write what the model wrote."""
+        """Write a generated text."""
         self._write(SAMPLES, {"step": step, "text": text})
 
     def _write(self, name: str, row: Row) -> None:
@@ -229,7 +229,7 @@ class Metrics:
             self._held[name].append(row)
 
     def close(self) -> None:
-        """Finish them all."""
+        """Close the files, and finish the trackers."""
         for file in self._files.values():
             file.close()
         for tracker in self._trackers:

@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers."""
+"""The optimizers, AdamW and Muon, and their parameter groups."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,16 +14,17 @@ from glyphgpt.settings import Optimization
 from glyphgpt.training.distributed import full, gather, local, scatter
 
 NGRAM_LR_SCALE = 4.0
+"""Factor of the learning rate of n-gram tables, whose rows get few gradients."""
 
 
 class Optimizer(ABC):
-    """Parameter groups and a state for each parameter.
+    """Parameter groups, and a state for each parameter.
 
-    torch.optim's class of this name imports torch's compiler, which takes two seconds at every start.
+    It replaces torch.optim.Optimizer, which imports torch's compiler and so adds two seconds to every start.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        """Take groups of parameters: dicts with params, weight_decay and lr_scale."""
+        """Set the parameter groups: dicts with params, weight_decay and lr_scale."""
         self.param_groups = [{"lr": 0.0, **group} for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
@@ -33,7 +34,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters that have a gradient, and their state."""
+        """Update parameters by their gradients, and their state."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -48,20 +49,20 @@ class Optimizer(ABC):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2017), computed by torch's fused kernel."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2017), by torch's fused kernel."""
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        """Take groups of parameters, and how fast the means of gradients and of their squares forget."""
+        """Set the parameter groups, and the decay rates of the means of gradients and squared gradients."""
         super().__init__(groups)
         self.beta1, self.beta2 = betas
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return means of zero."""
+        """Return zero means and step 0."""
         step = torch.zeros((), device=parameter.device)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters that have a gradient, and their state."""
+        """Update parameters by their gradients, and their state."""
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
@@ -72,30 +73,30 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Momentum whose update is made orthogonal, for matrices.
+    """Momentum with orthogonalized updates, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled to the size that AdamW's updates usually
-    have, so that both take one learning rate and weight decay (Liu et al. 2025, "Muon is scalable for LLM training").
-    Unlike torch.optim.Muon it makes all matrices of one shape orthogonal together, which for small ones is faster.
+    Updates are scaled to the usual size of AdamW's, so that both share one learning rate and weight decay (Liu et al.
+    2025, "Muon is scalable for LLM training"). Unlike torch.optim.Muon, it orthogonalizes all matrices of one shape
+    together, which is faster for small ones.
     """
 
     def __init__(
         self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, momentum: float = 0.95
     ) -> None:
-        """Take groups of matrices, and the precision in which updates are made orthogonal."""
+        """Set the parameter groups, and the dtype in which updates are orthogonalized."""
         super().__init__(groups)
         self.dtype, self.momentum = dtype, momentum
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return a momentum of zero."""
+        """Return zero momentum."""
         return {"momentum": torch.zeros_like(parameter)}
 
     def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices that have a gradient, and their momentum."""
+        """Update matrices by their gradients, and their momentum."""
         means = [local(self.state[parameter]["momentum"]) for parameter in parameters]
         gradients = list(map(local, gradients))
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        ahead = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov's look ahead
+        ahead = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov momentum
         torch._foreach_mul_(list(map(local, parameters)), 1 - group["lr"] * group["weight_decay"])
         by_shape = defaultdict(list)
         for parameter, direction in zip(parameters, ahead, strict=True):
@@ -108,9 +109,9 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return for each matrix (B, M, N) one with nearly its singular vectors and singular values near 1.
+    """Return matrices (B, M, N) with nearly the same singular vectors, and singular values near 1.
 
-    Five Newton-Schulz iterations with Jordan's coefficients, in `dtype`, along the shorter side.
+    Computed in `dtype` by five Newton-Schulz iterations with Jordan's coefficients, along the shorter side.
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if tall else matrices).to(dtype)
@@ -123,17 +124,16 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
-    """Give every parameter group this learning rate, times its own factor."""
+    """Set the learning rate of every parameter group, times its lr_scale."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
 
 
 def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-    """Return the optimizers that together update every parameter: AdamW (Loshchilov & Hutter 2017), and Muon if set.
+    """Return the optimizers that together update every parameter: AdamW, and Muon for matrices if the settings say so.
 
-    Weight decay acts on matrices and embeddings only, not on biases and the gains of norms. Rows of n-gram tables,
-    which few tokens touch, learn TABLE_FACTOR times as fast. `dtype` is Muon's precision.
+    Weight decay applies to matrices and embeddings, not to biases and the gains of norms. `dtype` is Muon's precision.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {name for name, p in parameters.items() if p.dim() >= 2}
@@ -154,7 +154,7 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale gradients down to at most this norm (0: leave them), and return the norm they had."""
+    """Scale gradients down to a norm of at most `limit` (0: leave them), and return the norm before that."""
     norm = full(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
     if limit and norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)

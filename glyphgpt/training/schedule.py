@@ -6,10 +6,10 @@ from glyphgpt.settings import Optimization
 
 
 def learning_rate(step: int, settings: Optimization) -> float:
-    """Return the learning rate of an update; `step` counts the updates before it.
+    """Return the learning rate of the update that follows `step` updates.
 
-    It rises linearly over warmup_steps, then falls from learning_rate to min_lr, which it reaches after
-    max_steps updates, along a cosine (Loshchilov & Hutter 2016) or a line; or it stays.
+    The rate rises linearly over warmup_steps. Then it falls from learning_rate to min_lr, which it reaches after
+    max_steps updates, along a cosine (Loshchilov & Hutter 2016) or a line, or it stays constant.
     """
     peak, low = settings.learning_rate, settings.min_lr
     if step < settings.warmup_steps:
