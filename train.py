@@ -110,23 +110,23 @@ class Trainer:
         Raises:
             SystemExit: A signal or a broken pipe stopped the run; with the exit status.
         """
-        run, state = self.run, self.state
+        run, settings = self.run, self.settings
         with run.locked():
             if checkpoint := run.load_last():
                 self.restore(checkpoint)
-                state = self.state
             run.log_start(sum(parameter.numel() for parameter in self.parameters), self.dataset.train.tokens)
-            with run.recording(state):
+            with run.recording(self.state):
                 self.forward = self.make_forward()
                 if not checkpoint:
                     self.evaluate_and_save()
                 self.loop()
         self.runtime.barrier()  # no process exits while another still receives from it
-        stopped_by = run.stop.signal or signal.SIGTERM if self.stopping else None
-        run.log_end(state, stopped_by)
+        interrupted = self.stopping and self.state.step < settings.max_steps
+        stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
+        run.log_end(self.state, stopped_by)
         if self.runtime.is_main:
-            write_reports(run.folder, self.settings, run.log, with_plot=not self.stopping)
-        if status := run.exit_status(state, stopped_by):
+            write_reports(run.folder, settings, run.log, with_plot=not stopped_by)
+        if status := run.exit_status(stopped_by):
             raise SystemExit(status)
 
     def loop(self) -> None:

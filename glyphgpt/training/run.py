@@ -259,17 +259,17 @@ class Run:
                     self.stop.stop_on_broken_pipe()
 
     def log_end(self, state: TrainState, stopped_by: signal.Signals | None) -> None:
-        """Print how the run ended and what to do next."""
+        """Print how the run ended and what to do next; `stopped_by` is the signal that interrupted it."""
         end = outcome(self.settings, state, self.folder)
-        if stopped_by and state.step < self.settings.max_steps:
+        if stopped_by:
             self.log(f"{end.text} by {stopped_by.name}, saved; resume it: {end.resume}")
             return
         self.log(f"{end.text}; best validation loss {state.best_loss:.4f}")
         self.log(f"sample it: {command('sample.py', self.folder)}")
         self.log(f"train longer: {end.resume}")
 
-    def exit_status(self, state: TrainState, stopped_by: signal.Signals | None) -> int:
-        """Return the exit status of the process: 0, or that of the signal or the broken pipe that stopped the run."""
-        if stopped_by and state.step < self.settings.max_steps:
+    def exit_status(self, stopped_by: signal.Signals | None) -> int:
+        """Return the exit status: 0, or that of the signal or the broken pipe that stopped the run."""
+        if stopped_by:
             return 128 + stopped_by
         return BROKEN_PIPE_STATUS if self.stop.broken_pipe else 0
