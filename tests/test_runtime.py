@@ -98,7 +98,7 @@ def test_a_device_that_is_not_here_is_refused(
     machine(**here)
     with pytest.raises(UsageError) as caught:
         choose_device(name)
-    assert str(caught.value) == f"device = '{name}' is not on this machine; here: {listed}"
+    assert str(caught.value) == f"device = '{name}' is not on this machine; available: {listed}"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_compiler_that_fails_costs_one_warning(
     model = tiny_model()
     assert compile_or_eager(model, True, CPU, example()) is model
     assert capsys.readouterr().err == (
-        "warning: torch.compile failed (no C++ compiler found); going on without it, slower\n"
+        "warning: torch.compile failed (no C++ compiler found); training without it, which is slower\n"
     )
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -385,7 +385,7 @@ def test_compilation_that_fails_falls_back_to_eager_with_one_warning(
     monkeypatch.setattr(torch, "compile", fail if moment == "compile" else compile_to_failure)
     train.main(tiny_settings(data_dir, tmp_path / "compiled", compile=True, max_steps=5))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: torch.compile failed (no C++ compiler); going on without it, slower"]
+    assert warnings == ["warning: torch.compile failed (no C++ compiler); training without it, which is slower"]
     train.main(tiny_settings(data_dir, tmp_path / "eager", compile=False, max_steps=5))
     assert same_tensors(tmp_path / "compiled", tmp_path / "eager")
 
