@@ -11,8 +11,9 @@ earlier characters (n-gram tables and token shift). Prints a Markdown table for 
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -121,7 +122,7 @@ def apply_variant(model: GPT, variant: ModelVariant) -> None:
 
 
 class VariantTrainer(Trainer):
-    """The training loop of train.py with a variant of the model, without messages, evaluated once at the end."""
+    """The training loop of train.py with a variant of the model, evaluated once at the end."""
 
     def __init__(
         self, settings: TrainSettings, dataset: Dataset, runtime: Runtime, variant: ModelVariant | None
@@ -129,10 +130,6 @@ class VariantTrainer(Trainer):
         super().__init__(settings, dataset, runtime)
         if variant:
             apply_variant(self.model, variant)
-
-    def say(self, text: str) -> None:  # noqa: ARG002
-        """Print nothing; the table is the output."""
-        self.told = time.perf_counter()
 
     def evaluate_and_save(self) -> None:
         """Evaluate the validation split at the end only."""
@@ -192,7 +189,7 @@ def main(settings: VariantSettings) -> None:
             for name in names:
                 tqdm.write(f"{config}, {name}", file=sys.stderr)
                 variant = MODEL_VARIANTS[name]
-                with tempfile.TemporaryDirectory() as out_dir:
+                with tempfile.TemporaryDirectory() as out_dir, redirect_stdout(StringIO()):  # without its messages
                     train_settings = make_train_settings(variant, config, settings, out_dir)
                     trainer = VariantTrainer(train_settings, dataset, runtime, variant)
                     trainer.train()
