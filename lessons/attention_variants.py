@@ -189,7 +189,7 @@ def main(settings: VariantSettings) -> None:
             for name in names:
                 tqdm.write(f"{config}, {name}", file=sys.stderr)
                 variant = MODEL_VARIANTS[name]
-                with tempfile.TemporaryDirectory() as out_dir, redirect_stdout(StringIO()):  # without its messages
+                with tempfile.TemporaryDirectory() as out_dir, redirect_stdout(StringIO()):  # hides train.py's messages
                     train_settings = make_train_settings(variant, config, settings, out_dir)
                     trainer = VariantTrainer(train_settings, dataset, runtime, variant)
                     trainer.train()
