@@ -1,10 +1,10 @@
-"""Measure one stream of text from a checkpoint, and what its matrix products alone would allow.
+"""Measure the generation speed of one sequence, and its upper bound from the matrix-vector products alone.
 
     python bench/decode_speed.py out/quick
 
-Prints characters per second of generate(), the median of five times a thousand characters, and how many there would be
-if a token took no more than its matrix-vector products, called one after the other: the limit that the memory's
-bandwidth and the overhead of calls set for anything that calls torch once per product.
+Prints characters per second of generate(), the median of five samples of a thousand characters. The upper bound is the
+speed of the matrix-vector products of each token, called one after the other. It contains the memory bandwidth and the
+call overhead that any decoder pays if it makes one call for each product.
 """
 
 import argparse
@@ -27,34 +27,33 @@ CHARACTERS = 1000
 
 
 def main() -> None:
-    """Measure, and print both figures."""
+    """Measure and print both speeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder or a checkpoint")
+    parser.add_argument("run", help="the folder of a run, or a checkpoint")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     checkpoint, _ = open_checkpoint(options.run, Path("data"))
     with language_model(checkpoint, options.device, "auto", "num_samples") as model:
         block_size = checkpoint.metadata.model["block_size"]
-        speed = CHARACTERS / seconds(lambda: stream(model, block_size))
-        products = CHARACTERS / seconds(
-            products_in_numpy(model) if isinstance(model, NumpyGPT) else products_in_torch(model)
-        )
-    print(f"characters per second, and at most, from matrix products alone: {speed:.0f} {products:.0f}")
+        speed = CHARACTERS / measure_seconds(lambda: generate_characters(model, block_size))
+        products = numpy_products(model) if isinstance(model, NumpyGPT) else torch_products(model)
+        bound = CHARACTERS / measure_seconds(products)
+    print(f"characters per second, and the upper bound from matrix products alone: {speed:.0f} {bound:.0f}")
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """Return the median time of five calls, after one to warm up."""
-    work()
+def measure_seconds(function: Callable[[], None]) -> float:
+    """Return the median time of five calls, after one warm-up call."""
+    function()
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        work()
+        function()
         times.append(time.perf_counter() - started)
     return median(times)
 
 
-def stream(model: LanguageModel, block_size: int) -> None:
-    """Generate text from one token on, handing each token over."""
+def generate_characters(model: LanguageModel, block_size: int) -> None:
+    """Generate from one token, and read every new token as a caller does."""
     rule = SamplingParams(temperature=0.8)
     prompt = np.zeros(1, dtype=np.int64)
     for token in generate(
@@ -63,21 +62,21 @@ def stream(model: LanguageModel, block_size: int) -> None:
         token.tolist()
 
 
-def products_in_numpy(model: NumpyGPT) -> Callable[[], None]:
-    """Return a function that does a token's matrix-vector products, as often as the stream does."""
+def numpy_products(model: NumpyGPT) -> Callable[[], None]:
+    """Return a function that computes the matrix-vector products of all tokens of a sample, in NumPy."""
     matrices = [layer.weight for block in model.blocks for layer in vars(block).values() if isinstance(layer, Linear)]
     pairs = [(np.ones((1, len(matrix)), np.float32), matrix) for matrix in [*matrices, model.head.weight]]
 
-    def work() -> None:
+    def multiply() -> None:
         for _ in range(CHARACTERS):
             for vector, matrix in pairs:
                 vector @ matrix
 
-    return work
+    return multiply
 
 
-def products_in_torch(model: LanguageModel) -> Callable[[], None]:
-    """Return the same for a torch model on its device."""
+def torch_products(model: LanguageModel) -> Callable[[], None]:
+    """Return a function that computes the matrix-vector products of all tokens of a sample, in torch."""
     assert isinstance(model, TorchLM)
     network, dtype = model.model, model.runtime.dtype
     weights = [layer.weight.to(dtype) for layer in network.modules() if isinstance(layer, nn.Linear)]
@@ -85,14 +84,14 @@ def products_in_torch(model: LanguageModel) -> Callable[[], None]:
     pairs = [(torch.ones(1, weight.size(1), device=weight.device, dtype=dtype), weight) for weight in weights]
 
     @torch.inference_mode()
-    def work() -> None:
+    def multiply() -> None:
         for _ in range(CHARACTERS):
             for vector, weight in pairs:
                 F.linear(vector, weight)
         if model.runtime.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return work
+    return multiply
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Test and measure everything that needs a GPU, in one call of less than ten minutes.
+# Run every test and measurement that needs a GPU, in less than ten minutes.
 #
 #   PYTHON=python3 OUT=out/gpu NANOGPT=nanoGPT bash bench/gpu.sh
-#   PYTHON=python3 OUT=out/gpu bash bench/gpu.sh translate     a call of its own, into $OUT/translate: BLEU
+#   PYTHON=python3 OUT=out/gpu bash bench/gpu.sh translate     trains and scores (BLEU) a translation model instead
 #
-# NANOGPT is a checkout of nanoGPT. Needs the project's dependencies, pytest and, where there is no network, data/ as
-# preparing shakespeare_char, shakespeare and multi30k_de_en elsewhere left it, downloads included. Logs, the table of the GPU's rows and
-# one summary land in $OUT.
+# NANOGPT is a checkout of nanoGPT. Needs the project's dependencies and pytest. Without a network, it also needs data/
+# from a machine on which shakespeare_char, shakespeare and multi30k_de_en were prepared, with data/downloads. Writes
+# logs, the table of the GPU rows and summary.txt to $OUT, or to $OUT/translate.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -19,7 +19,7 @@ mkdir -p "$OUT"
 : > "$OUT/summary.txt" && : > "$OUT/RESULTS.md"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-timed() {  # name, seconds at most, command ...: run it, keep its output, note its time and how it ended
+timed() {  # NAME SECONDS COMMAND...: run the command for at most SECONDS, log its output, record time and exit status
   local name=$1 limit=$2 started=$SECONDS status=0
   shift 2
   timeout "$limit" "$@" > "$OUT/$name.log" 2>&1 || status=$?
@@ -31,7 +31,7 @@ if [ "${1:-}" = translate ]; then
   $PYTHON prepare.py multi30k_de_en
   test=data/downloads/multi30k-test_2016_flickr
   timed train 400 $PYTHON train.py config/translate.toml --out_dir="$RUNS/translate"
-  timed translate 170 $PYTHON -m glyphgpt.inference.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/mine.en"
+  timed translate 170 $PYTHON -m glyphgpt.inference.translate "$RUNS/translate" $test.de.gz --reference=$test.en.gz --out="$OUT/translation.en"
   cat "$OUT/summary.txt"
   exit
 fi
@@ -42,9 +42,9 @@ char="train.py config/shakespeare_char.toml"
 timed tests 80 $PYTHON -m pytest -m gpu tests/test_runtime.py tests/test_gpu.py
 timed versus 360 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md"
 timed char 40 $PYTHON $char --out_dir="$RUNS/char"
-several="-m torch.distributed.run --standalone --nproc_per_node=gpu $char --compile=False --max_steps=100 --eval_every=100"
-timed ddp 35 $PYTHON $several --out_dir="$RUNS/ddp"
-timed fsdp 35 $PYTHON $several --out_dir="$RUNS/fsdp" --parallel=fsdp --activation_checkpointing  # shards need two GPUs
+torchrun="-m torch.distributed.run --standalone --nproc_per_node=gpu $char --compile=False --max_steps=100 --eval_every=100"
+timed ddp 35 $PYTHON $torchrun --out_dir="$RUNS/ddp"
+timed fsdp 35 $PYTHON $torchrun --out_dir="$RUNS/fsdp" --parallel=fsdp --activation_checkpointing  # shards need two GPUs
 timed sample 30 $PYTHON sample.py "$RUNS/char" --num_samples=10 --max_new_tokens=500
 
 $PYTHON - "$RUNS" >> "$OUT/summary.txt" <<'PY'
@@ -58,7 +58,7 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/metrics.jsonl")):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     best = min(row["loss"] for row in rows if row["kind"] == "val")
-    # intervals between two lines of training loss next to each other hold no evaluation
+    # no evaluation falls between two consecutive rows of training loss
     pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a["kind"] == b["kind"] == "train"]
     speeds = sorted((b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs)
     speed = f"{speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "no speed"

@@ -1,6 +1,6 @@
-"""Hostile files, texts and words: attacks of bench/faults.py that need no second process.
+"""Hostile inputs of bench/faults.py: corrupt and forged files, and random texts, settings and prompts.
 
-Withstood means that the thing was used as it is, or refused with a `UserError`, whose lines are all that a user sees.
+A trial passes if the input is used as it is, or rejected with a `UserError`, whose message is all that a user sees.
 """
 
 import copy
@@ -16,15 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 from hypothesis import HealthCheck, Phase, given
-from hypothesis import settings as tries
 from hypothesis import strategies as st
 from tqdm import tqdm
 
 import prepare
 import sample
 import train
-from attack import ROOT, Arena, Tally, peak_memory, trouble
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.cli import parse
 from glyphgpt.data.dataset import META, load_dataset
@@ -33,326 +32,328 @@ from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from glyphgpt.errors import UserError
 from glyphgpt.files import BEST, LAST
 from glyphgpt.settings import PrepareSettings, SampleSettings, TrainSettings
+from harness import ROOT, Tally, Workspace, check_call, peak_memory
 
 Json = Any
-ODD: list[Json] = [
+UNEXPECTED: list[Json] = [
     None, True, -1, 0, 1, 7, 2**31, 10**18, 10**300, 0.5, -1e300, float("nan"), float("inf"), "", "x", "../../x",
     "a\0b", "\ud800", "rotary", "F64", "U8", [], {}, [0], [-1], [2**62, 2], {"a": {}}, [[[[[[]]]]]],
 ]  # fmt: skip
-"""Values that stand where others are expected."""
-SIZE_CLASS = 100 * 2**20
-"""Bytes of memory that no small file may cost."""
+"""Values that replace others in JSON."""
+MAX_GROWTH = 100 * 2**20
+"""Bytes of memory that a small forged file may cost at most."""
 
 
-def cuts(arena: Arena, count: int) -> Tally:
-    """Cut checkpoints anywhere, and change a byte anywhere: none may load."""
-    tally, path = Tally(), arena.scratch / "damaged.safetensors"
-    for number in range(2 * count):
-        whole = (arena.straight / (BEST, LAST)[number // 2 % 2]).read_bytes()
-        place = arena.random.randrange(len(whole))
-        changed = bytes([whole[place] ^ arena.random.randint(1, 255)]) + whole[place + 1 :]
-        path.write_bytes(whole[:place] + changed * (number % 2))
+def corruption(workspace: Workspace, trials: int) -> Tally:
+    """Truncate checkpoints at random lengths, and change random bytes: none loads."""
+    tally, path = Tally(), workspace.scratch / "corrupt.safetensors"
+    for trial in range(2 * trials):
+        content = (workspace.reference_run / (BEST, LAST)[trial // 2 % 2]).read_bytes()
+        offset = workspace.rng.randrange(len(content))
+        changed = bytes([content[offset] ^ workspace.rng.randint(1, 255)]) + content[offset + 1 :]
+        path.write_bytes(content[:offset] + changed * (trial % 2))
         try:
             checkpoints.load_checkpoint(path)
-            tally.add(f"loaded, though damaged at {place} of {len(whole)} bytes")
-        except UserError as failure:
-            tally.add(str(failure) if "\n" in str(failure) else "")
+            tally.add_trial(f"loaded, though corrupt at {offset} of {len(content)} bytes")
+        except UserError as error:
+            tally.add_trial(str(error) if "\n" in str(error) else "")
     return tally
 
 
-def forged_checkpoints(arena: Arena, count: int) -> Tally:
-    """Change a checkpoint's header at random, seal it as a forger would, sample from it and train on from it."""
-    tally, out_dir = Tally(), arena.new_run()
+def forged_checkpoints(workspace: Workspace, trials: int) -> Tally:
+    """Change the header of a checkpoint at random, with a valid checksum, then sample from it and resume it."""
+    tally, out_dir = Tally(), workspace.new_run_dir()
     out_dir.mkdir()
-    resume = arena.settings(out_dir, resume=True, max_steps=61)
-    draw = SampleSettings(max_new_tokens=3, device="cpu", data_dir=str(arena.data_dir))
+    resume = workspace.train_settings(out_dir, resume=True, max_steps=61)
+    sampling = SampleSettings(max_new_tokens=3, device="cpu", data_dir=str(workspace.data_dir))
     peak_before = peak_memory()
-    for number in range(count):
-        header, data = opened(arena.straight / (BEST, LAST)[number % 2])
-        if number % 4 < 2:
-            header = mutated(header, arena.random)
+    for trial in range(trials):
+        header, data = read_safetensors(workspace.reference_run / (BEST, LAST)[trial % 2])
+        if trial % 4 < 2:
+            header = mutate(header, workspace.rng)
         else:
-            about = json.loads(header["__metadata__"]["glyphgpt"])
-            header["__metadata__"]["glyphgpt"] = json.dumps(mutated(about, arena.random))
+            metadata = json.loads(header["__metadata__"]["glyphgpt"])
+            header["__metadata__"]["glyphgpt"] = json.dumps(mutate(metadata, workspace.rng))
         for name in (BEST, LAST):
-            (out_dir / name).write_bytes(sealed(header, data))
-        found = trouble(lambda: sample.main(draw, str(out_dir / BEST)), tally)
-        found = found or trouble(lambda: train.main(resume), tally)
-        grown = peak_memory() - peak_before
-        found = found or (f"{grown:,} bytes of memory" if grown > SIZE_CLASS else "")
-        tally.add(found and f"{found}: {json.dumps(header)[:3000]}")
+            (out_dir / name).write_bytes(make_safetensors(header, data))
+        failure = check_call(lambda: sample.main(sampling, str(out_dir / BEST)), tally)
+        failure = failure or check_call(lambda: train.main(resume), tally)
+        growth = peak_memory() - peak_before
+        failure = failure or (f"{growth:,} bytes of memory" if growth > MAX_GROWTH else "")
+        tally.add_trial(failure and f"{failure}: {json.dumps(header)[:3000]}")
     return tally
 
 
-def forged_data_sets(arena: Arena, count: int) -> Tally:
-    """Change a data set's meta.json or a shard at random, checksums made to fit, and train on it."""
-    tally, folder = Tally(), arena.data_dir / "forged"
-    whole = {path.name: path.read_bytes() for path in (arena.data_dir / "small").iterdir()}
+def forged_datasets(workspace: Workspace, trials: int) -> Tally:
+    """Change meta.json or a shard of a dataset at random, with valid checksums, and train on it."""
+    tally, folder = Tally(), workspace.data_dir / "forged"
+    intact = {path.name: path.read_bytes() for path in (workspace.data_dir / "small").iterdir()}
     folder.mkdir()
-    for number in range(count):
-        for name, content in whole.items():
+    for trial in range(trials):
+        for name, content in intact.items():
             (folder / name).write_bytes(content)
-        meta = json.loads(whole[META])
-        if number % 2:
-            meta = mutated(meta, arena.random)
+        meta = json.loads(intact[META])
+        if trial % 2:
+            meta = mutate(meta, workspace.rng)
         else:
-            shard = meta[arena.random.choice(("train", "val"))]["shards"][0]
-            changed = bytearray(whole[shard["file"]])
-            start, length = arena.random.randrange(len(changed)), arena.random.choice((0, 1, 4, 400))
-            changed[start : start + length] = arena.random.randbytes(arena.random.randrange(9))
+            shard = meta[workspace.rng.choice(("train", "val"))]["shards"][0]
+            changed = bytearray(intact[shard["file"]])
+            start, length = workspace.rng.randrange(len(changed)), workspace.rng.choice((0, 1, 4, 400))
+            changed[start : start + length] = workspace.rng.randbytes(workspace.rng.randrange(9))
             (folder / shard["file"]).write_bytes(changed)
             shard["sha256"] = hashlib.sha256(changed).hexdigest()
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
-        settings = arena.settings(arena.new_run(), dataset="forged", max_steps=1)
-        found = trouble(partial(train.main, settings), tally)
-        tally.add(found and f"{found}: {json.dumps(meta)[:3000]}")
+        settings = workspace.train_settings(workspace.new_run_dir(), dataset="forged", max_steps=1)
+        failure = check_call(partial(train.main, settings), tally)
+        tally.add_trial(failure and f"{failure}: {json.dumps(meta)[:3000]}")
     return tally
 
 
-def arbitrary_bytes(arena: Arena, count: int) -> Tally:
-    """Prepare any bytes: the shards give back the very bytes, or there is no data set."""
-    tally, file = Tally(), arena.scratch / "any.txt"
+def random_bytes(workspace: Workspace, trials: int) -> Tally:
+    """Prepare random bytes: the shards decode to the same bytes, or there is no dataset."""
+    tally, file = Tally(), workspace.scratch / "random.txt"
     text = st.text(min_size=20, max_size=200).map(str.encode)
     contents = st.one_of(
         st.binary(max_size=200), text, text, st.tuples(text, st.binary(max_size=3), text).map(b"".join)
     )
 
     @given(contents, st.sampled_from(["char", "byte"]))
-    def attack(content: bytes, tokenizer: str) -> None:
+    def trial(content: bytes, tokenizer: str) -> None:
         file.write_bytes(content)
-        flags = PrepareSettings.model_validate(
-            {"name": "any", "tokenizer": tokenizer, "data_dir": str(arena.data_dir), "overwrite": True}
+        settings = PrepareSettings.model_validate(
+            {"name": "random", "tokenizer": tokenizer, "data_dir": str(workspace.data_dir), "overwrite": True}
         )
-        failed: list[UserError] = []
+        errors: list[UserError] = []
 
-        def work() -> None:
+        def prepare_file() -> None:
             try:
-                prepare.prepare_files([str(file)], flags)
-            except UserError as failure:
-                failed.append(failure)
+                prepare.prepare_files([str(file)], settings)
+            except UserError as error:
+                errors.append(error)
                 raise
 
-        found = trouble(work, tally)
-        if failed:
+        failure = check_call(prepare_file, tally)
+        if errors:
             with suppress(UnicodeDecodeError):
-                found = f"refused: {failed[0]}" if len(content.decode()) > 40 else ""
-        elif not found:
-            dataset = load_dataset(arena.data_dir / "any", arena.data_dir)
-            parts = (decode(dataset.tokenizer, split.slice(0, split.tokens)) for split in (dataset.train, dataset.val))
-            found = "" if "".join(parts).encode() == content else "another text came back"
-        tally.add(found and f"{found}: {content!r}")
+                failure = f"rejected: {errors[0]}" if len(content.decode()) > 40 else ""
+        elif not failure:
+            dataset = load_dataset(workspace.data_dir / "random", workspace.data_dir)
+            splits = (dataset.train, dataset.val)
+            text = "".join(decode(dataset.tokenizer, split.slice(0, split.tokens)) for split in splits)
+            failure = "" if text.encode() == content else "decoded to another text"
+        tally.add_trial(failure and f"{failure}: {content!r}")
 
-    many(attack, count)
+    run_examples(trial, trials)
     return tally
 
 
-def links(arena: Arena, count: int) -> Tally:
-    """Grow random folders with links of every kind: however they are named, each file is read once, and all end."""
+def random_links(workspace: Workspace, trials: int) -> Tally:
+    """Read folders of random links of every kind, named in five ways: each file is read once, and reading ends."""
     tally = Tally()
-    for number in tqdm(range(count), desc="links", leave=False):
-        top = arena.scratch / f"tree-{number}"
-        wanted = grow_tree(top, arena)
-        if not wanted:
-            tally.note("no files")
-        every = [str(path) for path in top.rglob("*") if path.is_file()]  # which follows no links
-        arena.random.shuffle(every)
-        for words in ([str(top)], [f"{top}/**/*"], every, [*every, str(top)], [f"{top}/*", str(top)]):
-            found: list[str] = []
+    for trial in tqdm(range(trials), desc="links", leave=False):
+        top = workspace.scratch / f"tree-{trial}"
+        expected = make_tree(top, workspace.rng)
+        if not expected:
+            tally.count("no files")
+        files = [str(path) for path in top.rglob("*") if path.is_file()]  # rglob follows no links
+        workspace.rng.shuffle(files)
+        for patterns in ([str(top)], [f"{top}/**/*"], files, [*files, str(top)], [f"{top}/*", str(top)]):
+            texts: list[str] = []
 
-            def read(words: list[str] = words, found: list[str] = found) -> None:
-                found += chain.from_iterable(open_text(words, arena.scratch).read(lambda _: None))
+            def read(patterns: list[str] = patterns, texts: list[str] = texts) -> None:
+                texts += chain.from_iterable(open_text(patterns, workspace.scratch).read(lambda _: None))
 
-            complaint = trouble(read, tally)
-            if sorted("".join(found).split()) != wanted:
-                complaint = complaint or f"{words[:2]}: {len(found)} files, not {len(wanted)}"
-            tally.add(complaint)
+            failure = check_call(read, tally)
+            if sorted("".join(texts).split()) != expected:
+                failure = failure or f"{patterns[:2]}: {len(texts)} files instead of {len(expected)}"
+            tally.add_trial(failure)
         shutil.rmtree(top)
     return tally
 
 
-def grow_tree(top: Path, arena: Arena) -> list[str]:
-    """Make a folder of files, each with a word of its own, and links; return the words, sorted."""
-    random, folders, files = arena.random, [top], list[Path]()
+def make_tree(top: Path, rng: random.Random) -> list[str]:
+    """Create a folder of links and of files, each with a unique word; return the words, sorted."""
+    folders, files = [top], list[Path]()
     top.mkdir()
-    for number in range(random.randint(1, 12)):
-        place = random.choice(folders) / random.choice(
-            [f"n{number}", f"n{number}.txt", f"n {number}\n", f"{number}\udce9"]
-        )
-        kind = random.choice(["file", "file", "folder", "link", "hard link", "loop", "dangling"])
+    for number in range(rng.randint(1, 12)):
+        names = [f"n{number}", f"n{number}.txt", f"n {number}\n", f"{number}\udce9"]
+        path = rng.choice(folders) / rng.choice(names)
+        kind = rng.choice(["file", "file", "folder", "link", "hard link", "loop", "dangling"])
         if kind == "folder":
-            place.mkdir()
-            folders.append(place)
+            path.mkdir()
+            folders.append(path)
         elif kind == "file":
-            place.write_text(f"word-{number}\n", encoding="utf-8")
-            files.append(place)
+            path.write_text(f"word-{number}\n", encoding="utf-8")
+            files.append(path)
         elif kind == "dangling":
-            place.symlink_to("nowhere")
+            path.symlink_to("nowhere")
         elif kind == "loop":
-            place.symlink_to(random.choice(folders), target_is_directory=True)
+            path.symlink_to(rng.choice(folders), target_is_directory=True)
         elif files:
-            (place.symlink_to if kind == "link" else place.hardlink_to)(random.choice(files))
+            (path.symlink_to if kind == "link" else path.hardlink_to)(rng.choice(files))
     return sorted(file.read_text(encoding="utf-8").strip() for file in files)
 
 
-def arbitrary_unicode(_: Arena, count: int) -> Tally:
-    """Turn any Unicode into tokens and back, with every tokenizer."""
-    tally, fixed = Tally(), list[Tokenizer]([ByteTokenizer()])
+def random_unicode(_: Workspace, trials: int) -> Tally:
+    """Encode and decode random Unicode with every tokenizer: the same text returns."""
+    tally, tokenizers = Tally(), list[Tokenizer]([ByteTokenizer()])
     try:
-        fixed.append(GPT2Tokenizer(ROOT / "data"))
+        tokenizers.append(GPT2Tokenizer(ROOT / "data"))
     except UserError:
-        tally.note("GPT-2's vocabulary could not be fetched, which took it out")
+        tally.count("without GPT-2's tokenizer, which could not be downloaded")
 
-    @given(st.text(max_size=100), st.integers(0, len(fixed)))
-    def attack(text: str, which: int) -> None:
-        def work() -> None:
-            tokenizer: Tokenizer = CharTokenizer.learn([text, "x"]) if which == len(fixed) else fixed[which]
+    @given(st.text(max_size=100), st.integers(0, len(tokenizers)))
+    def trial(text: str, number: int) -> None:
+        def encode_and_decode() -> None:
+            learn = number == len(tokenizers)
+            tokenizer: Tokenizer = CharTokenizer.learn([text, "x"]) if learn else tokenizers[number]
             ids = tokenizer.encode(text)
             if decode(tokenizer, ids) != text or (ids.size and ids.max() >= tokenizer.vocab_size):
-                raise AssertionError("another text came back")
+                raise AssertionError("decoded to another text")
 
-        found = trouble(work, tally)
-        tally.add(found and f"{found}: {text!r}")
+        failure = check_call(encode_and_decode, tally)
+        tally.add_trial(failure and f"{failure}: {text!r}")
 
-    many(attack, count)
+    run_examples(trial, trials)
     return tally
 
 
 KEYS = sorted({*TrainSettings.model_fields, *SampleSettings.model_fields, *PrepareSettings.model_fields})
-ODD_VALUES = st.one_of(
+UNEXPECTED_VALUES = st.one_of(
     st.text(max_size=20), st.integers().map(str), st.floats().map(str),
     st.sampled_from(["true", "false", "0", "1", "64", "1e-3", "inf", "9" * 5000, "[]", "{}", "'''", '"\\u0000"']),
 )  # fmt: skip
 DEFAULTS = {key: str(field.default) for key, field in TrainSettings.model_fields.items()}
-SOUND = st.sampled_from([(key, value) for key, value in DEFAULTS.items() if value.replace(".", "").isdigit()])
-PAIRS = st.one_of(SOUND, SOUND, st.tuples(st.sampled_from([*KEYS, "n_layers"]), ODD_VALUES))
-"""Settings with their values, two thirds of them sound."""
+VALID = st.sampled_from([(key, value) for key, value in DEFAULTS.items() if value.replace(".", "").isdigit()])
+PAIRS = st.one_of(VALID, VALID, st.tuples(st.sampled_from([*KEYS, "n_layers"]), UNEXPECTED_VALUES))
+"""Settings with values, two thirds of them valid."""
 
 
-def arbitrary_toml(arena: Arena, count: int) -> Tally:
-    """Read any text as a settings file."""
-    tally, file = Tally(), arena.scratch / "any.toml"
+def random_toml(workspace: Workspace, trials: int) -> Tally:
+    """Parse random text as a settings file."""
+    tally, file = Tally(), workspace.scratch / "random.toml"
     texts = st.one_of(st.text(max_size=80), *[st.lists(PAIRS.map(" = ".join), max_size=5).map("\n".join)] * 3)
 
     @given(texts)
-    def attack(text: str) -> None:
+    def trial(text: str) -> None:
         file.write_text(text, encoding="utf-8", newline="")
-        found = trouble(lambda: parse(TrainSettings, [str(file)], "", "", files=True), tally)
-        tally.add(found and f"{found}: {text!r}")
+        failure = check_call(lambda: parse(TrainSettings, [str(file)], "", "", files=True), tally)
+        tally.add_trial(failure and f"{failure}: {text!r}")
 
-    many(attack, count)
+    run_examples(trial, trials)
     return tally
 
 
-def arbitrary_command_lines(_: Arena, count: int) -> Tally:
-    """Read any words as a command line of any script."""
+def random_command_lines(_: Workspace, trials: int) -> Tally:
+    """Parse random arguments as a command line of each script."""
     tally = Tally()
     flag = st.one_of(
         PAIRS.map(lambda pair: [f"--{pair[0]}={pair[1]}"]), PAIRS.map(lambda pair: [f"--{pair[0]}", pair[1]])
     )
-    words = st.lists(st.one_of(*[flag] * 4, st.text(max_size=20).map(lambda word: [word])), max_size=4)
+    groups = st.lists(st.one_of(*[flag] * 4, st.text(max_size=20).map(lambda word: [word])), max_size=4)
 
-    @given(words, st.sampled_from([TrainSettings, SampleSettings, PrepareSettings]))
-    def attack(words: list[list[str]], kind: Any) -> None:
-        line = [word for group in words for word in group]
-        found = trouble(lambda: parse(kind, line, "", "", files=kind is TrainSettings), tally)
-        tally.add(found and f"{found}: {line!r}")
+    @given(groups, st.sampled_from([TrainSettings, SampleSettings, PrepareSettings]))
+    def trial(groups: list[list[str]], settings_class: Any) -> None:
+        args = [word for group in groups for word in group]
+        failure = check_call(lambda: parse(settings_class, args, "", "", files=settings_class is TrainSettings), tally)
+        tally.add_trial(failure and f"{failure}: {args!r}")
 
-    many(attack, count)
+    run_examples(trial, trials)
     return tally
 
 
 PROMPTS = {
-    "empty": "", "one character": "t", "longer than the block": "to be or not " * 50, "all unknown": "ÄÖÜ",
-    "partly unknown": "to be Ä", "1 MB": "to be or not " * 77_000, "NUL": "\0", "undecodable byte": "to\udcff",
+    "empty": "", "one character": "t", "longer than block_size": "to be or not " * 50, "unknown characters": "ÄÖÜ",
+    "one unknown character": "to be Ä", "1 MB": "to be or not " * 77_000, "NUL": "\0", "undecodable byte": "to\udcff",
     "right to left": "\u202eשלום", "combining": "e\u0301\u0301\u0301", "emoji": "\U0001f468\u200d\U0001f469",
     "control characters": "\x1b[31m\r\x07",
 }  # fmt: skip
 
 
-def prompts(arena: Arena, count: int) -> Tally:
-    """Sample from odd prompts: they stand before the sample, or the unknown is named, or left out if asked."""
+def unusual_prompts(workspace: Workspace, trials: int) -> Tally:
+    """Sample from unusual prompts: the output begins with the prompt, or the error names the unknown characters."""
     tally = Tally()
-    for number, (kind, prompt) in enumerate(list(PROMPTS.items()) * -(-count // len(PROMPTS))):
-        for skip in (False, True):
-            flags = SampleSettings.model_validate(
-                {"prompt": prompt, "max_new_tokens": 5, "skip_unknown": skip, "seed": number, "device": "cpu"}
+    for trial, (kind, prompt) in enumerate(list(PROMPTS.items()) * -(-trials // len(PROMPTS))):
+        for skip_unknown in (False, True):
+            settings = SampleSettings.model_validate(
+                {"prompt": prompt, "max_new_tokens": 5, "skip_unknown": skip_unknown, "seed": trial, "device": "cpu"}
             )
-            said, foreign = StringIO(), set(prompt) - set(arena.text)
-            found = ""
+            output, unknown = StringIO(), set(prompt) - set(workspace.text)
+            failure = ""
             try:
-                with redirect_stdout(said), redirect_stderr(StringIO()):
-                    sample.main(flags, str(arena.straight))
-                right = said.getvalue().startswith(prompt) and not (foreign and not skip)
-                found = "" if right else f"unexpected: {said.getvalue()[:100]!r}"
-            except UserError as failure:
-                named = all(repr(character) in str(failure) for character in sorted(foreign)[:10])
-                found = "" if foreign and not skip and named else f"refused: {failure}"
+                with redirect_stdout(output), redirect_stderr(StringIO()):
+                    sample.main(settings, str(workspace.reference_run))
+                passed = output.getvalue().startswith(prompt) and not (unknown and not skip_unknown)
+                failure = "" if passed else f"unexpected output: {output.getvalue()[:100]!r}"
+            except UserError as error:
+                named = all(repr(character) in str(error) for character in sorted(unknown)[:10])
+                failure = "" if unknown and not skip_unknown and named else f"rejected: {error}"
             except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            tally.add(found and f"{kind}, skip_unknown={skip}: {found}")
+                failure = f"{type(error).__name__}: {error}"
+            tally.add_trial(failure and f"{kind}, skip_unknown={skip_unknown}: {failure}")
     return tally
 
 
-def many(attack: Callable[..., None], count: int) -> None:
-    """Call a test of hypothesis with so many examples."""
-    unhindered = tries(
+def run_examples(trial: Callable[..., None], count: int) -> None:
+    """Run a Hypothesis test on a number of random examples, without its database, deadline and shrinking."""
+    settings = hypothesis.settings(
         max_examples=count, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    unhindered(attack)()
+    settings(trial)()
 
 
-def mutated(value: dict[str, Json], chosen: random.Random) -> dict[str, Json]:
-    """Return a JSON object with one to three of its parts changed a little, replaced, left out, doubled or swapped."""
+def mutate(value: dict[str, Json], rng: random.Random) -> dict[str, Json]:
+    """Return a JSON object with one to three parts replaced, slightly changed, deleted, duplicated or swapped."""
     value = copy.deepcopy(value)
-    for _ in range(chosen.randint(1, 3)):
+    for _ in range(rng.randint(1, 3)):
         parent: Json = value
-        key: Any = chosen.choice(list(value) or ["x"])
-        while isinstance(parent[key], dict | list) and parent[key] and chosen.random() < 0.8:
+        key: Any = rng.choice(list(value) or ["x"])
+        while isinstance(parent[key], dict | list) and parent[key] and rng.random() < 0.8:
             parent = parent[key]
-            key = chosen.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
-        kind = chosen.random()
+            key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        kind = rng.random()
         if kind < 0.4:
-            parent[key] = copy.deepcopy(chosen.choice(ODD))
+            parent[key] = copy.deepcopy(rng.choice(UNEXPECTED))
         elif kind < 0.8 or isinstance(parent, list):
-            parent[key] = near(parent[key], chosen)
+            parent[key] = perturb(parent[key], rng)
         elif kind < 0.9:
             del parent[key]
         elif kind < 0.95:
-            parent[str(key) + chosen.choice("x./\0é")] = parent[key]
+            parent[str(key) + rng.choice("x./\0é")] = parent[key]
         else:
-            other = chosen.choice(list(parent))
+            other = rng.choice(list(parent))
             parent[key], parent[other] = parent[other], parent[key]
     return value
 
 
-def near(value: Json, chosen: random.Random) -> Json:
-    """Return a JSON value much like another."""
+def perturb(value: Json, rng: random.Random) -> Json:
+    """Return a JSON value of the same type that differs slightly."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return chosen.choice([value - 1, value + 1, 2 * value, -value, value // 2])
+        return rng.choice([value - 1, value + 1, 2 * value, -value, value // 2])
     if isinstance(value, str):
-        place = chosen.randint(0, len(value))
-        return chosen.choice([value[:place], value[place:], value[:place] + value[place + 1 :], value + value])
+        index = rng.randint(0, len(value))
+        return rng.choice([value[:index], value[index:], value[:index] + value[index + 1 :], value + value])
     if isinstance(value, list):
-        return [near(item, chosen) for item in value]
+        return [perturb(item, rng) for item in value]
     return value
 
 
-def opened(path: Path) -> tuple[dict[str, Json], bytes]:
-    """Return a safetensors file's header and its data."""
-    whole = path.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+def read_safetensors(path: Path) -> tuple[dict[str, Json], bytes]:
+    """Return the header and the data of a safetensors file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
-def sealed(header: dict[str, Json], data: bytes) -> bytes:
-    """Return a safetensors file with that header, and with the checksum that fits where it has a place for one."""
+def make_safetensors(header: dict[str, Json], data: bytes) -> bytes:
+    """Return a safetensors file; if its header has the key sha256, its value becomes the valid checksum."""
     text = json.dumps(header, separators=(",", ":")).encode()
     key = b'"sha256":"'
-    place = text.find(key) + len(key)
-    text = text[:place] + b"0" * 64 + text[place + 64 :]
-    whole = len(text).to_bytes(8, "little") + text + data
-    digest = hashlib.sha256(whole).hexdigest().encode()
-    return whole[: 8 + place] + digest + whole[8 + place + 64 :]
+    offset = text.find(key) + len(key)
+    text = text[:offset] + b"0" * 64 + text[offset + 64 :]
+    content = len(text).to_bytes(8, "little") + text + data
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content[: 8 + offset] + digest + content[8 + offset + 64 :]

@@ -1,10 +1,10 @@
-"""Measure prepare.py on generated text: seconds, megabytes a second, peak memory.
+"""Measure prepare.py on generated text: seconds, megabytes per second, peak memory.
 
-python bench/prepare_speed.py [--megabytes=1000] [--tokenizers=char,byte] [--runs=1]
+    python bench/prepare_speed.py [--megabytes=1000] [--tokenizers=char,byte] [--runs=1]
 
-Each run is a process of its own; its peak memory is what the operating system counted (ru_maxrss). In turn with them
-the system copies the file (cp, then sync) and, for gpt2, tiktoken encodes it alone with as many threads. Needs free
-disk of four times the text's size. Prints a table for bench/RESULTS.md.
+Each run is a process of its own, whose peak memory the operating system counts (ru_maxrss). For comparison, runs
+alternate with a copy of the file (cp, then sync) and, for gpt2, with tiktoken alone on as many threads. Needs free
+disk space of four times the text's size. Prints a table for bench/RESULTS.md.
 """
 
 import argparse
@@ -26,61 +26,44 @@ from glyphgpt.data.tokenizers import GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "that",
-    "is",
-    "was",
-    "he",
-    "for",
-    "it",
-    "with",
-    "as",
-    "his",
-    "on",
-    "be",
-    "at",
-    "by",
-]
+    "the", "of", "and", "to", "in", "that", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by",
+]  # fmt: skip
 
 
 def main() -> None:
-    """Generate the text, prepare it with each tokenizer, and print what it took."""
+    """Generate the text, prepare it with each tokenizer, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the text (default 1000)")
-    parser.add_argument("--tokenizers", default="char,byte", help="which to measure (default char,byte)")
+    parser.add_argument("--tokenizers", default="char,byte", help="names, separated by commas (default char,byte)")
     parser.add_argument("--runs", type=int, default=1, help="runs of each, alternately (default 1)")
-    parser.add_argument("--accents", action="store_true", help="text with letters outside ASCII")
+    parser.add_argument("--accents", action="store_true", help="include letters outside ASCII")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         text, scratch = Path(name) / "text.txt", Path(name)
         write_text(text, options.megabytes * 10**6, accents=options.accents)
         tokenizers = options.tokenizers.split(",")
-        work: dict[str, Callable[[], tuple[float, int]]] = {"cp, sync": partial(copy, text)}
-        work |= {tokenizer: partial(measure, text, tokenizer, scratch) for tokenizer in tokenizers}
+        programs: dict[str, Callable[[], tuple[float, int]]] = {"cp, sync": partial(copy, text)}
+        programs |= {tokenizer: partial(prepare, text, tokenizer, scratch) for tokenizer in tokenizers}
         if "gpt2" in tokenizers:
-            work["tiktoken alone"] = partial(encode, text, GPT2Tokenizer(scratch / "data"))
-        took: dict[str, list[tuple[float, int]]] = {title: [] for title in work}
-        for title in [*work] * options.runs:
-            took[title].append(work[title]())
+            programs["tiktoken alone"] = partial(encode, text, GPT2Tokenizer(scratch / "data"))
+        results: dict[str, list[tuple[float, int]]] = {title: [] for title in programs}
+        for title in [*programs] * options.runs:
+            results[title].append(programs[title]())
         size = text.stat().st_size / 1e6
-    print("| what | text | seconds (lowest to highest) | MB/s | GB a minute | times cp | peak memory |")
+    print("| program | text | seconds (lowest to highest) | MB/s | GB per minute | times cp | peak memory |")
     print("|---|---|---|---|---|---|---|")
-    copied = statistics.median(seconds for seconds, _ in took["cp, sync"])
-    for title, results in took.items():
-        times, peaks = zip(*results, strict=True)
+    cp_seconds = statistics.median(seconds for seconds, _ in results["cp, sync"])
+    for title, runs in results.items():
+        times, peaks = zip(*runs, strict=True)
         seconds = statistics.median(times)
         spread = f"{seconds:.1f} ({min(times):.1f} to {max(times):.1f})"
-        rates = f"{size / seconds:,.0f} | {size / seconds * 0.06:.1f} | {seconds / copied:.1f}"
+        rates = f"{size / seconds:,.0f} | {size / seconds * 0.06:.1f} | {seconds / cp_seconds:.1f}"
         memory = f"{max(peaks) / 2**20:,.0f} MiB" if max(peaks) else ""
         print(f"| {title} | {size:,.0f} MB | {spread} | {rates} | {memory} |")
 
 
 def copy(text: Path) -> tuple[float, int]:
-    """Have the system copy the text to the disk; return the seconds."""
+    """Copy the text to the disk with cp and sync; return the seconds, and 0 for the memory."""
     target = text.with_name("copy")
     subprocess.run(["sync"], check=True)
     started = time.perf_counter()
@@ -92,27 +75,27 @@ def copy(text: Path) -> tuple[float, int]:
 
 
 def encode(text: Path, tokenizer: GPT2Tokenizer) -> tuple[float, int]:
-    """Encode the text with tiktoken's own threads, in pieces of lines, and throw the ids away; return the seconds."""
+    """Encode the text with tiktoken's threads, in chunks of lines, and discard the ids; return the seconds, and 0."""
     started, threads = time.perf_counter(), os.cpu_count() or 1
     with text.open(encoding="utf-8") as file:
         while lines := file.readlines(1 << 18):
-            pieces = ["".join(lines)] + ["".join(file.readlines(1 << 18)) for _ in range(4 * threads - 1)]
-            tokenizer._encoding.encode_ordinary_batch(pieces, num_threads=threads)
+            chunks = ["".join(lines)] + ["".join(file.readlines(1 << 18)) for _ in range(4 * threads - 1)]
+            tokenizer._encoding.encode_ordinary_batch(chunks, num_threads=threads)
     return time.perf_counter() - started, 0
 
 
 def write_text(path: Path, size: int, *, accents: bool) -> None:
-    """Write about `size` bytes of lines of words: one block of a megabyte, again and again."""
-    chosen = random.Random(0)
+    """Write about `size` bytes of lines of words, which repeat one block of a megabyte."""
+    rng = random.Random(0)
     words = [*WORDS, "élan", "über", "日本"] if accents else WORDS
-    lines = (" ".join(chosen.choices(words, k=12)).capitalize() + ".\n" for _ in range(18_000))
+    lines = (" ".join(rng.choices(words, k=12)).capitalize() + ".\n" for _ in range(18_000))
     block = "".join(lines).encode()
     with path.open("wb") as file:
         for _ in range(size // len(block)):
             file.write(block)
 
 
-def measure(text: Path, tokenizer: str, scratch: Path) -> tuple[float, int]:
+def prepare(text: Path, tokenizer: str, scratch: Path) -> tuple[float, int]:
     """Run prepare.py once; return its seconds and its peak memory in bytes."""
     command = [sys.executable, str(ROOT / "prepare.py"), str(text), f"--name=measured-{tokenizer}"]
     command += [f"--tokenizer={tokenizer}", f"--data_dir={scratch / 'data'}", "--overwrite"]
@@ -128,7 +111,7 @@ def measure(text: Path, tokenizer: str, scratch: Path) -> tuple[float, int]:
 
 
 def peak_bytes(usage: resource.struct_rusage) -> int:
-    """Return the peak memory of a finished process; Linux counts it in KiB, macOS in bytes."""
+    """Return the peak memory of a finished process in bytes; Linux counts KiB, macOS bytes."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

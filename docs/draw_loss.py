@@ -1,4 +1,4 @@
-"""Draw docs/loss.svg, the README's picture, from finished runs (needs matplotlib).
+"""Draw docs/loss.svg, the loss curves in the README, from finished runs. Needs matplotlib.
 
 python docs/draw_loss.py out/quick out/shakespeare_char
 """
@@ -13,8 +13,8 @@ TARGET = Path(__file__).with_name("loss.svg")
 
 
 def draw(folders: list[Path]) -> None:
-    """Draw training and validation loss of each run against the tokens it has seen."""
-    plt.rcParams["svg.hashsalt"] = "glyphgpt"  # the same runs give the same file
+    """Draw the training and validation loss of each run over the number of tokens."""
+    plt.rcParams["svg.hashsalt"] = "glyphgpt"  # makes the file reproducible
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for folder, color in zip(folders, ("tab:blue", "tab:orange", "tab:green"), strict=False):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -30,4 +30,4 @@ def draw(folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    draw([Path(word) for word in sys.argv[1:]])
+    draw([Path(argument) for argument in sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Write docs/settings.md, every setting of the three scripts, from where they are declared.
+"""Write docs/settings.md, the reference of every setting, from the declarations in glyphgpt/settings.py.
 
 python docs/make_settings.py
 """
@@ -13,12 +13,12 @@ TARGET = Path(__file__).with_name("settings.md")
 
 
 def page() -> str:
-    """Return the whole page."""
+    """Return the text of the page."""
     lines = [
         "# Every setting",
         "",
-        "The same tables as `--help`, made from the code by `python docs/make_settings.py`. A setting is spelled alike",
-        "in a TOML file (`batch_size = 32`) and on the command line (`--batch_size=32`).",
+        "These are the tables of `--help`, written by `python docs/make_settings.py`. A setting has the same name in a",
+        "TOML file (`batch_size = 32`) and on the command line (`--batch_size=32`).",
     ]
     for settings_class in (TrainSettings, PrepareSettings, SampleSettings):
         lines += ["", f"## {settings_class.__name__.removesuffix('Settings').lower()}.py"]
@@ -28,7 +28,7 @@ def page() -> str:
 
 
 def tables(settings_class: type[Settings]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each group's heading with its rows."""
+    """Yield the heading and the rows of each group of settings."""
     for heading, fields in groups(settings_class):
         rows = []
         for key, field in fields.items():

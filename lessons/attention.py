@@ -1,15 +1,16 @@
-"""Attention by hand: one sentence through one layer, every shape shown, and what happens if you change it.
+"""Attention by hand: one sentence through one attention layer, with every shape, and seven variants of that layer.
 
     python lessons/attention.py
     python lessons/attention.py "To be, or not to be, that is the question" question
 
-Shape letters as in model.py: T time (characters of the sentence), C channels, H heads, D head size (C / H), V
-vocabulary (different characters). There is no batch B. Embeddings and matrices are random, from a seed: nobody has
-trained them, so who looks at whom has no meaning yet. What you see is the mechanism that training has to work with.
+Shape letters are those of model.py: T time (characters of the sentence), C channels, H heads, D head size (C / H),
+V vocabulary (distinct characters). There is no batch dimension B. Embeddings and weight matrices are random and
+untrained, so the attention weights have no meaning yet. The program shows the mechanism that training works with.
 
-A score makes a number for each pair, (H, T, T), of queries and keys, (H, T, D) each: row t asks, column s answers. A
-mask (T, T) is True where t may look at s; elsewhere the score becomes minus infinity, and the weight 0. The scores take
-torch's tensors too: what_ifs.py trains the real model with them.
+A score function maps queries and keys, (H, T, D) each, to scores (H, T, T). Row t holds the scores of the query at
+position t, column s those of the key at position s. A mask (T, T) is True where position t may attend to position s.
+Elsewhere the score becomes minus infinity, and the weight 0. The score functions also accept torch tensors, because
+attention_variants.py trains the real model with them.
 """
 
 import argparse
@@ -22,67 +23,67 @@ from numpy.typing import NDArray
 
 from glyphgpt.errors import UsageError, exit_on_error
 
-Floats = NDArray[np.float64]
-Score = Callable[[Floats, Floats], Floats]
-Mask = Callable[[int], NDArray[np.bool_]]
+Array = NDArray[np.float64]
+ScoreFunction = Callable[[Array, Array], Array]
+MaskFunction = Callable[[int], NDArray[np.bool_]]
 
 SENTENCE = "La pizza est sortie du four et elle était délicieuse"
 WORD = "elle"
-LONGEST = 100  # characters: a row of the terminal
+MAX_CHARACTERS = 100  # one row of the terminal
 BLOCKS = " ░▒▓█"
 
 
-def dot(q: Floats, k: Floats) -> Floats:
-    """Score q · k / √D: high where both point the same way. Sums of D products grow with √D; the root undoes that."""
+def dot_product(q: Array, k: Array) -> Array:
+    """Return q · k / √D, which is large where q and k point the same way. √D offsets the growth of sums with D."""
     return q / math.sqrt(q.shape[-1]) @ k.swapaxes(-2, -1)  # (H, T, D) @ (H, D, T) -> (H, T, T)
 
 
-def negated(q: Floats, k: Floats) -> Floats:
-    """Score -q · k / √D: high where they point opposite ways."""
-    return -dot(q, k)
+def negated(q: Array, k: Array) -> Array:
+    """Return -q · k / √D, which is large where q and k point in opposite directions."""
+    return -dot_product(q, k)
 
 
-def squared(q: Floats, k: Floats) -> Floats:
-    """Score (q · k / √D)²: the same way or opposite ways, no matter; the lowest is a right angle."""
-    return dot(q, k) ** 2
+def squared(q: Array, k: Array) -> Array:
+    """Return (q · k / √D)², which is large for equal and for opposite directions, and 0 at a right angle."""
+    return dot_product(q, k) ** 2
 
 
-def inverse(q: Floats, k: Floats) -> Floats:
-    """Score 1 / s of s = q · k / √D, as s / (s² + 0.01): the same far from 0, at most 5, and 0 at s = 0 itself."""
-    s = dot(q, k)
+def inverse(q: Array, k: Array) -> Array:
+    """Return s / (s² + 0.01) for s = q · k / √D: about 1 / s far from 0, at most 5, and 0 at s = 0."""
+    s = dot_product(q, k)
     return s / (s**2 + 0.01)
 
 
-def unscaled(q: Floats, k: Floats) -> Floats:
-    """Score q · k, without the root."""
-    return q @ k.swapaxes(-2, -1)
+def unscaled(q: Array, k: Array) -> Array:
+    """Return q · k, without the division by √D."""
+    return q @ k.swapaxes(-2, -1)  # (H, T, D) @ (H, D, T) -> (H, T, T)
 
 
-def causal(T: int) -> NDArray[np.bool_]:
-    """Itself and the past, s <= t: what there is when the next character is to be guessed."""
+def causal_mask(T: int) -> NDArray[np.bool_]:
+    """Allow itself and the past, s <= t: all that is known when the next character is predicted."""
     return np.tri(T, dtype=bool)
 
 
-def other_half(T: int) -> NDArray[np.bool_]:
-    """Itself and the future, s >= t."""
+def anticausal_mask(T: int) -> NDArray[np.bool_]:
+    """Allow itself and the future, s >= t."""
     return np.tri(T, dtype=bool).T
 
 
 def no_mask(T: int) -> NDArray[np.bool_]:
-    """All."""
+    """Allow every position."""
     return np.ones((T, T), dtype=bool)
 
 
-def itself(T: int) -> NDArray[np.bool_]:
-    """Nobody else, s = t: no attention at all."""
+def self_mask(T: int) -> NDArray[np.bool_]:
+    """Allow itself alone, s = t: no attention to other characters."""
     return np.eye(T, dtype=bool)
 
 
-def positions(T: int, C: int) -> Floats:
-    """Return the waves of Vaswani et al. 2017, section 3.5, (T, C); C is even.
+def sinusoidal_positions(T: int, C: int) -> Array:
+    """Return the position vectors (T, C) of Vaswani et al. 2017, section 3.5, for an even C.
 
-    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)): a clock with C / 2 hands, the first one
-    fast, the last one slow.
+    PE(t, 2i) = sin(t / 10000^(2i/C)) and PE(t, 2i+1) = cos(t / 10000^(2i/C)). Each pair of channels is a clock hand
+    that turns with t. The first of the C / 2 hands is the fastest, the last the slowest.
     """
     t = np.arange(T)[:, None]  # (T, 1)
     i = np.arange(C // 2)  # (C / 2)
@@ -90,143 +91,145 @@ def positions(T: int, C: int) -> Floats:
     return np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(T, C)  # (T, C / 2, 2) -> (T, C)
 
 
-def softmax(scores: Floats) -> Floats:
-    """Return exp(score) / the row's sum of exp(score): weights above 0 that sum to 1; the same shape."""
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))  # the shift cancels out, and nothing overflows
-    return powers / powers.sum(axis=-1, keepdims=True)
+def softmax(scores: Array) -> Array:
+    """Return exp(score) / Σ exp(score) of each row: weights of the same shape, from 0 to 1, that sum to 1."""
+    exp = np.exp(scores - scores.max(axis=-1, keepdims=True))  # the maximum cancels out; no overflow
+    return exp / exp.sum(axis=-1, keepdims=True)
 
 
 class Layer(NamedTuple):
-    """What training would learn, (C, C) each, and the number of heads H."""
+    """The parameters of an attention layer, which training would learn: four matrices (C, C), and H heads."""
 
-    query: Floats
-    key: Floats
-    value: Floats
-    out: Floats
-    heads: int
-
-
-class Steps(NamedTuple):
-    """All that attention computes on its way."""
-
-    q: Floats  # (H, T, D)
-    k: Floats  # (H, T, D)
-    v: Floats  # (H, T, D)
-    scores: Floats  # (H, T, T)
-    weights: Floats  # (H, T, T)
-    mixed: Floats  # (H, T, D)
-    out: Floats  # (T, C)
+    query: Array
+    key: Array
+    value: Array
+    out: Array
+    n_head: int
 
 
-def attention(x: Floats, layer: Layer, score: Score = dot, mask: Mask = causal) -> Steps:
-    """Let each character of x (T, C) gather from the others: softmax(score(q, k), masked) v."""
+class Activations(NamedTuple):
+    """Every array that an attention layer computes."""
+
+    q: Array  # (H, T, D)
+    k: Array  # (H, T, D)
+    v: Array  # (H, T, D)
+    scores: Array  # (H, T, T)
+    weights: Array  # (H, T, T)
+    mixed: Array  # (H, T, D)
+    out: Array  # (T, C)
+
+
+def attention(
+    x: Array, layer: Layer, score: ScoreFunction = dot_product, mask: MaskFunction = causal_mask
+) -> Activations:
+    """Compute softmax(masked score(q, k)) v: each character of x (T, C) gathers values from the characters it sees."""
     T, C = x.shape
 
-    def heads(y: Floats) -> Floats:
-        return y.reshape(T, layer.heads, C // layer.heads).swapaxes(0, 1)  # (T, C) -> (T, H, D) -> (H, T, D)
+    def split_heads(y: Array) -> Array:
+        return y.reshape(T, layer.n_head, C // layer.n_head).swapaxes(0, 1)  # (T, C) -> (T, H, D) -> (H, T, D)
 
-    q = heads(x @ layer.query)  # what it asks for
-    k = heads(x @ layer.key)  # what it answers to
-    v = heads(x @ layer.value)  # what it hands over
+    q = split_heads(x @ layer.query)  # what each character looks for: (T, C) @ (C, C) -> (T, C) -> (H, T, D)
+    k = split_heads(x @ layer.key)  # what each character can be found by: (H, T, D)
+    v = split_heads(x @ layer.value)  # what each character passes on: (H, T, D)
     scores = score(q, k)  # (H, T, T)
     weights = softmax(np.where(mask(T), scores, -np.inf))  # (H, T, T), each row sums to 1
-    mixed = weights @ v  # (H, T, T) @ (H, T, D) -> (H, T, D): means of values
-    out = mixed.swapaxes(0, 1).reshape(T, C) @ layer.out  # (H, T, D) -> (T, H, D) -> (T, C)
-    return Steps(q, k, v, scores, weights, mixed, out)
+    mixed = weights @ v  # weighted means of the values: (H, T, T) @ (H, T, D) -> (H, T, D)
+    out = mixed.swapaxes(0, 1).reshape(T, C) @ layer.out  # (H, T, D) -> (T, H, D) -> (T, C), @ (C, C) -> (T, C)
+    return Activations(q, k, v, scores, weights, mixed, out)
 
 
-class WhatIf(NamedTuple):
-    """A change, and what to look for."""
+class Variant(NamedTuple):
+    """A change to attention, and what it does."""
 
-    says: str
-    score: Score = dot
-    mask: Mask = causal
+    description: str
+    score: ScoreFunction = dot_product
+    mask: MaskFunction = causal_mask
     positions: bool = True
 
 
-WHAT_IFS = {
-    "as in GPT": WhatIf("scores are dot products over √D; itself and the past"),
-    "negated": WhatIf("who got most gets least; training can turn every query round, and all is as before", negated),
-    "squared": WhatIf("opposite counts as alike: no way left to say 'not you'", squared),
-    "inverse": WhatIf("a perfect match gets less than a faint one", inverse),
-    "unscaled": WhatIf("scores √D times as far apart: the weight gathers on fewer", unscaled),
-    "no positions": WhatIf("equal letters get equal weights, wherever they stand", positions=False),
-    "other half": WhatIf("itself and the future: in training, the answers; in writing, nothing", mask=other_half),
-    "no mask": WhatIf("past and future: fine for reading, but who sees the answer never learns to guess", mask=no_mask),
+VARIANTS = {
+    "standard": Variant("scaled dot products and the causal mask, as in GPT"),
+    "negated": Variant("large weights become small; training can undo this with a negated query matrix", negated),
+    "squared": Variant("a key opposite to the query scores as high as one that matches it", squared),
+    "inverse": Variant("a strong match scores lower than a weak one", inverse),
+    "unscaled": Variant("scores are √D times as large, so fewer characters share the weight", unscaled),
+    "no positions": Variant("equal characters get equal weights, wherever they are", positions=False),
+    "anticausal": Variant("itself and the future; generation has no future to read", mask=anticausal_mask),
+    "no mask": Variant("past and future; a model that sees the answer does not learn to predict it", mask=no_mask),
 }
 
 
-def entropy(weights: Floats) -> float:
-    """Return -Σ w log2 w in bits: 0 if all weight is on one, log2(n) if n share it evenly."""
-    some = weights[weights > 0]
-    return float(-(some * np.log2(some)).sum())
+def entropy(weights: Array) -> float:
+    """Return -Σ w log2 w in bits: 0 if one weight is 1, log2(n) if n weights are equal."""
+    positive = weights[weights > 0]
+    return float(-(positive * np.log2(positive)).sum())
 
 
-def picture(sentence: str, at: int, weights: Floats) -> str:
-    """Show how the character at place `at` looks at the sentence: weights (T), the greatest a full block."""
-    heat = "".join(BLOCKS[round(4 * share)] for share in weights / weights.max())
-    strongest = ", ".join(f"{sentence[s]!r} at {s} {weights[s]:.0%}" for s in np.argsort(-weights, kind="stable")[:3])
-    bits = entropy(weights)
-    figures = f"{bits:.2f} bits: as if at {2**bits:.1f} characters; {weights[at + 1 :].sum():.0%} on the future"
-    return f"  {sentence}\n  {heat}\n  most: {strongest}\n  {figures}"
+def format_weights(sentence: str, t: int, weights: Array) -> str:
+    """Return row t of the attention weights, (T), drawn below the sentence; a full block is the largest weight."""
+    blocks = "".join(BLOCKS[round(4 * fraction)] for fraction in weights / weights.max())
+    largest = ", ".join(f"{weights[s]:.0%} {sentence[s]!r} at {s}" for s in np.argsort(-weights, kind="stable")[:3])
+    bits, future = entropy(weights), weights[t + 1 :].sum()
+    summary = f"entropy: {bits:.2f} bits, effectively {2**bits:.1f} characters; weight on the future: {future:.0%}"
+    return f"  {sentence}\n  {blocks}\n  largest: {largest}\n  {summary}"
 
 
-def lesson(sentence: str, at: int, C: int, H: int, seed: int) -> None:
-    """Print the way of a sentence through attention, then each what-if as the character at place `at` sees it."""
-    random = np.random.default_rng(seed)
-    T, characters = len(sentence), sorted(set(sentence))
-    ids = np.array([characters.index(character) for character in sentence])  # (T)
-    embedding = random.standard_normal((len(characters), C))  # (V, C)
-    x = embedding[ids] + positions(T, C)  # (T, C)
-    query, key, value, out = random.standard_normal((4, C, C)) / math.sqrt(C)  # (C, C) each: keeps sizes as they are
+def print_lesson(sentence: str, t: int, C: int, H: int, seed: int) -> None:
+    """Print the shape of every array, then the attention weights of position t under each variant."""
+    rng = np.random.default_rng(seed)
+    T, vocabulary = len(sentence), sorted(set(sentence))
+    ids = np.array([vocabulary.index(character) for character in sentence])  # (T)
+    embedding = rng.standard_normal((len(vocabulary), C))  # (V, C)
+    x = embedding[ids] + sinusoidal_positions(T, C)  # (T, C)
+    query, key, value, out = rng.standard_normal((4, C, C)) / math.sqrt(C)  # (C, C) each; 1 / √C preserves the scale
     layer = Layer(query, key, value, out, H)
-    steps = attention(x, layer)
+    activations = attention(x, layer)
 
-    print(f"T = {T} characters, C = {C} channels, H = {H} heads, D = C / H = {C // H}, V = {len(characters)}\n")
+    print(f"T = {T} characters, C = {C} channels, H = {H} heads, D = C / H = {C // H}, V = {len(vocabulary)}\n")
     for name, letters, array in (
         ("ids", "T", ids),
-        ("embedding, a row for each id", "V C", embedding),
+        ("embedding, one row for each id", "V C", embedding),
         ("x = embedding[ids] + positions", "T C", x),
-        ("q, k, v = x times a matrix each", "H T D", steps.q),
-        ("scores = q k^T / sqrt(D)", "H T T", steps.scores),
-        ("weights = softmax of the past", "H T T", steps.weights),
-        ("mixed = weights v", "H T D", steps.mixed),
-        ("out = heads side by side, a matrix", "T C", steps.out),
+        ("q, k, v = x times one matrix each", "H T D", activations.q),
+        ("scores = q k^T / sqrt(D)", "H T T", activations.scores),
+        ("weights = softmax(masked scores)", "H T T", activations.weights),
+        ("mixed = weights v", "H T D", activations.mixed),
+        ("out = joined heads times a matrix", "T C", activations.out),
     ):
         print(f"{name:38}{letters:8}{' x '.join(map(str, array.shape))}")
 
-    print(f"\nHow {sentence[at]!r} at place {at} (^) looks at the others, in the first of {H} heads:\n  {sentence}")
-    print("  " + " " * at + "^")
-    for name, what_if in WHAT_IFS.items():
-        seen = x if what_if.positions else embedding[ids]
-        weights = attention(seen, layer, what_if.score, what_if.mask).weights  # (H, T, T)
-        print(f"\n{name}: {what_if.says}\n{picture(sentence, at, weights[0, at])}")
+    print(f"\nAttention weights of {sentence[t]!r} at position {t} (^), in the first of {H} heads:\n  {sentence}")
+    print("  " + " " * t + "^")
+    for name, variant in VARIANTS.items():
+        variant_x = x if variant.positions else embedding[ids]  # (T, C)
+        weights = attention(variant_x, layer, variant.score, variant.mask).weights  # (H, T, T)
+        print(f"\n{name}: {variant.description}\n{format_weights(sentence, t, weights[0, t])}")
 
 
 def main() -> None:
-    """Read the command line, check it, and give the lesson."""
+    """Read and check the command line, then print the lesson."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
-    parser.add_argument("word", nargs="?", help="whose last letter looks (default: the sentence's end)")
-    parser.add_argument("--channels", type=int, default=32, help="C, even (%(default)s)")
-    parser.add_argument("--heads", type=int, default=2, help="H, divides C (%(default)s)")
-    parser.add_argument("--seed", type=int, default=3, help="of embeddings and matrices (%(default)s)")
-    given = parser.parse_args()
-    sentence, C, H = given.sentence, given.channels, given.heads
-    word = given.word or (WORD if sentence == SENTENCE else sentence)
-    if not 2 <= len(sentence) <= LONGEST:
-        raise UsageError(f"the sentence has {len(sentence)} characters; take 2 to {LONGEST}")
+    parser.add_argument("word", nargs="?", help="shows the weights of its last letter (default: elle, or the end)")
+    parser.add_argument("--channels", type=int, default=32, help="C, an even number (default %(default)s)")
+    parser.add_argument("--heads", type=int, default=2, help="H, a divisor of C (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=3, help="seed of embeddings and matrices (default %(default)s)")
+    options = parser.parse_args()
+    sentence, C, H = options.sentence, options.channels, options.heads
+    word = options.word or (WORD if sentence == SENTENCE else sentence)
+    if not 2 <= len(sentence) <= MAX_CHARACTERS:
+        raise UsageError(f"the sentence has {len(sentence)} characters; choose one of 2 to {MAX_CHARACTERS}")
     if not sentence.isprintable():
-        raise UsageError("the sentence has characters that a terminal does not show; take plain text, one line")
+        raise UsageError("the sentence has unprintable characters; choose plain text on one line")
     if word not in sentence:
-        raise UsageError(f"{word!r} is not in the sentence; name a word of it")
+        raise UsageError(f"{word!r} is not in the sentence; choose a word that is")
     if not 2 <= C <= 1024 or C % 2:
-        raise UsageError(f"--channels={C}: sines and cosines come in pairs; take an even number from 2 to 1024")
+        raise UsageError(f"--channels={C} is not an even number from 2 to 1024; sines and cosines come in pairs")
     if H < 1 or C % H:
-        raise UsageError(f"--heads={H} does not divide {C} channels; take a number that does")
-    if given.seed < 0:
-        raise UsageError(f"--seed={given.seed}: take 0 or more")
-    lesson(sentence, sentence.rindex(word) + len(word) - 1, C, H, given.seed)
+        raise UsageError(f"--heads={H} does not divide {C} channels; choose a number that does")
+    if options.seed < 0:
+        raise UsageError(f"--seed={options.seed} is negative; choose 0 or more")
+    print_lesson(sentence, sentence.rindex(word) + len(word) - 1, C, H, options.seed)
 
 
 if __name__ == "__main__":

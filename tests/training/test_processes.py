@@ -13,9 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from attack import FORKS
 from conftest import MODERN, ROOT, as_flags, read_metrics, same_tensors, tiny_settings, torchrun
-from faults import children
+from faults import child_pids
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt import runtime
 from glyphgpt.data.dataset import load_dataset
@@ -23,6 +22,7 @@ from glyphgpt.errors import UsageError
 from glyphgpt.files import LAST
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
+from harness import FORKSERVER
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without processes")
 
@@ -53,7 +53,7 @@ def train_each(rank: int, world_size: int, log: Path, work: list[TrainSettings])
 
 def start_each(processes: int, log: Path, work: list[TrainSettings]) -> list[ForkServerProcess]:
     """Start so many of them, which write to `log`.out and `log`.err."""
-    started = [FORKS.Process(target=train_each, args=(rank, processes, log, work)) for rank in range(processes)]
+    started = [FORKSERVER.Process(target=train_each, args=(rank, processes, log, work)) for rank in range(processes)]
     for process in started:
         process.start()
     return started
@@ -180,7 +180,7 @@ def test_a_lost_process_is_replaced_and_the_run_goes_on_from_its_last_checkpoint
     with torchrun(2, str(ROOT / "train.py"), *flags, flags=("--max-restarts=1",)) as process:
         while rows_written(killed) < 20 and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.01)
-        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        os.kill(child_pids(process.pid)[-1], signal.SIGKILL)
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert said.count("step 0: validation") == 1, "it did not begin anew"
@@ -198,7 +198,7 @@ def test_the_others_end_when_a_process_is_lost_and_name_the_reason(runs: Runs) -
     first.join(60)
     said = Path(f"{log}.err").read_text(encoding="utf-8")
     assert first.exitcode == 1, said
-    assert "lost another process of this run, which ended or hangs; go on with --resume" in said
+    assert "lost another process of this run, which ended or hangs; continue with --resume" in said
     assert checkpoints.load_checkpoint(out_dir / LAST).metadata.state.step > 0
 
 
