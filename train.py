@@ -365,7 +365,7 @@ class Trainer:
     def batch(self) -> Tensor:
         """Return this process's share of the step's sequences, each with its target: (share, block_size + 1)."""
         length = self.settings.block_size + 1
-        sequences = self.train_windows.at(self.starts(self.state.step), length)
+        sequences = self.train_windows.read(self.starts(self.state.step), length)
         self.train_windows.prefetch(self.starts(self.state.step + 1), length)
         return sequences
 

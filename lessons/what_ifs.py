@@ -130,7 +130,7 @@ class WhatIfTrainer(Trainer):
         """Return the mean loss of the character after each full window: there is no future yet to look at."""
         length = self.settings.block_size
         starts = np.arange(0, self.dataset.val.tokens - length, length)
-        sequences = self.val_windows.at(starts, length + 1)  # (B, T + 1)
+        sequences = self.val_windows.read(starts, length + 1)  # (B, T + 1)
         with self.runtime.autocast():
             logits = self.model.eval().next_logits(sequences[:, :-1])  # (B, V)
         return F.cross_entropy(logits.float(), sequences[:, -1]).item()

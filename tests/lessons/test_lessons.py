@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import digits
 from conftest import script, tiny_model
 from digits import FOLDER, Network, mnist, numbers
-from glyphgpt.data.downloads import Source, fetch
+from glyphgpt.data.downloads import RemoteFile, fetch
 from glyphgpt.errors import UserError
 from glyphgpt.settings import Optimization
 from glyphgpt.training.optimizers import make_optimizers, set_learning_rate
@@ -225,7 +225,7 @@ def packed(members: dict[str, bytes]) -> bytes:
 
 
 SDIST = packed({"setup.py": b"raise SystemExit", f"{FOLDER}/some-idx3.gz": gzip.compress(idx(2, 3, 4))})
-SOURCE = Source(
+SOURCE = RemoteFile(
     file="carrier.pigeon-1.0.zip",
     sha256=sha256(SDIST).hexdigest(),
     url="https://127.0.0.1:9/carrier.zip",  # where nobody answers
@@ -272,7 +272,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     served.server.server_close()
 
 
-def failure(source: Source, data_dir: Path) -> str:
+def failure(source: RemoteFile, data_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
         fetch(source, data_dir)
     assert list((data_dir / "downloads").iterdir()) == []
@@ -313,8 +313,8 @@ def test_a_login_in_the_indexs_address_is_used_and_never_shown(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sha256": "0" * 64}, "the package index: a file with another checksum came"),
-        ({"file": "carrier.pigeon-2.0.zip"}, "the package index: carrier-pigeon has no carrier.pigeon-2.0.zip there"),
+        ({"sha256": "0" * 64}, "the package index: the file has the wrong checksum"),
+        ({"file": "carrier.pigeon-2.0.zip"}, "the package index: carrier-pigeon has no file carrier.pigeon-2.0.zip"),
         ({"project": "carrier-dove"}, "the package index: Not Found"),
     ],
     ids=["checksum", "file", "project"],
@@ -322,14 +322,14 @@ def test_a_login_in_the_indexs_address_is_used_and_never_shown(
 def test_an_sdist_that_cannot_be_had(tmp_path: Path, index: Index, change: dict[str, str], said: str) -> None:
     line = failure(SOURCE.model_copy(update=change), tmp_path)
     assert said in line
-    assert "get it by hand from that address" in line
+    assert "download that URL yourself and save it as" in line
     assert index.asked[0].startswith("/simple/carrier-")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:9", "http://[", "http://127.0.0.1:port"])
 def test_an_index_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", address)
-    assert "cannot fetch carrier.pigeon-1.0.zip: the package index: " in failure(SOURCE, tmp_path)
+    assert "cannot download carrier.pigeon-1.0.zip: the package index: " in failure(SOURCE, tmp_path)
 
 
 def test_mnist_is_the_well_known_one() -> None:
