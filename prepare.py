@@ -103,7 +103,7 @@ def prepare_files(words: list[str], settings: PrepareSettings) -> None:
     """Prepare the user's own text."""
     has_name = len(words) == 1 and not is_stream(words[0])
     folder = dataset_dir(settings.name or (Path(words[0]).stem if has_name else ""), Path(settings.data_dir))
-    vocabulary = read_vocabulary(settings) if settings.vocabulary else None
+    vocabulary = load_tokenizer(settings) if settings.vocabulary else None
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
     is_gpt2 = settings.tokenizer == "gpt2"  # whose vocabulary has a token between documents
@@ -220,7 +220,7 @@ def write_shards(
     return writer
 
 
-def read_vocabulary(settings: PrepareSettings) -> Tokenizer:
+def load_tokenizer(settings: PrepareSettings) -> Tokenizer:
     """Return the tokenizer of the run, checkpoint or dataset that --vocabulary names.
 
     Raises:
@@ -249,7 +249,7 @@ def check_characters(text: Text, characters: int, unknown: Counter[str], setting
     """Check that a text has known characters, and no unknown ones unless --skip_unknown is set.
 
     Raises:
-        UserError: It has not.
+        UserError: The text has no known characters, or has unknown ones.
     """
     names = list_names(text.names)
     if unknown and not settings.skip_unknown:
@@ -266,10 +266,8 @@ def find_short_split(train: SplitMeta, val: SplitMeta) -> str:
     """Return a message about a split that is too short to predict a token, or ""."""
     for purpose, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
-            return (
-                f"too short: {train.characters + val.characters} characters leave too few tokens for {purpose} "
-                f"({split.tokens}, and predicting takes 2); use more text"
-            )
+            total = train.characters + val.characters
+            return f"too short: {total} characters give {split.tokens} of the 2 tokens that {purpose} needs; add text"
     return ""
 
 

@@ -43,7 +43,7 @@ UNSUPPORTED = (
 def check_format(head: bytes, name: str, decompress: str) -> None:
     """Check that a file is not of an unsupported format.
 
-    `head` are its first bytes, after decompression by the command `decompress` unless that is empty.
+    `head` holds its first bytes, decompressed by the command `decompress` if that is not empty.
 
     Raises:
         UserError: The format is unsupported; the message names it and a remedy.

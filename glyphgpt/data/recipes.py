@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     pairs: Pairs | None = None
 
     @model_validator(mode="after")
-    def check_text(self) -> "Recipe":
+    def check_source(self) -> "Recipe":
         """Check that the recipe has exactly one text."""
         if bool(self.source) == bool(self.pairs):
             raise ValueError("a recipe needs either [source] or [pairs]")

@@ -221,7 +221,7 @@ def parquet_rows(file: BinaryIO, name: str, field: str, on_progress: Callable[[f
             raise UserError(f"{name}: has no column '{sanitize(field)}' {describe_fields(table.schema_arrow.names)}")
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
             values = enumerate(batch.column(0).to_pylist(), start=rows_read + 1)
-            records = [check_text(value, f"{name}: row {row:,}", field) for row, value in values]
+            records = [field_text(value, f"{name}: row {row:,}", field) for row, value in values]
             rows_read += len(records)
             on_progress(rows_read / table.metadata.num_rows)
             yield records
@@ -243,10 +243,10 @@ def record_text(value: object, location: str, field: str) -> str:
         raise UserError(f"{location} is neither text nor a JSON object with a field '{field}'")
     if field not in value:
         raise UserError(f"{location} has no field '{field}' {describe_fields(list(value))}")
-    return check_text(value[field], location, field)
+    return field_text(value[field], location, field)
 
 
-def check_text(value: object, location: str, field: str) -> str:
+def field_text(value: object, location: str, field: str) -> str:
     """Return a field's value if it is text.
 
     Raises:

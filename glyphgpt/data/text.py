@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import SEEK_END, BytesIO
 from itertools import chain
@@ -51,7 +51,7 @@ class Text:
     keep_documents: bool = False
     """Whether documents stay separate; otherwise they are joined, with a newline after each record."""
     rereadable: bool = True
-    """Whether another process can read the text again."""
+    """Whether the text can be read again by another run."""
     can_set_encoding: bool = True
     """Whether the script has the option --encoding, which error messages then suggest."""
 
@@ -64,9 +64,9 @@ class Text:
         return sum(size for size, _ in self.file_stats())
 
     def read(self, on_chunk: OnChunk, on_warning: OnWarning | None = None) -> Iterator[Documents]:
-        """Yield the documents of all files, and call `on_chunk` with the bytes of the files in their order.
+        """Yield the documents of all files, and pass all bytes of the files to `on_chunk`, in order.
 
-        `on_warning` is called with a warning and the name of the file, perhaps repeatedly.
+        `on_warning` is called with a warning and the name of a file, perhaps repeatedly.
 
         Raises:
             UserError: A file is damaged or cannot be decoded; the message names the file and the position.
@@ -74,7 +74,7 @@ class Text:
         started = False
         for path, name in zip(self.paths, self.names, strict=True):
             with ExitStack() as stack:
-                file = TeeReader(stack.enter_context(open_binary(path, name)) if path else sys.stdin.buffer, on_chunk)
+                file = TeeReader(stack.enter_context(open_binary(path, name)), on_chunk)
                 has_records, batches = self._read_file(file, path, name, stack)
                 for index, documents in enumerate(batches):
                     if on_warning:
@@ -83,8 +83,8 @@ class Text:
                         if any("\0" in document for document in documents):
                             on_warning(NUL_WARNING, name)
                     if self.keep_documents:
-                        is_new = has_records or index == 0
-                        yield ["", *documents] if started and is_new else documents
+                        starts_document = has_records or index == 0
+                        yield ["", *documents] if started and starts_document else documents
                         started = True
                     else:
                         yield ["".join(f"{record}\n" for record in documents)] if has_records else documents
@@ -97,7 +97,7 @@ class Text:
     def _read_file(
         self, file: "TeeReader", path: Path | None, name: str, stack: ExitStack
     ) -> tuple[bool, Iterator[Documents]]:
-        """Return whether a file has records, and its documents."""
+        """Return whether a file has records, and lists of its documents."""
         head = file.peek(HEAD_BYTES)
         if is_parquet(head, name):
             seekable = stack.enter_context(open_binary(path, name)) if path and path.is_file() else BytesIO(file.read())
@@ -138,7 +138,7 @@ class TeeReader:
         return self._peeked
 
     def read_up_to(self, fraction: float) -> None:
-        """Pass the bytes up to a fraction of the file to the function, while another reader uses them in any order."""
+        """Pass the bytes up to a fraction of the file to the function, because another reader has used them."""
         if self._file.seekable():
             position = self._file.tell()
             end = int(self._file.seek(0, SEEK_END) * fraction)
@@ -156,14 +156,14 @@ class TeeReader:
         return chunk
 
 
-def open_binary(path: Path, name: str) -> BinaryIO:
-    """Open a file.
+def open_binary(path: Path | None, name: str) -> AbstractContextManager[BinaryIO]:
+    """Open a file, or return standard input for None.
 
     Raises:
         UserError: The file cannot be opened.
     """
     try:
-        return path.open("rb")
+        return path.open("rb") if path else nullcontext(sys.stdin.buffer)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror or error}") from error
 
@@ -183,7 +183,7 @@ def byte_chunks(file: BinaryIO, name: str, decompress: str) -> Iterator[bytes]:
 
 
 def peek_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """Return at least the first HEAD_BYTES of a stream, if it has so many, and an iterator over the whole stream."""
+    """Return the first HEAD_BYTES or more of a stream, and an iterator over the whole stream."""
     first: list[bytes] = []
     for chunk in chunks:
         first.append(chunk)
@@ -236,19 +236,14 @@ def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **fi
     if not is_text_encoding(encoding):
         raise UsageError(f"--encoding must be a text encoding that Python knows, such as latin-1, not {encoding!r}")
     files = list_files(words)
-    paths, rereadable = list(files), True
+    paths, names, rereadable = list(files), display_names(files), True
     for number, path in enumerate(files):
         if path is None or is_stream(path):
-            paths[number], rereadable = copy_stream(path, scratch / f"input-{number}"), False
-    return Text(tuple(paths), display_names(files), encoding, rereadable=rereadable, **fields)
-
-
-def copy_stream(path: Path | None, target: Path) -> Path:
-    """Copy standard input (None) or a pipe to a file, and return the path of the file."""
-    with wrap_write_errors(target.parent), target.open("wb") as out, ExitStack() as stack:
-        stream = stack.enter_context(open_binary(path, sanitize(path))) if path else sys.stdin.buffer
-        shutil.copyfileobj(stream, out)
-    return target
+            copy = scratch / f"input-{number}"
+            with wrap_write_errors(scratch), copy.open("wb") as out, open_binary(path, names[number]) as stream:
+                shutil.copyfileobj(stream, out)
+            paths[number], rereadable = copy, False
+    return Text(tuple(paths), names, encoding, rereadable=rereadable, **fields)
 
 
 def list_files(words: Sequence[str]) -> Sequence[Path | None]:

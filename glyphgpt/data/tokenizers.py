@@ -23,7 +23,7 @@ UNICODE_SIZE = 0x110000  # code points
 
 
 class Tokenizer(ABC):
-    """Converts text to token ids and back. The defaults suit a vocabulary that encodes any text, split anywhere."""
+    """The interface of tokenizers; its default methods assume that any text has tokens and can be split anywhere."""
 
     kind: str
     vocab_size: int
@@ -47,7 +47,7 @@ class Tokenizer(ABC):
         return text, ""
 
     def split_point(self, text: str) -> int:
-        """Return an index, as late as possible, where a split does not change the tokens of a text; 0 if unknown."""
+        """Return an index, as late as possible, at which a text can be split without changing its tokens, or 0."""
         return len(text)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, text: str) -> Tokens:
-        """Return the bytes of a text; surrogates that stand for undecodable command-line bytes become these bytes."""
+        """Return the bytes of a text; a lone surrogate, which stands for an invalid command-line byte, is that byte."""
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
 
     def token_bytes(self, token: int) -> bytes:
@@ -189,8 +189,8 @@ class GPT2Tokenizer(Tokenizer):
     vocab_size = 50257
     end_of_text = 50256
 
-    # GPT-2's pattern always splits between a visible character and a space or newline after it. Reversed, so that a
-    # search finds the last such place first.
+    # GPT-2's pattern always splits a text between a visible character and a space or newline after it. The expression
+    # is for the reversed text, in which the last such place comes first.
     _REVERSED_SPLIT = re.compile(r"[ \n](?=\S)")
 
     def __init__(self, data_dir: Path) -> None:
@@ -216,7 +216,7 @@ class GPT2Tokenizer(Tokenizer):
         """Return the ids of a text; "<|endoftext|>" in it is ordinary text."""
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, from undecodable command-line bytes; this method accepts them
+        except UnicodeEncodeError:  # lone surrogates, from invalid command-line bytes; encode_ordinary accepts them
             ids = np.array(self._encoding.encode_ordinary(text))
         return ids.astype(np.uint16)
 

@@ -205,13 +205,11 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         (b"", "FILE: the text is empty; there is nothing to learn from"),
         (
             b"a",
-            "FILE: too short: 1 characters leave too few tokens for training (0, and predicting takes 2); "
-            "use more text",
+            "FILE: too short: 1 characters give 0 of the 2 tokens that training needs; add text",
         ),
         (
             b"abcdefghij",
-            "FILE: too short: 10 characters leave too few tokens for validation (1, and predicting takes 2); "
-            "use more text",
+            "FILE: too short: 10 characters give 1 of the 2 tokens that validation needs; add text",
         ),
         (b"\x89PNG\r\n" * 9, f"FILE: byte 0x89 at offset 0 {NOT_UTF8}"),
         (b"caf\xe9 au lait" * 9, f"FILE: byte 0xe9 at offset 3 {NOT_UTF8}"),
@@ -542,7 +540,7 @@ def test_lists_of_names_have_a_bounded_length(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     assert failure(run, tmp_path / "data", folder) == f"{names}: the text is empty; there is nothing to learn from"
     write(folder / "0000", "a")
-    assert failure(run, tmp_path / "data", folder).startswith(f"{names}: too short: 1 characters leave too few ")
+    assert failure(run, tmp_path / "data", folder).startswith(f"{names}: too short: 1 characters give 0 ")
     for words in ([], ["missing"]):
         assert failure(run, tmp_path / "data", *words).endswith(" 0007, 0008, 0009 and 2,990 more")
     assert len(failure(run, tmp_path / "data", folder, "--name=many", "--tokenizer=byte")) < 700
