@@ -194,7 +194,7 @@ def test_the_summary_is_printed(run: Run, tmp_path: Path, capsys: pytest.Capture
 
 @pytest.fixture(params=[1, 2, 3, 5, 1 << 22])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Read files in chunks of so many bytes."""
+    """Set the number of bytes that are read at once."""
     monkeypatch.setattr(texts, "CHUNK_BYTES", request.param)
     return request.param
 

@@ -38,7 +38,7 @@ class Preparation:
         return contents(self.data_dir / name)
 
     def interrupt(self, segments: int, *words: str) -> None:
-        """Prepare the text, and interrupt this after so many segments have been written."""
+        """Prepare the text, but raise KeyboardInterrupt after `segments` segments have been written."""
         write, calls = ResumableWriter.write, []
 
         def interrupted_write(*arguments: Any) -> None:

@@ -77,7 +77,7 @@ def write_records(path: Path, records: list[str]) -> Path:
 
 @pytest.fixture(params=[1, 3, 1 << 18])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Read files in chunks of so many bytes."""
+    """Set the number of bytes that are read at once."""
     monkeypatch.setattr(texts, "CHUNK_BYTES", request.param)
     return request.param
 
@@ -427,7 +427,7 @@ def test_text_that_resembles_a_signature_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize(("encoding", "source"), [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("latin-1", "LATIN1")])
-def test_iconv_is_suggested_without_the_option_encoding(
+def test_iconv_is_suggested_if_there_is_no_encoding_option(
     tmp_path: Path, encoding: str, source: str, compressed: bool
 ) -> None:
     path = tmp_path / "my own.txt"
