@@ -60,15 +60,15 @@ class FileFinder:
         matches = [path] if exists else self._glob(path) if word else []
         if not matches:
             raise UsageError(f"{name}: no such file or folder")
-        is_file = exists and not is_folder(path)
+        is_single = exists and not is_folder(path)
         files = [match for match in matches if not is_folder(match)]
         for _, children in self._walk(filter(is_folder, matches)):
             files += [child for child in children if not is_folder(child)]
-        found, has_duplicates = self._select(files, allow_streams=is_file)
+        found, has_duplicates = self._select(files, allow_streams=is_single)
         self._seen.update(found)
         self.files += sorted(found.values())
         if not found and not has_duplicates:
-            if is_file:
+            if is_single:
                 raise UsageError(f"{name}: neither a file nor a folder")
             skipped = f"; skipped: {self.describe_skipped()}" if self._skipped else ""
             raise UsageError(f"{name}: no files {'in this folder' if exists else 'match this pattern'}{skipped}")
