@@ -14,7 +14,6 @@ class BackgroundWorker:
     """
 
     def __init__(self) -> None:
-        """Start without tasks."""
         self._executor = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
         self._failed = False

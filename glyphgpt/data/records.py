@@ -47,11 +47,7 @@ def json_records(chunks: Iterator[str], name: str, field: str) -> Iterator[Docum
 
 
 def parse_json(line: str, location: str) -> object:
-    """Return the JSON value of a line.
-
-    Raises:
-        UserError: The line is not JSON.
-    """
+    """Return the JSON value of a line; raise UserError if it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -85,7 +81,6 @@ class JsonStream:
     """Parses JSON that arrives in chunks; memory holds little more than the current value."""
 
     def __init__(self, chunks: Iterator[str]) -> None:
-        """Start before the first chunk."""
         self._chunks = chunks
         self._buffer = ""
         self._position = 0

@@ -35,7 +35,6 @@ class FileFinder:
     """Finds the files that command-line words name, each file once."""
 
     def __init__(self) -> None:
-        """Start without files."""
         self.files: list[Path | None] = []
         """In the order of the words, and sorted within a word; None is standard input."""
         self._seen: set[Identity] = set()
@@ -207,14 +206,10 @@ def list_names(names: Sequence[str | Path], length: int = LIST_LENGTH) -> str:
     >>> list_names(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = [shorten(sanitize(name)) for name in names[:length]]
-    return ", ".join(shown) + (f" and {len(names) - length:,} more" if len(names) > length else "")
-
-
-def shorten(name: str) -> str:
-    """Return a name without its middle if it is long."""
+    shown = [sanitize(name) for name in names[:length]]
     half = MAX_NAME_LENGTH // 2
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}...{name[-half:]}"
+    shown = [name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}...{name[-half:]}" for name in shown]
+    return ", ".join(shown) + (f" and {len(names) - length:,} more" if len(names) > length else "")
 
 
 def shell_word(name: str | Path) -> str:

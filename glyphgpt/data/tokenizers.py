@@ -69,7 +69,6 @@ class CharacterSet:
     """Collects the distinct characters of texts."""
 
     def __init__(self) -> None:
-        """Start with an empty set."""
         self._seen = np.zeros(UNICODE_SIZE, dtype=bool)  # by code point
         self._seen_ascii = b""
 
@@ -99,11 +98,7 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, characters: str) -> None:
-        """Create a tokenizer of distinct characters, which are sorted by code point.
-
-        Raises:
-            UserError: The characters are not distinct and sorted, or one is a surrogate.
-        """
+        """Create a tokenizer; raise UserError unless the characters are distinct, sorted, and not surrogates."""
         if not characters or list(characters) != sorted(set(characters)):
             raise UserError("a character vocabulary holds each character once, sorted")
         if any("\ud800" <= character <= "\udfff" for character in characters):
@@ -307,7 +302,6 @@ class StreamDecoder:
     """Decodes tokens one by one, and returns each character once its last byte has arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Start a new text."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
