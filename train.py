@@ -144,7 +144,7 @@ class Trainer:
     def next_batch(self) -> Tensor:
         """Return this process's sequences of the next update, (sequences, block_size + 1): inputs and targets."""
         length = self.settings.block_size + 1
-        batch = self.train_windows.at(self.batch_starts(self.state.step), length)
+        batch = self.train_windows.read(self.batch_starts(self.state.step), length)
         self.train_windows.prefetch(self.batch_starts(self.state.step + 1), length)
         return batch
 

@@ -307,23 +307,23 @@ class PrepareSettings(Settings):
     """Settings of prepare.py"""
 
     name: str = ""
-    """Name of the dataset; a recipe's or a single file's own name when left out."""
+    """Name of the dataset. Default: the name of the recipe, or of the only file or folder."""
     tokenizer: Literal["char", "byte", "gpt2"] = "char"
-    """char: one token per character of the text; byte: per UTF-8 byte; gpt2: GPT-2's 50,257 BPE tokens."""
+    """char: one token per character; byte: one per UTF-8 byte; gpt2: GPT-2's 50,257 BPE tokens."""
     vocabulary: PathStr = ""
-    """Run, checkpoint file or folder of a prepared dataset whose tokenizer to take over, for train.py --init_from."""
+    """Use the tokenizer of this run, checkpoint file or dataset folder, for train.py --init_from."""
     skip_unknown: bool = False
-    """Leave out characters that are not in that vocabulary; otherwise they are an error."""
+    """Drop characters that are not in that vocabulary; otherwise they are an error."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction of the text, at its end, that is kept for validation."""
+    """Fraction of the text, at its end, that is the validation split."""
     encoding: str = "utf-8"
-    """How the files' bytes spell characters."""
+    """Character encoding of the files."""
     text_field: str = "text"
-    """Field or column that holds the text in JSON, JSON Lines, CSV and Parquet files."""
+    """Field or column of the text in JSON, JSON Lines, CSV and Parquet files."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Threads that encode; 0 takes one for each core for gpt2, else one, which is faster than most disks."""
+    """Threads that encode. 0: one per core for gpt2, otherwise one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
-    """Tokens per shard file."""
+    """Tokens in each shard file."""
     data_dir: PathStr = "data"
     """Folder of recipes and datasets."""
     overwrite: bool = False

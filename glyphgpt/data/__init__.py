@@ -1,1 +1,1 @@
-"""From text to batches: find and read files, tokenize, write and open token shards, and cut training windows."""
+"""From text to batches: finding and reading files, tokenizing, writing and reading token shards, training windows."""

@@ -1,44 +1,46 @@
-"""A thread that works beside the one that asks."""
+"""A worker thread that runs tasks in order while the main thread continues."""
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-AHEAD = 16  # pieces of work that may wait, so that neither side waits for the other's slowest
+MAX_PENDING = 16  # tasks; bounds the memory of their arguments, and still evens out slow tasks
 
 
 class BackgroundWorker:
-    """A thread that hashes or writes while the next pieces are being read: in order, a few pieces behind at most."""
+    """Runs tasks in order in one thread, for example to hash or write one chunk while the next is read.
+
+    At most MAX_PENDING tasks are pending. After a task has failed, later ones are skipped, so that no output has a gap.
+    """
 
     def __init__(self) -> None:
-        """Begin with nothing to do."""
-        self._thread = ThreadPoolExecutor(1)
-        self._work: deque[Future[None]] = deque()
+        self._executor = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
         self._failed = False
 
-    def submit(self, work: Callable[..., object], *arguments: object) -> None:
-        """Do something once what went before is done; raise what that raised, and then do nothing any more."""
-        if len(self._work) == AHEAD:
-            self._work.popleft().result()
-        self._work.append(self._thread.submit(self._run, work, arguments))
+    def submit(self, task: Callable[..., object], *arguments: object) -> None:
+        """Queue a task; if the queue is full, first wait for the oldest task and raise its exception, if any."""
+        if len(self._pending) == MAX_PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._run, task, arguments))
 
-    def _run(self, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
-        if self._failed:  # what comes after a piece that is missing would stand in its place
+    def _run(self, task: Callable[..., object], arguments: tuple[object, ...]) -> None:
+        if self._failed:
             return
         try:
-            work(*arguments)
+            task(*arguments)
         except BaseException:
             self._failed = True
             raise
 
-    def wait(self) -> None:
-        """Wait for all the work, and raise what some of it raised."""
-        while self._work:
-            self._work.popleft().result()
+    def flush(self) -> None:
+        """Wait for all tasks, and raise the exception of the first that failed."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def close(self) -> None:
-        """Let go of the thread; work that has not begun is dropped."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the thread after the current task, and cancel the pending tasks."""
+        self._executor.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "BackgroundWorker":
         return self

@@ -1,6 +1,7 @@
-"""What a file's first bytes and its name say about its format.
+"""File formats, recognized by a file's first bytes and its name.
 
-gzip and Zstandard are unpacked on the way. Other containers are refused, with a command that makes text of them.
+Files compressed with gzip or Zstandard are decompressed while they are read. Other containers are rejected with a
+command that converts them to text.
 """
 
 import gzip
@@ -13,69 +14,72 @@ from typing import Any, BinaryIO
 from glyphgpt.data.sources import STANDARD_INPUT, shell_word
 from glyphgpt.errors import UserError
 
-HEAD_BYTES = 512
+HEAD_BYTES = 512  # that identify a format
 GZIP = b"\x1f\x8b\x08"
 ZSTD = b"\x28\xb5\x2f\xfd"
-PARQUET = b"PAR1\x15"  # with the first byte of what follows
-MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-"""Byte order marks, the longer before those that begin alike."""
-TEXT_RECORDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
+PARQUET = b"PAR1\x15"  # with the first byte of the first page
+BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""The longer marks come first, because a shorter one can be their prefix."""
+RECORD_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 
-INTO_FOLDER = "unpack it and prepare the folder: mkdir texts && "
-REFUSED = (
-    (rb"(?=[^\0]{0,261}\0).{257}ustar", "a tar archive", INTO_FOLDER + "tar -xf {file} -C texts"),
-    (rb"PK(?:\x03\x04|\x05\x06)", "a zip archive", INTO_FOLDER + "unzip {file} -d texts"),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", INTO_FOLDER + "7z x {file} -otexts"),
-    (rb"Rar!\x1a\x07", "a RAR archive", INTO_FOLDER + "unrar x {file} texts/"),
-    (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "packed with bzip2", "unpack it: bzip2 -dc {file} > NEW"),
-    (rb"\xfd7zXZ\0", "packed with xz", "unpack it: xz -dc {file} > NEW"),
-    (re.escape(GZIP), "packed twice", "unpack it once: {unpack} {file} > NEW.gz"),
-    (re.escape(ZSTD), "packed twice", "unpack it once: {unpack} {file} > NEW.zst"),
-    (re.escape(PARQUET), "packed Parquet", "unpack it: {unpack} {file} > NEW.parquet"),
+EXTRACT = "extract it and prepare the folder: mkdir texts && "
+UNSUPPORTED = (
+    (rb"(?=[^\0]{0,261}\0).{257}ustar", "a tar archive", EXTRACT + "tar -xf {file} -C texts"),
+    (rb"PK(?:\x03\x04|\x05\x06)", "a zip archive", EXTRACT + "unzip {file} -d texts"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", EXTRACT + "7z x {file} -otexts"),
+    (rb"Rar!\x1a\x07", "a RAR archive", EXTRACT + "unrar x {file} texts/"),
+    (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "compressed with bzip2", "decompress it: bzip2 -dc {file} > NEW"),
+    (rb"\xfd7zXZ\0", "compressed with xz", "decompress it: xz -dc {file} > NEW"),
+    (re.escape(GZIP), "compressed twice", "decompress it once: {decompress} {file} > NEW.gz"),
+    (re.escape(ZSTD), "compressed twice", "decompress it once: {decompress} {file} > NEW.zst"),
+    (re.escape(PARQUET), "compressed Parquet", "decompress it: {decompress} {file} > NEW.parquet"),
     (rb"%PDF-\d", "a PDF document", "convert it: pdftotext {file} NEW.txt"),
     (rb"SQLite format 3\0", "an SQLite database", "export its text: sqlite3 {file} 'SELECT text FROM TABLE' > NEW.txt"),
-    (rb"\x89PNG\r\n\x1a\n", "a PNG picture", "leave it out"),
+    (rb"\x89PNG\r\n\x1a\n", "a PNG image", "leave it out"),
 )
-"""Of each format that is not read: a pattern of the first bytes, once unpacked, what it is, and what to do."""
+"""Unsupported formats: a pattern of the first decompressed bytes, a description, and a remedy."""
 
 
-def refuse(head: bytes, name: str, unpack: str) -> None:
-    """Refuse a file whose first bytes are those of a container; `unpack` is the command that made these bytes, if any.
+def check_format(head: bytes, name: str, decompress: str) -> None:
+    """Check that a file is not of an unsupported format.
+
+    `head` holds its first bytes, decompressed by the command `decompress` if that is not empty.
 
     Raises:
-        UserError: it is one; names the format and what to do.
+        UserError: The format is unsupported; the message names it and a remedy.
     """
-    for pattern, what, remedy in REFUSED:
+    for pattern, description, remedy in UNSUPPORTED:
         if re.match(pattern, head, re.DOTALL):
-            raise UserError(f"{name}: {what}, not plain text; {remedy.format(file=file_word(name), unpack=unpack)}")
+            command = remedy.format(file=shell_file(name), decompress=decompress)
+            raise UserError(f"{name}: {description}, not plain text; {command}")
 
 
-def file_word(name: str) -> str:
-    """Return a file's name as a command takes it; what came through a pipe has none."""
+def shell_file(name: str) -> str:
+    """Return a file's name as a shell word, or FILE for standard input and pipes."""
     return "FILE" if name == STANDARD_INPUT or name.startswith("/dev/") else shell_word(name)
 
 
-def unpacking(head: bytes, name: str) -> str:
-    """Return the command that unpacks a file, as is done on the way; its first bytes count before its name."""
+def decompress_command(head: bytes, name: str) -> str:
+    """Return the command that decompresses a file, or ""; the first bytes take precedence over the name."""
     suffix = PurePath(name).suffix.lower()
     if head.startswith(GZIP) or (suffix == ".gz" and not head.startswith(ZSTD)):
         return "gzip -dc"
     return "zstd -dc" if head.startswith(ZSTD) or suffix == ".zst" else ""
 
 
-def unpacker(command: str, file: BinaryIO) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Return a reader of what a file packs, and the errors of its damage."""
+def open_decompressor(command: str, file: BinaryIO) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return a reader that decompresses a file as `command` does, and the exceptions that it raises for damage."""
     if command == "gzip -dc":
         return gzip.GzipFile(fileobj=file), (EOFError, gzip.BadGzipFile, zlib.error)
-    zstd = zstandard()
-    any_window = {zstd.DecompressionParameter.window_log_max: 31}  # as --long=31 packs
+    zstd = import_zstd()
+    any_window = {zstd.DecompressionParameter.window_log_max: 31}  # reads the output of zstd --long=31
     return zstd.ZstdFile(file, options=any_window), (EOFError, zstd.ZstdError)
 
 
-def zstandard() -> Any:
-    """Return Python's own module for Zstandard, or for older Pythons the same from PyPI."""
+def import_zstd() -> Any:
+    """Import and return Python's module for Zstandard, or its backport from PyPI before Python 3.14."""
     if sys.version_info >= (3, 14):
-        from compression import zstd  # noqa: PLC0415  (only for those who use it)
+        from compression import zstd  # noqa: PLC0415  (only compressed files need it)
     else:
         from backports import zstd  # noqa: PLC0415
     return zstd
@@ -86,21 +90,21 @@ def is_parquet(head: bytes, name: str) -> bool:
     return head.startswith(PARQUET) or PurePath(name).suffix.lower() == ".parquet"
 
 
-def record_kind(name: str) -> str:
-    """Return which records of text a file's name promises, "jsonl", "json", "csv" or "tsv"; "" for plain text."""
+def record_format(name: str) -> str:
+    """Return the format of a file's text records by its name: "jsonl", "json", "csv", "tsv", or "" for plain text."""
     path = PurePath(name)
-    plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
-    return TEXT_RECORDS.get(plain.suffix.lower(), "")
+    uncompressed = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
+    return RECORD_FORMATS.get(uncompressed.suffix.lower(), "")
 
 
-def encoding_remedy(head: bytes, name: str, unpack: str, *, flags: bool) -> str:
-    """Return what to do with a file, beginning with these bytes, that is not text of the encoding.
+def suggest_encoding(head: bytes, name: str, decompress: str, *, can_set_encoding: bool) -> str:
+    """Return a remedy for a file that starts with `head` and that the encoding cannot decode.
 
-    `flags` is whether the script has --encoding; `unpack` the command that unpacks the file, if any.
+    `decompress` is as for `check_format`; `can_set_encoding` is whether the script has the option --encoding.
     """
-    marked = next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), "")
-    if flags:
-        return f"add --encoding={marked}" if marked else "convert the file, leave it out, or name its --encoding"
-    convert = f"iconv -f {marked.upper() or 'LATIN1'} -t UTF-8"
-    command = f"{unpack} {file_word(name)} | {convert} > NEW" if unpack else f"{convert} {file_word(name)} > NEW"
-    return f"convert it{'' if marked else ', from Latin-1 for example'}: {command}"
+    marked = next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "")
+    if can_set_encoding:
+        return f"add --encoding={marked}" if marked else "set --encoding, convert the file, or leave it out"
+    iconv, file = f"iconv -f {marked.upper() or 'LATIN1'} -t UTF-8", shell_file(name)
+    command = f"{decompress} {file} | {iconv} > NEW" if decompress else f"{iconv} {file} > NEW"
+    return f"convert it{'' if marked else ', for example from Latin-1'}: {command}"

@@ -1,7 +1,7 @@
-"""The files that words of a command line name (files, folders, patterns, standard input), and names in messages.
+"""Find the files that command-line words name (files, folders, glob patterns, standard input), and format file names.
 
-Each file is found once, whatever links lead to it, so the same files are found however they are named. Links to folders
-are followed; a file below a named folder goes by its own name where it has one there. What is left out is counted.
+Each file is found once, whatever links lead to it, so the result does not depend on how the files are named. Links to
+folders are followed, but a path without links is preferred. Skipped files are counted for a warning.
 """
 
 import glob
@@ -18,116 +18,116 @@ from glyphgpt.errors import UsageError
 
 STANDARD_INPUT = "standard input"
 STANDARD_INPUTS = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-SHOWN = 3
-LONGEST = 200  # characters of a name in a list
+LIST_LENGTH = 3
+MAX_NAME_LENGTH = 200  # characters of a name in a list
 ESCAPED = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[nrt])")
 
-DANGLING = "links that lead nowhere"
-AGAIN = "read already"
-UNREADABLE = "cannot be read"
-SPECIAL = "neither files nor folders"
+# Reasons to skip a file
+BROKEN_LINK = "broken link"
+DUPLICATE = "duplicate"
+UNREADABLE = "unreadable path"
+SPECIAL = "special file"
 
-Identity = tuple[int, int]
+Identity = tuple[int, int]  # device and inode
 
 
 class FileFinder:
-    """Finds the files of several words, each file once."""
+    """Finds the files that command-line words name, each file once."""
 
     def __init__(self) -> None:
-        """Begin with no files."""
         self.files: list[Path | None] = []
-        """In the order of the words, within a word sorted; None is standard input."""
+        """In the order of the words, and sorted within a word; None is standard input."""
         self._seen: set[Identity] = set()
-        self._left_out: dict[str, dict[Path, None]] = {}
+        self._skipped: dict[str, dict[Path, None]] = {}  # by reason
 
-    def add(self, word: str) -> None:
-        """Find the files of a word: itself, all below a folder but for hidden ones, or all that match a pattern.
+    def find(self, word: str) -> None:
+        """Add a file, all files below a folder except hidden ones, or all files that match a pattern.
 
         Raises:
-            UsageError: there are none.
+            UsageError: The word names no readable file.
         """
         if word in STANDARD_INPUTS:
             if None in self.files:
                 raise UsageError("standard input (-) can be read only once")
             self.files.append(None)
             return
-        path, shown = Path(word), sanitize(word) or "''"
-        explicit = bool(word) and os.path.lexists(path)
-        if explicit and not os.path.exists(path):  # noqa: PTH110  (Path.exists raises where the way there is closed)
-            raise UsageError(
-                f"{shown}: this link leads to {sanitize(path.readlink())}, where there is nothing"
-                if path.is_symlink()
-                else f"{shown}: {UNREADABLE}"
-            )
-        matches = [path] if explicit else self._matching(path) if word else []
+        path, name = Path(word), sanitize(word) or "''"
+        exists = bool(word) and os.path.lexists(path)
+        if exists and not os.path.exists(path):  # noqa: PTH110  (Path.exists raises if a parent is inaccessible)
+            problem = f"broken link to {sanitize(path.readlink())}" if path.is_symlink() else "cannot be read"
+            raise UsageError(f"{name}: {problem}")
+        matches = [path] if exists else self._glob(path) if word else []
         if not matches:
-            raise UsageError(f"{shown}: no such file or folder")
+            raise UsageError(f"{name}: no such file or folder")
+        is_single = exists and not is_folder(path)
         files = [match for match in matches if not is_folder(match)]
         for _, children in self._walk(filter(is_folder, matches)):
             files += [child for child in children if not is_folder(child)]
-        found, again = self._readable(files, special=explicit and not is_folder(path))
+        found, has_duplicates = self._select(files, allow_streams=is_single)
         self._seen.update(found)
         self.files += sorted(found.values())
-        if not found and not again:
-            if explicit and not is_folder(path):
-                raise UsageError(f"{shown}: neither a file nor a folder")
-            others = f" that can be read; left out: {self.left_out()}" if self._left_out else ""
-            raise UsageError(f"{shown}: this {'folder' if explicit else 'pattern'} holds no files{others}")
+        if not found and not has_duplicates:
+            if is_single:
+                raise UsageError(f"{name}: neither a file nor a folder")
+            skipped = f"; skipped: {self.describe_skipped()}" if self._skipped else ""
+            raise UsageError(f"{name}: no files {'in this folder' if exists else 'match this pattern'}{skipped}")
 
-    def left_out(self) -> str:
-        """Return what was left out and why, in a bounded line; empty if nothing was."""
-        counted = {f"{len(paths):,} {reason}": list_names(list(paths)) for reason, paths in self._left_out.items()}
-        return ", ".join(f"{count} ({names})" for count, names in counted.items())
+    def describe_skipped(self) -> str:
+        """Return the numbers, reasons and first names of the skipped files in one bounded line, or ""."""
+        return ", ".join(
+            f"{len(paths):,} {reason}{'s' * (len(paths) > 1)} ({list_names(list(paths))})"
+            for reason, paths in self._skipped.items()
+        )
 
-    def _leave_out(self, reason: str, path: Path) -> None:
-        self._left_out.setdefault(reason, {})[path] = None
+    def _skip(self, reason: str, path: Path) -> None:
+        self._skipped.setdefault(reason, {})[path] = None
 
-    def _readable(self, files: Iterable[Path], *, special: bool) -> tuple[dict[Identity, Path], bool]:
-        """Return which files are to be read, each by the name through the fewest links, and whether some are already.
+    def _select(self, files: Iterable[Path], *, allow_streams: bool) -> tuple[dict[Identity, Path], bool]:
+        """Return the new files under their preferred paths, and whether some files were found by an earlier word.
 
-        `special` is whether pipes and terminals are to be read too.
+        `allow_streams` is whether pipes and terminals count as files.
         """
         found: dict[Identity, Path] = {}
-        again = False
+        has_duplicates = False
         for file in dict.fromkeys(files):
             try:
                 status = file.stat()
             except OSError:
-                self._leave_out(DANGLING if file.is_symlink() else UNREADABLE, file)
+                self._skip(BROKEN_LINK if file.is_symlink() else UNREADABLE, file)
                 continue
-            key = (status.st_dev, status.st_ino)
-            stream = stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)
-            if not (stat.S_ISREG(status.st_mode) or (special and stream)):
-                self._leave_out(SPECIAL, file)
-            elif key in self._seen:
-                again = True
-                self._leave_out(AGAIN, file)
-            elif key in found:
-                found[key], other = sorted((found[key], file), key=nearness)
-                self._leave_out(AGAIN, other)
+            identity = (status.st_dev, status.st_ino)
+            is_pipe = stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)
+            if not (stat.S_ISREG(status.st_mode) or (allow_streams and is_pipe)):
+                self._skip(SPECIAL, file)
+            elif identity in self._seen:
+                has_duplicates = True
+                self._skip(DUPLICATE, file)
+            elif identity in found:
+                found[identity], duplicate = sorted((found[identity], file), key=path_preference)
+                self._skip(DUPLICATE, duplicate)
             else:
-                found[key] = file
-        return found, again
+                found[identity] = file
+        return found, has_duplicates
 
-    def _matching(self, pattern: Path) -> list[Path]:
-        """Return what matches a pattern, as glob.glob does, but each folder once, so that loops of links end."""
-        found = [Path(pattern.anchor)]
+    def _glob(self, pattern: Path) -> list[Path]:
+        """Return the paths that match a pattern, as glob.glob does, but visit each folder once, so that loops end."""
+        paths = [Path(pattern.anchor)]
         for part in pattern.parts[bool(pattern.anchor) :]:
             if part == "**":
-                found = [folder for folder, _ in self._walk(filter(is_folder, found))]
+                paths = [folder for folder, _ in self._walk(filter(is_folder, paths))]
             elif glob.has_magic(part):
-                children = [child for folder in filter(is_folder, found) for child in self._children(folder)]
-                found = [child for child in children if matches_part(child.name, part)]
+                children = [child for folder in filter(is_folder, paths) for child in self._children(folder)]
+                paths = [child for child in children if matches_part(child.name, part)]
             else:
-                found = [folder / part for folder in found if os.path.lexists(folder / part)]
-        return found
+                paths = [folder / part for folder in paths if os.path.lexists(folder / part)]
+        return paths
 
     def _walk(self, tops: Iterable[Path]) -> Iterator[tuple[Path, list[Path]]]:
-        """Yield folders, and all below them that are not hidden, each once, with what they hold.
+        """Yield each folder at or below `tops` once, with its children; hidden files and folders are left out.
 
-        Links are followed last, so that folders go by their own names.
+        Links are followed last, so that a folder is found by a path without links if there is one.
         """
-        folders, links = deque(sorted(tops, key=nearness)), deque[Path]()
+        folders, links = deque(sorted(tops, key=path_preference)), deque[Path]()
         seen: dict[Identity, Path] = {}
         while folders or links:
             folder = (folders or links).popleft()
@@ -139,52 +139,52 @@ class FileFinder:
                     (links if child.is_symlink() else folders).append(child)
                 yield folder, children
             elif first != folder:
-                self._leave_out(AGAIN, folder)
+                self._skip(DUPLICATE, folder)
 
     def _children(self, folder: Path) -> list[Path]:
-        """Return what a folder holds, sorted."""
+        """Return the files and folders in a folder, sorted."""
         try:
             return sorted(folder.iterdir())
         except OSError:
-            self._leave_out(UNREADABLE, folder)
+            self._skip(UNREADABLE, folder)
             return []
 
 
 def find_files(words: Sequence[str]) -> FileFinder:
-    """Find the files that words name.
+    """Find the files that the words name.
 
     Raises:
-        UsageError: a word names none.
+        UsageError: A word names no readable file.
     """
     finder = FileFinder()
     for word in words:
-        finder.add(word)
+        finder.find(word)
     return finder
 
 
 def is_stream(path: str | Path) -> bool:
-    """Return whether a path is standard input, a pipe or a terminal: what is there only once, without its own name."""
+    """Return whether a path is standard input, a pipe or a terminal, which can be read only once."""
     path = Path(path)
     return str(path) in STANDARD_INPUTS or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path leads to a folder; one that leads nowhere does not."""
-    return os.path.isdir(path)  # noqa: PTH112  (Path.is_dir raises where the way there is closed)
+    """Return whether a path is a folder or a link to one."""
+    return os.path.isdir(path)  # noqa: PTH112  (Path.is_dir raises if a parent is inaccessible)
 
 
-def nearness(path: Path) -> tuple[int, int, tuple[str, ...]]:
-    """Return a key that sorts paths through fewer links first, then shorter ones."""
+def path_preference(path: Path) -> tuple[int, int, tuple[str, ...]]:
+    """Return a sort key that puts paths through fewer links first, then shorter paths."""
     return sum(part.is_symlink() for part in (path, *path.parents)), len(path.parts), path.parts
 
 
 def matches_part(name: str, part: str) -> bool:
-    """Return whether a name matches a part of a pattern; hidden names match only a part that begins with a dot."""
+    """Return whether a name matches one part of a pattern; a hidden name matches only a part that starts with a dot."""
     return fnmatch(name, part) and (part.startswith(".") or not name.startswith("."))
 
 
 def sanitize(name: str | Path) -> str:
-    r"""Return a name as printable text on one line: bytes that are not UTF-8 and control characters are escaped.
+    r"""Return a name as one printable line, with control characters and undecodable bytes escaped.
 
     >>> print(sanitize(b"caf\xe9\n.txt".decode("utf-8", "surrogateescape")))
     caf\xe9\n.txt
@@ -193,31 +193,32 @@ def sanitize(name: str | Path) -> str:
 
 
 def escape(character: str) -> str:
-    """Return a character that is not printable as bash and Python write it."""
+    """Return the escape sequence of a character, which Python and bash ($'...') both understand."""
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python has it in names
+    if 0xDC80 <= code <= 0xDCFF:  # the surrogate that Python uses for a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\u{code:04x}" if 0x80 <= code < 0x100 else character.encode("unicode_escape").decode()
 
 
-def list_names(names: Sequence[str | Path], shown: int = SHOWN) -> str:
-    """Return the first names of a list, sanitized and shortened, and how many more there are.
+def list_names(names: Sequence[str | Path], length: int = LIST_LENGTH) -> str:
+    """Return the first names of a list, sanitized and shortened, and the number of the others.
 
     >>> list_names(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    texts = [sanitize(name) for name in names[:shown]]
-    texts = [text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}" for text in texts]
-    return ", ".join(texts) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+    shown = [sanitize(name) for name in names[:length]]
+    half = MAX_NAME_LENGTH // 2
+    shown = [name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}...{name[-half:]}" for name in shown]
+    return ", ".join(shown) + (f" and {len(names) - length:,} more" if len(names) > length else "")
 
 
 def shell_word(name: str | Path) -> str:
-    r"""Return a name, which may be sanitized already, as bash reads it, for commands that users copy.
+    r"""Return a name, sanitized or not, as a word of a bash command that the user can copy.
 
     >>> print(shell_word(b"my caf\xe9.txt".decode("utf-8", "surrogateescape")), shell_word("my own.txt"))
     $'my caf\xe9.txt' 'my own.txt'
     """
-    text = sanitize(name)
-    if text.startswith("-"):
-        text = f"./{text}"  # lest a program take it for an option
-    return "$'" + text.replace("'", "\\'") + "'" if ESCAPED.search(text) else shlex.quote(text)
+    word = sanitize(name)
+    if word.startswith("-"):
+        word = f"./{word}"  # otherwise a program would read it as an option
+    return "$'" + word.replace("'", "\\'") + "'" if ESCAPED.search(word) else shlex.quote(word)

@@ -1,7 +1,5 @@
-"""A data set in the making: its hidden folder, and how far it has come, so that a broken run can be gone on with."""
+"""Resumable preparation: the hidden folder in which a dataset is made, and the progress that is saved in it."""
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,118 +10,148 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glyphgpt.data.dataset import META, Shard
+from glyphgpt.data.dataset import META, SPLITS, Shard, ShardWriter, SplitMeta
 from glyphgpt.data.sources import list_names
+from glyphgpt.data.splitting import Segment
+from glyphgpt.data.tokenizers import Tokens
 from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import file_sha256, locked, swap_dirs, write_atomic
 
 PROGRESS = "progress.json"
-OWN_FILE = re.compile(r"meta\.json|(?:train|val)-\d{5,}\.npy|report\.html")
-"""Files of a dataset's folder that a new one may replace."""
+DATASET_FILE = re.compile(r"meta\.json|(?:train|val)-\d{5,}\.npy|report\.html")
+"""Files of a dataset's folder, which a new dataset may replace."""
 
 
 class PrepareProgress(BaseModel):
-    """How far a preparation has come: what is finished, and from where on the text is still to be encoded."""
+    """What the first reading of a text found, and the finished shards of the second."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    job: str
-    """Name of the very text and settings; empty where it cannot be gone on with."""
-    characters: int
-    """Of the whole text."""
+    fingerprint: str
+    """Identifies the text and the settings; empty if the preparation cannot be resumed."""
+    characters: dict[str, int]
+    """The number of characters in each split."""
     sha256: str
-    """Of the text's files."""
+    """Checksum of the bytes of the text's files."""
     tokenizer: dict[str, Any]
-    skipped: int = 0
-    """Characters that were left out, since the tokenizer lacks them; no other number counts them."""
+    dropped: int = 0
+    """The number of unknown characters, which are dropped and not counted in `characters`."""
     shards: dict[str, list[Shard]] = {}
-    """The finished files of each split."""
-    split: str = ""
-    """The split in which the last finished file ended,"""
+    """The finished shards of each split."""
+    split: str = SPLITS[0]
+    """The split of the segment to resume from, which is the one that completed the last shard."""
     start: int = 0
-    """and where in it, in characters, the piece begins whose tokens filled that file;"""
+    """The number of characters of the split before this segment."""
     tokens: int = 0
-    """tokens of the split before that piece."""
+    """The number of tokens of the split before this segment."""
 
 
-def task_fingerprint(**facts: object) -> str:
-    """Name a job by all that its result follows from, as JSON types."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+class ResumableWriter:
+    """Writes encoded segments to the shards of both splits, and saves the progress when a shard is finished."""
+
+    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int, progress: PrepareProgress) -> None:
+        """Start the shards, or continue after those that an earlier run has finished."""
+        self.folder, self.progress = folder, progress
+        self.finished = False
+        self._tokens = progress.tokens  # of the current split, before the next segment
+        self._writers = {
+            split: ShardWriter(folder, split, vocab_size, shard_tokens, progress.shards.get(split, ()))
+            for split in SPLITS
+        }
+
+    def write(self, segment: Segment, tokens: Tokens) -> None:
+        """Append the tokens of the next segment, except those that an earlier run has written."""
+        writer, tokens_before = self._writers[segment.split], self._tokens
+        shards_before = len(writer.shards)
+        writer.write(tokens[writer.tokens - tokens_before :])
+        self._tokens += tokens.size
+        if segment.is_last:
+            writer.finish()
+            self._tokens = 0
+            self.finished = segment.split == SPLITS[-1]
+        if len(writer.shards) > shards_before and self.progress.fingerprint:
+            shards = {split: writer.shards for split, writer in self._writers.items()}
+            resume_from = {"split": segment.split, "start": segment.start, "tokens": tokens_before}
+            save_progress(self.folder, self.progress.model_copy(update={"shards": shards, **resume_from}))
+
+    def splits(self) -> list[SplitMeta]:
+        """Return the metadata of the splits."""
+        return [self._writers[split].meta(self.progress.characters[split]) for split in SPLITS]
 
 
 def dataset_dir(name: str, data_dir: Path) -> Path:
-    """Return the folder of a data set to make.
+    """Return the folder of a new dataset.
 
     Raises:
-        UsageError: it cannot have that name.
+        UsageError: The name is invalid.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError("give the data set a name of letters, digits, '_', '-' and '.': --name=NAME")
+        raise UsageError("the dataset needs a name of letters, digits, '_', '-' and '.'; add --name=NAME")
     if name == "downloads":
-        raise UsageError("--name=downloads is taken by fetched files; choose another")
+        raise UsageError("--name=downloads is reserved for downloaded files; choose another name")
     return data_dir / name
 
 
 @contextmanager
-def staging_dir(folder: Path, *, overwrite: bool, named: bool = True) -> Iterator[Path]:
-    """Give a folder to make a data set in, that becomes `folder` at the end, whole.
+def staging_dir(folder: Path, *, overwrite: bool, can_rename: bool = True) -> Iterator[Path]:
+    """Yield a folder in which to prepare a dataset, and finally rename it to `folder`, so that no reader sees a part.
 
-    After a failure it is kept if there is something to continue from, else nothing is left behind. `named` is whether
-    the user may name the dataset, where its place is taken.
+    After a failure, the folder is kept if it contains progress; otherwise it is deleted. `can_rename` is whether the
+    script has the option --name, which error messages then suggest.
 
     Raises:
-        UsageError: another process prepares this data set.
-        UserError: there is something in the place already.
+        UsageError: Another process is preparing this dataset.
+        UserError: The folder exists and may not be replaced.
     """
-    check_target(folder, overwrite=overwrite, named=named)
+    check_target(folder, overwrite=overwrite, can_rename=can_rename)
     hidden = folder.with_name(f".{folder.name}.unfinished")
     new, old = hidden / "new", hidden / "old"
     with locked(hidden, "--name=ANOTHER"):
-        if old.exists() and not folder.exists():  # an earlier run was killed while it changed one for the other
+        if old.exists() and not folder.exists():  # an earlier run was killed between the renames of swap_dirs
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
         try:
-            check_target(folder, overwrite=overwrite, named=named)  # once more, now that nobody else can make it
+            check_target(folder, overwrite=overwrite, can_rename=can_rename)  # again, now that the folder is locked
             new.mkdir(exist_ok=True)
             yield new
             swap_dirs(folder, new, old)
             clear_progress(folder)
         except BaseException:
             if (new / PROGRESS).exists():
-                warn(f"what is done so far is kept in {hidden}; the same command continues from there")
+                warn(f"finished shards are kept in {hidden}; run the same command again to resume")
             else:
                 shutil.rmtree(hidden, ignore_errors=True)
             raise
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def check_target(folder: Path, *, overwrite: bool, named: bool) -> None:
-    """Make sure that a dataset may be written to a folder: only a dataset is ever replaced, with nothing beside it.
+def check_target(folder: Path, *, overwrite: bool, can_rename: bool) -> None:
+    """Check that a dataset may be written to a folder: only a dataset is replaced, and only if `overwrite` is true.
 
     Raises:
-        UserError: there is something already.
+        UserError: The folder may not be replaced.
     """
-    instead = "choose another --name" if named else "move it away"
     if not os.path.lexists(folder):
         return
+    remedy = "choose another --name" if can_rename else "move it away"
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder, so it is never replaced; {instead}")
+        raise UserError(f"{folder} is not a folder and is never replaced; {remedy}")
     names = sorted(path.name for path in folder.iterdir())
-    if others := [name for name in names if META not in names or not OWN_FILE.fullmatch(name)]:
-        raise UserError(f"{folder} holds other files ({list_names(others)}), which are never replaced; {instead}")
+    if others := [name for name in names if META not in names or not DATASET_FILE.fullmatch(name)]:
+        raise UserError(f"{folder} contains other files ({list_names(others)}) and is never replaced; {remedy}")
     if names and not overwrite:
-        another = ", or --name=ANOTHER" if named else ""
-        raise UserError(f"{folder} holds a dataset already; add --overwrite to replace it{another}")
+        rename = ", or choose --name=ANOTHER" if can_rename else ""
+        raise UserError(f"{folder} already contains a dataset; add --overwrite to replace it{rename}")
 
 
-def load_progress(folder: Path, job: str) -> PrepareProgress | None:
-    """Return how far an earlier run of the same job came; what any other left in the folder is deleted."""
+def load_progress(folder: Path, fingerprint: str) -> PrepareProgress | None:
+    """Return the progress of an earlier run with the same fingerprint; if there is none, empty the folder."""
     try:
         progress = PrepareProgress.model_validate_json((folder / PROGRESS).read_bytes())
     except (OSError, ValidationError):
         progress = None
-    if progress and progress.job == job:
-        shards = [shard for finished in progress.shards.values() for shard in finished]
+    if progress and progress.fingerprint == fingerprint:
+        shards = [shard for split in progress.shards.values() for shard in split]
         if all((folder / s.file).exists() and file_sha256(folder / s.file) == s.sha256 for s in shards):
             return progress
     for path in folder.iterdir():
@@ -131,11 +159,11 @@ def load_progress(folder: Path, job: str) -> PrepareProgress | None:
     return None
 
 
-def save_progress(progress: PrepareProgress, folder: Path) -> None:
-    """Write down how far a job has come."""
+def save_progress(folder: Path, progress: PrepareProgress) -> None:
+    """Save the progress, so that an interrupted preparation can resume."""
     write_atomic(folder / PROGRESS, progress.model_dump_json().encode())
 
 
 def clear_progress(folder: Path) -> None:
-    """Leave nothing to go on with: the job is done, or cannot be."""
+    """Delete the progress, because the preparation is finished or cannot succeed."""
     (folder / PROGRESS).unlink(missing_ok=True)

@@ -1,15 +1,16 @@
-"""The texts that you name: files, folders, patterns and standard input, plain or packed, as documents.
+"""Texts in files, folders, patterns and standard input, plain or compressed, read as streams of documents.
 
-A file is one document, or, if it holds records (JSON, CSV, Parquet), as many as it has of them. What is read is a
-stream of lists of documents, cut anywhere: the last of a list and the first of the next are parts of the same document.
-So ["a", "b"] and then ["c"] are the documents "a" and "bc".
+A plain file is one document. A record file (JSON, CSV, Parquet) has one document per record. A stream yields lists of
+documents, and may split a document: the last document of a list continues with the first of the next list. For example,
+["a", "b"] and ["c"] are the documents "a" and "bc".
 """
 
 import codecs
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import SEEK_END, BytesIO
 from itertools import chain
@@ -18,267 +19,272 @@ from typing import Any, BinaryIO, cast
 
 from glyphgpt.data.formats import (
     HEAD_BYTES,
-    encoding_remedy,
+    check_format,
+    decompress_command,
     is_parquet,
-    record_kind,
-    refuse,
-    unpacker,
-    unpacking,
+    open_decompressor,
+    record_format,
+    suggest_encoding,
 )
 from glyphgpt.data.records import Documents, csv_rows, json_records, json_values, parquet_rows
-from glyphgpt.data.sources import STANDARD_INPUT, FileFinder, find_files, is_stream, sanitize
+from glyphgpt.data.sources import STANDARD_INPUT, find_files, is_stream, sanitize
 from glyphgpt.errors import UsageError, UserError, warn, wrap_write_errors
 
 CHUNK_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
-HAS_BOM, HAS_NUL = "begin with a byte order mark", "hold NUL characters"
-"""What is noticed of files."""
+NUL_WARNING = "NUL characters (U+0000); check that this is text in the right encoding"
 OnChunk = Callable[[bytes], object]
-OnNotice = Callable[[str, str], object]
+OnWarning = Callable[[str, str], object]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in one or more files, read in pieces so that its length does not matter."""
+    """The text of one or more files, which is read as a stream."""
 
     paths: tuple[Path | None, ...]
     """None is standard input, which can be read only once."""
     names: tuple[str, ...]
-    """The files' names as messages show them."""
+    """The names of the files in messages."""
     encoding: str = "utf-8"
     field: str = "text"
-    """Of a record, which holds its text."""
+    """The field of a record that holds its text."""
     keep_documents: bool = False
-    """Whether documents are kept apart; else all is one, and each record ends with a new line."""
+    """Whether documents stay separate; otherwise they are joined, with a newline after each record."""
     rereadable: bool = True
-    """Whether it can be read again in another process."""
-    flags: bool = True
-    """Whether the user can name the encoding, so that messages may advise that."""
+    """Whether the text can be read again by another run."""
+    can_set_encoding: bool = True
+    """Whether the script has the option --encoding, which error messages then suggest."""
 
     def file_stats(self) -> list[tuple[int, int]]:
-        """Return each file's size and the time of its last change: other stamps, another text."""
+        """Return the size and modification time of each file, which reveal changes."""
         return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths if path)]
 
-    def read(self, on_chunk: OnChunk, on_notice: OnNotice | None = None) -> Iterator[Documents]:
-        """Yield the documents, one file after the other, and call `on_chunk` with all bytes of the files on the way.
+    def total_bytes(self) -> int:
+        """Return the size of all files."""
+        return sum(size for size, _ in self.file_stats())
 
-        `on_notice` is called with MARKED or NUL and the name of a file of which that is so, and may be called again.
+    def read(self, on_chunk: OnChunk, on_warning: OnWarning | None = None) -> Iterator[Documents]:
+        """Yield the documents of all files, and pass all bytes of the files to `on_chunk`, in order.
+
+        `on_warning` is called with a warning and the name of a file, perhaps repeatedly.
 
         Raises:
-            UserError: bytes that are no text, or a damaged file; names the file and the place.
+            UserError: A file is damaged or cannot be decoded; the message names the file and the position.
         """
-        begun = False
+        started = False
         for path, name in zip(self.paths, self.names, strict=True):
             with ExitStack() as stack:
-                file = Tee(stack.enter_context(open_binary(path, name)) if path else sys.stdin.buffer, on_chunk)
-                records, lists = self._documents(file, path, name, stack)
-                for number, documents in enumerate(lists):
-                    if on_notice:
-                        if number == 0 and not records and documents[0].startswith(BYTE_ORDER_MARK):
-                            on_notice(HAS_BOM, name)
+                file = TeeReader(stack.enter_context(open_binary(path, name)), on_chunk)
+                has_records, batches = self._read_file(file, path, name, stack)
+                for index, documents in enumerate(batches):
+                    if on_warning:
+                        if index == 0 and not has_records and documents[0].startswith(BYTE_ORDER_MARK):
+                            on_warning(self._bom_warning(), name)
                         if any("\0" in document for document in documents):
-                            on_notice(HAS_NUL, name)
+                            on_warning(NUL_WARNING, name)
                     if self.keep_documents:
-                        new = records or number == 0
-                        yield ["", *documents] if begun and new else documents
+                        starts_document = has_records or index == 0
+                        yield ["", *documents] if started and starts_document else documents
+                        started = True
                     else:
-                        yield ["".join(f"{record}\n" for record in documents)] if records else documents
-                    begun = True
+                        yield ["".join(f"{record}\n" for record in documents)] if has_records else documents
 
-    def _documents(
-        self, file: "Tee", path: Path | None, name: str, stack: ExitStack
+    def _bom_warning(self) -> str:
+        utf = re.match(r"utf-(?:16|32)", codecs.lookup(self.encoding).name)
+        remedy = f"; remove it with --encoding={utf[0] if utf else 'utf-8-sig'}" if self.can_set_encoding else ""
+        return f"the byte order mark at the start is kept as text{remedy}"
+
+    def _read_file(
+        self, file: "TeeReader", path: Path | None, name: str, stack: ExitStack
     ) -> tuple[bool, Iterator[Documents]]:
-        """Return whether a file holds records, and its documents."""
+        """Return whether a file has records, and lists of its documents."""
         head = file.peek(HEAD_BYTES)
         if is_parquet(head, name):
-            random_access = (
-                stack.enter_context(open_binary(path, name)) if path and path.is_file() else BytesIO(file.read())
-            )
-            return True, parquet_rows(random_access, name, self.field, file.read_up_to)
-        unpack = unpacking(head, name)
-        head, chunks = with_head(byte_chunks(cast(BinaryIO, file), name, unpack))
-        refuse(head, name, unpack)
-        pieces = decode_stream(chunks, name, self.encoding, encoding_remedy(head, name, unpack, flags=self.flags))
-        match record_kind(name):
+            seekable = stack.enter_context(open_binary(path, name)) if path and path.is_file() else BytesIO(file.read())
+            return True, parquet_rows(seekable, name, self.field, file.read_up_to)
+        decompress = decompress_command(head, name)
+        head, chunks = peek_head(byte_chunks(cast(BinaryIO, file), name, decompress))
+        check_format(head, name, decompress)
+        remedy = suggest_encoding(head, name, decompress, can_set_encoding=self.can_set_encoding)
+        strings = decode_stream(chunks, name, self.encoding, remedy)
+        match record_format(name):
             case "jsonl":
-                return True, json_records(strip_bom(pieces), name, self.field)
+                return True, json_records(strip_bom(strings), name, self.field)
             case "json":
-                return True, json_values(strip_bom(pieces), name, self.field)
+                return True, json_values(strip_bom(strings), name, self.field)
             case "csv" | "tsv" as kind:
-                return True, csv_rows(strip_bom(pieces), name, self.field, "," if kind == "csv" else "\t")
-        return False, ([piece] for piece in pieces)
+                return True, csv_rows(strip_bom(strings), name, self.field, "," if kind == "csv" else "\t")
+        return False, ([string] for string in strings)
 
 
-class Tee:
-    """A file whose bytes go to a function too as they are read, and into which one may look ahead."""
+class TeeReader:
+    """Reads a file, passes all bytes to a function as well, and can peek ahead."""
 
     def __init__(self, file: BinaryIO, on_chunk: OnChunk) -> None:
-        """Begin at the beginning of an open file."""
+        """Start at the current position of an open file."""
         self._file, self._on_chunk = file, on_chunk
-        self._ahead = b""
+        self._peeked = b""
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to so many bytes."""
+        """Return up to `size` bytes, or the rest of the file."""
         if size < 0:
-            return self._pop(len(self._ahead)) + self._take(size)
-        return self._pop(size) if self._ahead else self._take(size)
+            return self._pop(len(self._peeked)) + self._read(size)
+        return self._pop(size) if self._peeked else self._read(size)
 
     def peek(self, size: int) -> bytes:
-        """Return the next bytes, so many unless the file ends before, and leave them to be read."""
-        while len(self._ahead) < size and (chunk := self._take(size - len(self._ahead))):
-            self._ahead += chunk
-        return self._ahead
+        """Return the next `size` bytes, or fewer at the end of the file, without consuming them."""
+        while len(self._peeked) < size and (chunk := self._read(size - len(self._peeked))):
+            self._peeked += chunk
+        return self._peeked
 
     def read_up_to(self, fraction: float) -> None:
-        """Read up to a fraction of the file: its bytes stand for those that were read elsewhere, scattered."""
+        """Pass the bytes up to a fraction of the file to the function, because another reader has used them."""
         if self._file.seekable():
-            at = self._file.tell()
+            position = self._file.tell()
             end = int(self._file.seek(0, SEEK_END) * fraction)
-            self._file.seek(at)
-            while chunk := self._take(min(CHUNK_BYTES, max(0, end - at))):
-                at += len(chunk)
+            self._file.seek(position)
+            while chunk := self._read(min(CHUNK_BYTES, max(0, end - position))):
+                position += len(chunk)
 
     def _pop(self, size: int) -> bytes:
-        chunk, self._ahead = self._ahead[:size], self._ahead[size:]
+        chunk, self._peeked = self._peeked[:size], self._peeked[size:]
         return chunk
 
-    def _take(self, size: int) -> bytes:
+    def _read(self, size: int) -> bytes:
         chunk = self._file.read(size)
         self._on_chunk(chunk)
         return chunk
 
 
-def open_binary(path: Path, name: str) -> BinaryIO:
-    """Open a file.
+def open_binary(path: Path | None, name: str) -> AbstractContextManager[BinaryIO]:
+    """Open a file, or return standard input for None.
 
     Raises:
-        UserError: it cannot be.
+        UserError: The file cannot be opened.
     """
     try:
-        return path.open("rb")
+        return path.open("rb") if path else nullcontext(sys.stdin.buffer)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror or error}") from error
 
 
-def byte_chunks(file: BinaryIO, name: str, unpack: str) -> Iterator[bytes]:
-    """Yield a file's bytes, unpacked as the command `unpack` would, if there is one.
+def byte_chunks(file: BinaryIO, name: str, decompress: str) -> Iterator[bytes]:
+    """Yield the bytes of a file, decompressed as the command `decompress` does unless it is empty.
 
     Raises:
-        UserError: it cannot be unpacked.
+        UserError: The file cannot be decompressed.
     """
-    reader, damage = unpacker(unpack, file) if unpack else (file, ())
+    reader, damage = open_decompressor(decompress, file) if decompress else (file, ())
     try:
         while chunk := reader.read(CHUNK_BYTES):
             yield chunk
     except damage as error:
-        raise UserError(f"{name}: cannot be unpacked: {error}; get the file anew, or leave it out") from error
+        raise UserError(f"{name}: cannot be decompressed: {error}; get the file again, or leave it out") from error
 
 
-def with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """Return the first bytes of a stream, and the whole stream."""
-    taken: list[bytes] = []
+def peek_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Return the first HEAD_BYTES or more of a stream, and an iterator over the whole stream."""
+    first: list[bytes] = []
     for chunk in chunks:
-        taken.append(chunk)
-        if sum(map(len, taken)) >= HEAD_BYTES:
+        first.append(chunk)
+        if sum(map(len, first)) >= HEAD_BYTES:
             break
-    return b"".join(taken), chain(taken, chunks)
+    return b"".join(first), chain(first, chunks)
 
 
 def decode_stream(chunks: Iterator[bytes], name: str, encoding: str, remedy: str) -> Iterator[str]:
-    """Yield the text that bytes spell, in pieces that are not empty.
+    """Yield the decoded text of a stream of bytes in strings that are not empty.
 
     Raises:
-        UserError: they are no text of that encoding; says the `remedy`.
+        UserError: The bytes are not text of this encoding; the message ends with `remedy`.
     """
     decoder = codecs.getincrementaldecoder(encoding)("strict")
-    read_bytes = 0
+    offset = 0  # of the chunk
     for chunk in chain(chunks, [b""]):
-        held_back = len(decoder.getstate()[0])  # of a character that the last chunk cut
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous chunk
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            place = read_bytes - held_back + error.start
+            position = offset - pending + error.start
             raise UserError(
-                f"{name}: byte {error.object[error.start]:#04x} at offset {place:,} is not {encoding} text; {remedy}"
+                f"{name}: byte {error.object[error.start]:#04x} at offset {position:,} is not {encoding} text; {remedy}"
             ) from error
-        except UnicodeError as error:  # of encodings that begin with a mark of their byte order
-            raise UserError(f"{name}: is not {encoding} text: {error}; name its --encoding, utf-16-le say") from error
+        except UnicodeError as error:  # an encoding that requires a byte order mark
+            raise UserError(f"{name}: is not {encoding} text: {error}; set --encoding, such as utf-16-le") from error
         if text:
             yield text
-        read_bytes += len(chunk)
+        offset += len(chunk)
 
 
-def strip_bom(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield pieces without a byte order mark at their beginning."""
-    for piece in pieces:
-        yield piece.removeprefix(BYTE_ORDER_MARK)
+def strip_bom(strings: Iterator[str]) -> Iterator[str]:
+    """Yield the strings of a text without the byte order mark at its start."""
+    for string in strings:
+        yield string.removeprefix(BYTE_ORDER_MARK)
         break
-    yield from pieces
+    yield from strings
 
 
-def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **form: Any) -> Text:
-    """Make one text of files, folders (every file below them, sorted, hidden ones left out), patterns and -.
+def open_text(words: Sequence[str], scratch: Path, encoding: str = "utf-8", **fields: Any) -> Text:
+    """Return the text of files, folders (all files below them, sorted, except hidden ones), patterns and `-`.
 
-    Standard input and pipes are kept in the folder `scratch`, since they are read twice. `form` are other fields of
-    Text.
+    Standard input and pipes are copied to the folder `scratch`, because they can be read only once. `fields` are other
+    fields of Text.
 
     Raises:
-        UsageError: a file is missing, or the encoding unknown.
+        UsageError: A file is missing, or the encoding is unknown.
     """
-    if not is_charset(encoding):
-        raise UsageError(
-            f"--encoding must be a character set that Python knows, utf-8 or latin-1 say, not {encoding!r}"
-        )
-    files = found_files(words)
-    paths, stays = list(files), True
+    if not is_text_encoding(encoding):
+        raise UsageError(f"--encoding must be a text encoding that Python knows, such as latin-1, not {encoding!r}")
+    files = list_files(words)
+    paths, names, rereadable = list(files), display_names(files), True
     for number, path in enumerate(files):
         if path is None or is_stream(path):
-            paths[number], stays = scratch / f"input-{number}", False
-            with wrap_write_errors(scratch), (scratch / f"input-{number}").open("wb") as out, ExitStack() as stack:
-                source = stack.enter_context(open_binary(path, sanitize(path))) if path else sys.stdin.buffer
-                shutil.copyfileobj(source, out)
-    return Text(tuple(paths), shown_names(files), encoding, rereadable=stays, **form)
+            copy = scratch / f"input-{number}"
+            with wrap_write_errors(scratch), copy.open("wb") as out, open_binary(path, names[number]) as stream:
+                shutil.copyfileobj(stream, out)
+            paths[number], rereadable = copy, False
+    return Text(tuple(paths), names, encoding, rereadable=rereadable, **fields)
 
 
-def found_files(words: Sequence[str]) -> Sequence[Path | None]:
-    """Return the files that words name, and warn of what is left out; None is standard input."""
-    finder: FileFinder = find_files(words)
-    if left_out := finder.left_out():
-        warn(f"left out: {left_out}")
+def list_files(words: Sequence[str]) -> Sequence[Path | None]:
+    """Return the files that the words name, and warn about skipped ones; None is standard input."""
+    finder = find_files(words)
+    if skipped := finder.describe_skipped():
+        warn(f"skipped: {skipped}")
     return finder.files
 
 
-def shown_names(files: Sequence[Path | None]) -> tuple[str, ...]:
-    """Return the names of files as messages show them."""
+def display_names(files: Sequence[Path | None]) -> tuple[str, ...]:
+    """Return the names of files for messages."""
     return tuple(sanitize(file) if file else STANDARD_INPUT for file in files)
 
 
 def read_text(word: str) -> str:
-    """Read a whole UTF-8 file, or - for standard input.
+    """Return the text of a UTF-8 file, or of standard input for `-`.
 
     Raises:
-        UserError: it is missing, or no text.
+        UserError: The file is missing or is not text.
     """
-    files = found_files([word])
-    text = Text(tuple(files), shown_names(files), flags=False)
+    files = list_files([word])
+    text = Text(tuple(files), display_names(files), can_set_encoding=False)
     return "".join(chain.from_iterable(text.read(lambda _: None)))
 
 
 def read_lines(word: str) -> list[str]:
-    """Read a file's lines; any white space within one becomes a single space, and none stays around it.
+    """Return the lines of a file, stripped, with each run of white space replaced by a single space.
 
     Raises:
-        UserError: it is missing, or no text.
+        UserError: The file is missing or is not text.
     """
     lines = read_text(word).split("\n")
     return [" ".join(line.split()) for line in (lines if lines[-1] else lines[:-1])]
 
 
-def is_charset(encoding: str) -> bool:
-    """Return whether Python knows a character set of that name; some of its codecs are something else."""
+def is_text_encoding(encoding: str) -> bool:
+    """Return whether Python knows a character encoding of this name; some of its codecs are not for files of text."""
     try:
         "".encode(encoding)
     except (LookupError, UnicodeError, ValueError):
         return False
-    others = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
-    return codecs.lookup(encoding).name.replace("_", "-") not in others
+    excluded = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
+    return codecs.lookup(encoding).name.replace("_", "-") not in excluded

@@ -1,14 +1,16 @@
-"""Text to token ids and back: characters, UTF-8 bytes, or GPT-2's word pieces.
+"""Tokenizers for characters, UTF-8 bytes, and GPT-2's BPE tokens.
 
-A tokenizer turns into plain data (`to_plain`) that travels in meta.json and in every checkpoint, and back
-(`tokenizer_from_dict`).
+meta.json and every checkpoint hold a tokenizer as JSON types: `to_dict` makes them, `tokenizer_from_dict` reads them.
 """
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,47 +22,71 @@ Tokens = NDArray[np.unsignedinteger[Any]]
 UNICODE_SIZE = 0x110000  # code points
 
 
-class Tokenizer(Protocol):
-    """What every tokenizer can do."""
+class Tokenizer(ABC):
+    """The interface of tokenizers; its default methods assume that any text has tokens and can be split anywhere."""
 
     kind: str
     vocab_size: int
-    end_of_text: int | None
-    """The token between documents, if there is one."""
+    end_of_text: int | None = None
+    """The token that separates documents, if there is one."""
 
+    @abstractmethod
     def encode(self, text: str) -> Tokens:
-        """Turn text into ids, of the smallest unsigned type that holds the vocabulary."""
-        ...
+        """Return the ids of a text in the smallest unsigned dtype that holds the vocabulary."""
 
+    @abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of one token, which need not be whole characters."""
-        ...
+        """Return the UTF-8 bytes of a token; they may be part of a character."""
 
-    def unknown_characters(self, text: str) -> list[str]:
-        """List the different characters of a text that have no token."""
-        ...
+    def unknown_characters(self, text: str) -> list[str]:  # noqa: ARG002
+        """Return the distinct characters of a text that have no token, sorted."""
+        return []
+
+    def split_unknown(self, text: str) -> tuple[str, str]:
+        """Return the characters of a text that have a token, and those that have none, both in their order."""
+        return text, ""
 
     def split_point(self, text: str) -> int:
-        """Return a place, as late as possible, where a text can be cut so that its parts encode as the whole."""
-        ...
+        """Return an index, as late as possible, at which a text can be split without changing its tokens, or 0."""
+        return len(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that `tokenizer_from_dict` needs, as JSON types."""
-        ...
+        """Return the tokenizer as JSON types, for `tokenizer_from_dict`."""
+        return {"kind": self.kind}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
-    """Return the smallest unsigned type that holds the ids of a vocabulary."""
+    """Return the smallest unsigned dtype that holds the ids of a vocabulary."""
     return np.min_scalar_type(vocab_size - 1)
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
-    """Return the Unicode code points of a text, lone surrogates included, shape (characters,)."""
+    """Return the Unicode code points of a text, including lone surrogates, shape (characters,)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-class CharTokenizer:
-    """One token per character; ids follow the order of the code points, as nanoGPT's do.
+class CharacterSet:
+    """Collects the distinct characters of texts."""
+
+    def __init__(self) -> None:
+        self._seen = np.zeros(UNICODE_SIZE, dtype=bool)  # by code point
+        self._seen_ascii = b""
+
+    def add(self, text: str) -> None:
+        """Add the characters of a text."""
+        if text.isascii():  # the common case, and many times as fast
+            self._seen_ascii += bytes(set(text.encode("ascii").translate(None, delete=self._seen_ascii)))
+        else:
+            self._seen[code_points(text)] = True
+
+    def sorted(self) -> str:
+        """Return the characters in the order of their code points."""
+        self._seen[list(self._seen_ascii)] = True
+        return "".join(map(chr, np.flatnonzero(self._seen)))
+
+
+class CharTokenizer(Tokenizer):
+    """One token per character; ids follow the order of the code points, as in nanoGPT.
 
     >>> tokenizer = CharTokenizer("ehlo")
     >>> tokenizer.encode("hello").tolist()
@@ -70,121 +96,101 @@ class CharTokenizer:
     """
 
     kind = "char"
-    end_of_text: int | None = None
 
     def __init__(self, characters: str) -> None:
-        """Take the characters of the vocabulary, each once, in the order of their code points."""
+        """Create a tokenizer; raise UserError unless the characters are distinct, sorted, and not surrogates."""
         if not characters or list(characters) != sorted(set(characters)):
             raise UserError("a character vocabulary holds each character once, sorted")
         if any("\ud800" <= character <= "\udfff" for character in characters):
-            raise UserError("a character vocabulary holds no surrogates, which are no characters")
+            raise UserError("a character vocabulary holds no surrogates, which are not characters")
         self.characters = characters
         self.vocab_size = len(characters)
         known = code_points(characters)
-        self._missing = self.vocab_size
-        dtype = np.min_scalar_type(self._missing)  # one more than the ids: the mark of a missing character
-        self._id_of = np.full(int(known.max()) + 2, self._missing, dtype=dtype)
-        self._id_of[known] = np.arange(self.vocab_size)
-        self._beyond = len(self._id_of) - 1  # the table's last entry stands for all characters after the last known
-        self._id_of_byte = self._id_of[np.minimum(np.arange(256), self._beyond)].tobytes()
+        self._unknown_id = self.vocab_size
+        dtype = np.min_scalar_type(self._unknown_id)
+        # The table's last entry serves all code points beyond the last known one.
+        self._ids = np.full(int(known.max()) + 2, self._unknown_id, dtype=dtype)
+        self._ids[known] = np.arange(self.vocab_size)
+        self._last_index = len(self._ids) - 1
+        self._byte_table = self._ids[np.minimum(np.arange(256), self._last_index)].tobytes()
 
     @classmethod
     def learn(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """Collect the characters of texts that may come in pieces."""
-        seen = np.zeros(UNICODE_SIZE, dtype=bool)
-        seen_ascii = b""
+        """Create a tokenizer of the characters of some texts."""
+        found = CharacterSet()
         for text in texts:
-            if text.isascii():  # most text is, and then bytes will do, many times as fast
-                seen_ascii += bytes(set(text.encode("ascii").translate(None, delete=seen_ascii)))
-            else:
-                seen[code_points(text)] = True
-        seen[list(seen_ascii)] = True
-        return cls("".join(map(chr, np.flatnonzero(seen))))
+            found.add(text)
+        return cls(found.sorted())
 
     def encode(self, text: str) -> Tokens:
-        """Turn text into ids.
+        """Return the ids of a text.
 
         Raises:
-            UserError: a character has no token.
+            UserError: A character has no token.
         """
         ids = self._lookup(text)
-        if ids.size and int(ids.max()) == self._missing:
-            character = text[int(np.argmax(ids == self._missing))]
+        if ids.size and int(ids.max()) == self._unknown_id:
+            character = text[int(np.argmax(ids == self._unknown_id))]
             raise UserError(f"the vocabulary has no character {character!r}")
         return ids.astype(token_dtype(self.vocab_size), copy=False)
 
     def _lookup(self, text: str) -> Tokens:
-        if text.isascii() and self._id_of.itemsize == 1:
-            return np.frombuffer(text.encode("ascii").translate(self._id_of_byte), dtype=np.uint8)
-        return self._id_of[np.minimum(code_points(text), self._beyond)]
+        """Return the ids of a text, with `_unknown_id` for characters that have no token."""
+        if text.isascii() and self._ids.itemsize == 1:
+            return np.frombuffer(text.encode("ascii").translate(self._byte_table), dtype=np.uint8)
+        return self._ids[np.minimum(code_points(text), self._last_index)]
 
     def token_bytes(self, token: int) -> bytes:
-        """Return a character's UTF-8 bytes."""
+        """Return the UTF-8 bytes of a character."""
         return self.characters[token].encode()
 
     def unknown_characters(self, text: str) -> list[str]:
-        """List the different characters of a text that have no token."""
+        """Return the distinct characters of a text that have no token, sorted."""
         return sorted(set(text) - set(self.characters))
 
     def split_unknown(self, text: str) -> tuple[str, str]:
-        """Return a text's characters that have a token, and those that have none, each in their order."""
-        unknown = self._lookup(text) == self._missing
-        if not unknown.any():
+        """Return the characters of a text that have a token, and those that have none, both in their order."""
+        is_unknown = self._lookup(text) == self._unknown_id
+        if not is_unknown.any():
             return text, ""
-        characters = code_points(text)
-        known, others = (part.tobytes().decode("utf-32-le") for part in (characters[~unknown], characters[unknown]))
-        return known, others
-
-    def split_point(self, text: str) -> int:
-        """Return the text's end: any place will do."""
-        return len(text)
+        points = code_points(text)
+        known, unknown = (part.tobytes().decode("utf-32-le") for part in (points[~is_unknown], points[is_unknown]))
+        return known, unknown
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and the characters."""
         return {"kind": self.kind, "characters": self.characters}
 
 
-class ByteTokenizer:
-    """One token per UTF-8 byte: 256 tokens that spell anything."""
+class ByteTokenizer(Tokenizer):
+    """One token per UTF-8 byte: 256 tokens that encode any text."""
 
     kind = "byte"
     vocab_size = 256
-    end_of_text: int | None = None
 
     def encode(self, text: str) -> Tokens:
-        """Turn text into its bytes; bytes that the command line could not decode come back as they were."""
+        """Return the bytes of a text; a lone surrogate, which stands for an invalid command-line byte, is that byte."""
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the byte itself."""
         return bytes([token])
 
-    def unknown_characters(self, text: str) -> list[str]:  # noqa: ARG002
-        """Return nothing: every character has bytes."""
-        return []
 
-    def split_point(self, text: str) -> int:
-        """Return the text's end: any place will do."""
-        return len(text)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the kind."""
-        return {"kind": self.kind}
-
-
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding of 50,257 tokens (Radford et al. 2019), by tiktoken."""
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding (BPE) of 50,257 tokens (Radford et al. 2019), computed by tiktoken."""
 
     kind = "gpt2"
     vocab_size = 50257
-    end_of_text: int | None = 50256
+    end_of_text = 50256
 
-    # GPT-2's pattern cuts between a visible character and white space that follows, whatever stands around.
-    _CUT_REVERSED = re.compile(r"[ \n](?=\S)")
+    # GPT-2's pattern always splits a text between a visible character and a space or newline after it. The expression
+    # is for the reversed text, in which the last such place comes first.
+    _REVERSED_SPLIT = re.compile(r"[ \n](?=\S)")
 
     def __init__(self, data_dir: Path) -> None:
-        """Load the vocabulary, fetching it into `data_dir` where it is not there yet."""
-        import tiktoken  # noqa: PLC0415  (only for those who use it)
+        """Load the vocabulary, and download it into `data_dir` if it is missing there."""
+        import tiktoken  # noqa: PLC0415  (only this tokenizer needs it)
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks  # noqa: PLC0415
         from tiktoken_ext.openai_public import r50k_pat_str  # noqa: PLC0415
 
@@ -202,59 +208,56 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> Tokens:
-        """Turn text into ids; the end-of-text mark in it counts as ordinary text."""
+        """Return the ids of a text; "<|endoftext|>" in it is ordinary text."""
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # bytes of a command line that are no text; tiktoken's slower way takes them
+        except UnicodeEncodeError:  # lone surrogates, from invalid command-line bytes; encode_ordinary accepts them
             ids = np.array(self._encoding.encode_ordinary(text))
         return ids.astype(np.uint16)
 
     def token_bytes(self, token: int) -> bytes:
-        """Return a word piece's bytes."""
+        """Return the bytes of a BPE token."""
         return self._encoding.decode_single_token_bytes(token)
 
-    def unknown_characters(self, text: str) -> list[str]:  # noqa: ARG002
-        """Return nothing: every character has bytes, and every byte a token."""
-        return []
-
     def split_point(self, text: str) -> int:
-        """Return the last place between a visible character and a space or new line; 0 if there is none."""
-        last = self._CUT_REVERSED.search(text[::-1])
+        """Return the last index between a visible character and a space or newline; 0 if there is none."""
+        last = self._REVERSED_SPLIT.search(text[::-1])
         return len(text) - last.start() - 1 if last else 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the kind."""
-        return {"kind": self.kind}
 
-
-def tokenizer_from_dict(plain: Any, data_dir: Path) -> Tokenizer:
-    """Make a tokenizer from what `to_plain` gave.
+def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
+    """Restore a tokenizer from the result of its `to_dict`.
 
     Raises:
-        UserError: the data is not that of a tokenizer.
+        UserError: The data does not describe a tokenizer.
     """
-    match plain:
+    match data:
         case {"kind": "char", "characters": str(characters)}:
             return CharTokenizer(characters)
         case {"kind": "byte"}:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer(data_dir)
-    raise UserError("this is not a tokenizer that this version knows")
+    raise UserError("unknown tokenizer: the file is damaged or was written by a newer glyphgpt")
 
 
 def describe_characters(characters: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
-    """Name the first ten of some characters, with how often each was counted where that is known."""
+    """Return a list of the first ten characters with their code points and, if given, their counts."""
     times = {character: f", {counts[character]:,} times" for character in characters} if counts else {}
     shown = ", ".join(f"{c!r} (U+{ord(c):04X}{times.get(c, '')})" for c in characters[:10])
     return f"{shown} and {len(characters) - 10:,} more" if len(characters) > 10 else shown
 
 
+def control_characters(characters: str) -> list[str]:
+    """Return the code points of control characters, except NUL, tab, newline and carriage return."""
+    return [f"U+{ord(c):04X}" for c in characters if unicodedata.category(c) == "Cc" and c not in "\0\t\n\r"]
+
+
 def encode_text(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
-    """Turn a user's text into ids for a model; what it has never seen is left out if `skip` is true.
+    """Return the ids of a user's text, without its unknown characters if `skip` is true.
 
     Raises:
-        UserError: the text has characters that the model has never seen, and `skip` is false.
+        UserError: The text has unknown characters and `skip` is false.
     """
     unknown = tokenizer.unknown_characters(text)
     if unknown and not skip:
@@ -264,11 +267,11 @@ def encode_text(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
-    """Turn documents into ids, with the end-of-text token between them.
+def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    """Return the ids of documents, separated by the end-of-text token.
 
     Raises:
-        UserError: a character has no token.
+        UserError: A character has no token.
     """
     first, *others = documents
     parts = [tokenizer.encode(first)]
@@ -277,28 +280,35 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
     return np.concatenate(parts) if others else parts[0]
 
 
+def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Counter[str]) -> Iterator[list[str]]:
+    """Yield lists of texts without the characters that have no token, and count these in `dropped`."""
+    for texts in stream:
+        parts = [tokenizer.split_unknown(text) for text in texts]
+        dropped.update("".join(unknown for _, unknown in parts))
+        yield [known for known, _ in parts]
+
+
 def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
-    """Turn ids into text; bytes that are no character show as U+FFFD."""
+    """Return the text of some ids; invalid UTF-8 becomes U+FFFD."""
     return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """Return what a text without a prompt starts from: a new line, or the first token where there is none."""
+    """Return the token that a sample without a prompt starts from: the newline, or the first token if there is none."""
     return 0 if tokenizer.unknown_characters("\n") else int(tokenizer.encode("\n")[0])
 
 
 class StreamDecoder:
-    """Decodes token by token; a character comes out once its last byte is there."""
+    """Decodes tokens one by one, and returns each character once its last byte has arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Begin a new text."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        """Return the text that this token completes."""
+        """Return the text that the token completes."""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def end(self) -> str:
-        """Return what is left: an unfinished character as U+FFFD."""
+        """Return the rest: an incomplete character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)

@@ -62,7 +62,7 @@ def evaluate(
     model.eval()
     total = 0.0
     for batch_starts, length, counted in batches:
-        sequences = windows.at(batch_starts, length + 1)
+        sequences = windows.read(batch_starts, length + 1)
         with runtime.autocast():
             loss = model(sequences[:, :-1], sequences[:, 1:])
         total += loss.item() * counted * length

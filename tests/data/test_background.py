@@ -1,37 +1,37 @@
-"""A helper's thread works in order, some pieces behind, and stops at the first failure."""
+"""BackgroundWorker runs tasks in order, bounds the queue, and stops at the first failure."""
 
 import threading
 
 import pytest
 
-from glyphgpt.data.background import AHEAD, BackgroundWorker
+from glyphgpt.data.background import MAX_PENDING, BackgroundWorker
 
 
-def test_work_is_done_in_order_beside_the_one_who_asks() -> None:
+def test_tasks_run_in_order_in_the_background() -> None:
     done: list[int] = []
     gate = threading.Event()
-    with BackgroundWorker() as helper:
-        helper.submit(gate.wait)
-        for number in range(AHEAD - 1):
-            helper.submit(done.append, number)
+    with BackgroundWorker() as worker:
+        worker.submit(gate.wait)
+        for number in range(MAX_PENDING - 1):
+            worker.submit(done.append, number)
         assert done == []
         gate.set()
-        helper.wait()
-    assert done == list(range(AHEAD - 1))
+        worker.flush()
+    assert done == list(range(MAX_PENDING - 1))
 
 
-def test_nothing_is_done_after_a_failure_which_is_told() -> None:
+def test_tasks_after_a_failure_are_skipped_and_the_failure_is_raised() -> None:
     done: list[int] = []
 
     def fail() -> None:
         raise OSError("no space left")
 
-    with BackgroundWorker() as helper:
-        helper.submit(done.append, 1)
-        helper.submit(fail)
-        helper.submit(done.append, 2)
+    with BackgroundWorker() as worker:
+        worker.submit(done.append, 1)
+        worker.submit(fail)
+        worker.submit(done.append, 2)
         with pytest.raises(OSError, match="no space left"):
-            helper.wait()
-        helper.submit(done.append, 3)
-        helper.wait()
+            worker.flush()
+        worker.submit(done.append, 3)
+        worker.flush()
     assert done == [1]

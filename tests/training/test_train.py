@@ -177,7 +177,7 @@ def test_steps_walk_through_the_text_and_processes_share_each(processes: int, da
             trainer.state.step = step
             seen.append(trainer.next_batch())
     starts = window_starts(dataset.train.tokens, 16, settings.seed, first=0, count=40 * 12)
-    assert torch.equal(torch.cat(seen), trainers[0].train_windows.at(starts, 17))
+    assert torch.equal(torch.cat(seen), trainers[0].train_windows.read(starts, 17))
 
 
 def test_accumulated_batches_equal_one_large_batch(data_dir: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_share_in_uneven_parts_has_the_gradients_of_the_whole(
         settings = tiny_settings(data_dir, tmp_path, batch_size=size)
         trainer = train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU)
         trainer.forward = trainer.make_forward()
-        sequences = trainer.train_windows.at(torch.arange(10).numpy() * 31, 17)
+        sequences = trainer.train_windows.read(torch.arange(10).numpy() * 31, 17)
         losses.append(trainer.backward(sequences))
         gradients.append([parameter.grad for parameter in trainer.model.parameters()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
