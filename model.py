@@ -309,12 +309,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     computes many tiny products.
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
-    if q.device.type == "cpu" and 1 < T <= EXPLICIT_ATTENTION and T == S:
+    if T == 1:  # a single query needs no mask
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    if T < S:
+        return F.scaled_dot_product_attention(q, k, v, causal_mask(T, S, q.device), dropout)
+    if q.device.type == "cpu" and T <= EXPLICIT_ATTENTION:
         scores = q / math.sqrt(D) @ k.mT  # (B, H, T, S)
         weights = scores.where(causal_mask(T, S, q.device), -torch.inf).softmax(-1)
         return F.dropout(weights, dropout) @ v
-    mask = causal_mask(T, S, q.device) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:

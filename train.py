@@ -83,9 +83,10 @@ class Trainer:
         self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **network)
         self.model = GPT(self.config)
         if init_model:
-            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-            weights = {name: tensor[: shapes[name][0]] for name, tensor in init_model.state_dict().items()}
-            self.model.load_state_dict(weights)  # a smaller block_size has fewer positions
+            weights = init_model.state_dict()
+            if "position.embedding.weight" in weights:  # a smaller block_size has fewer positions
+                weights["position.embedding.weight"] = weights["position.embedding.weight"][: settings.block_size]
+            self.model.load_state_dict(weights)
         if settings.activation_checkpointing:
             checkpoint_activations(self.model)
         self.sharded = settings.parallel == "fsdp" and runtime.world_size > 1
@@ -170,7 +171,7 @@ class Trainer:
         grad_norm = clip_gradients(self.parameters, settings.grad_clip)
         losses, stops = runtime.sum(own_loss, float(self.run.stop.signal is not None))
         loss, self.stopping = losses / runtime.world_size, stops > 0
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled())):  # it skips such steps
+        if not math.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm):  # the scaler skips such steps
             raise diverged(state.step + 1, f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", "before the update")
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)  # type: ignore[arg-type]

@@ -199,7 +199,7 @@ def test_a_device_that_is_not_there_is_one_line(
 ) -> None:
     status, said = one_error(tiny_settings(data_dir, tmp_path / "run", device=device), capsys)
     assert status == 2
-    assert said.startswith(f"error: device = '{device}' is not on this machine; here: auto, cpu")
+    assert said.startswith(f"error: device = '{device}' is not on this machine; available: auto, cpu")
     assert not (tmp_path / "run").exists()
 
 

@@ -68,8 +68,9 @@ class NumpyGPT:
         rotation = position_waves(start, S, self.config.head_size) if self.config.position == "rotary" else None
         mask = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
         for block, memory in zip(self.blocks, cache.memory[:, :, :, :, :S], strict=True):
-            stride = T if block is self.blocks[-1] else 1  # after the last block, only the last of T tokens matters
-            x = x[stride - 1 :: stride] + block.attention(x, stride, memory, rotation, mask)
+            # The last block computes only the last of T tokens, whose logits are wanted.
+            keep = slice(T - 1, None, T) if block is self.blocks[-1] else slice(None)
+            x = x[keep] + block.attention(x, keep, memory, rotation, mask)
             x += block.mlp(x)
         cache.length = S
         return self.head(x)
@@ -122,9 +123,9 @@ class Block:
         self.activation = {"relu2": relu2, "gelu": gelu, "gelu_erf": gelu_erf}[config.activation]
 
     def attention(
-        self, x: Array, stride: int, memory: Array, rotation: tuple[Array, Array] | None, mask: Array | None
+        self, x: Array, keep: slice, memory: Array, rotation: tuple[Array, Array] | None, mask: Array | None
     ) -> Array:
-        """Return the output of attention for every `stride`-th row of x (B T, C); `stride` is 1 or T.
+        """Return the output of attention for the rows `keep` of x (B T, C): all, or the last token of each sequence.
 
         The keys and values of all rows are written to the last T positions of memory (B, 2, H, S, D).
         """
@@ -136,9 +137,9 @@ class Block:
         if rotation:
             qkv[:, :2] = rotate(qkv[:, :2], *rotation)
         memory[:, :, :, -T:] = qkv[:, 1:]
-        scores = qkv[:, 0, :, stride - 1 :: stride] @ memory[:, 0].swapaxes(2, 3)  # (B, H, T / stride, S)
+        scores = qkv[:, 0, :, keep] @ memory[:, 0].swapaxes(2, 3)  # (B, H, T or 1, S)
         if mask is not None:
-            scores += mask[stride - 1 :: stride]
+            scores += mask[keep]
         return self.out((softmax(scores) @ memory[:, 1]).swapaxes(1, 2).reshape(-1, H * D))
 
     def mlp(self, x: Array) -> Array:

@@ -119,6 +119,8 @@ class Run:
         self.stop = StopRequest()
         self.tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
         self.has_files = settings.resume
+        """Whether the folder's files are those of this run, and not of an earlier one."""
+        self.log_time = time.perf_counter()
         self.wandb_id = ""
 
     @contextmanager

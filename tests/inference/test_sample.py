@@ -367,7 +367,7 @@ def test_other_than_one_word_shows_the_usage(words: list[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(ask: Ask) -> None:
-    with pytest.raises(UsageError, match=r"^device = 'cuda' is not on this machine; here: auto, cpu.*$"):
+    with pytest.raises(UsageError, match=r"^device = 'cuda' is not on this machine; available: auto, cpu.*$"):
         ask(device="cuda")
 
 
