@@ -111,11 +111,9 @@ def test_training_only_warns_if_the_report_cannot_be_written(
 
 
 def test_a_run_stopped_early_is_reported_with_the_command_to_resume(data_dir: Path, tmp_path: Path) -> None:
-    train.main(
-        tiny_settings(data_dir, tmp_path, patience=1, learning_rate=1e-30, min_lr=0)
-    )  # too low to change weights
+    train.main(tiny_settings(data_dir, tmp_path, patience=2, max_steps=50, learning_rate=1e-30, min_lr=0))
     data = page_data(tmp_path)
-    assert data["outcome"] == "Stopped early at step 10: no better loss in 1 evaluations."
+    assert data["outcome"] == "Stopped early at step 20: no better loss in 2 evaluations."
     assert data["commands"][1][1].endswith(" --patience=0")
 
 
