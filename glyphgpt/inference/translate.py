@@ -65,7 +65,7 @@ class Translator:
         """
         if tokenizer.unknown_characters("\t\n"):
             raise UserError(
-                "the model's vocabulary lacks the tab or the line end; train on lines of a source, a tab and a translation"
+                "the model's vocabulary lacks the tab or the line end; train on lines of source, tab, translation"
             )
         self.model, self.tokenizer, self.block_size, self.settings = model, tokenizer, block_size, settings
         self.end = int(tokenizer.encode("\n")[0])

@@ -86,8 +86,8 @@ def page_data(run: Path) -> dict[str, Any]:
     end = outcome(settings, state, run)
     return {
         "name": str(run),
-        "outcome": f"{end.text[:1].upper()}{end.text[1:]}.",
-        "commands": [("Sample", command("sample.py", run)), ("Train longer", end.resume)],
+        "outcome": f"{end.text[0].upper()}{end.text[1:]}.",
+        "commands": [("Sample", command("sample.py", run)), ("Continue training", end.resume)],
         "highlights": highlights(settings, rows, evaluations, step=state.step, summary=summary),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},
         "samples": [{"caption": caption(row["step"], evaluations), "text": row["text"]} for row in subsample(samples)],
@@ -108,7 +108,7 @@ def check_sample(row: Any) -> Row:
 
 
 def model_summary(settings: TrainSettings, metadata: Metadata | None) -> ModelSummary | None:
-    """Return the summary of a run's network, or None without a valid vocabulary size from a checkpoint."""
+    """Return the summary of a run's network, or None if no checkpoint has a valid vocabulary size."""
     vocab_size = metadata.model.get("vocab_size") if metadata else None
     if isinstance(vocab_size, int) and 0 < vocab_size <= 10**6:
         return ModelSummary(settings, vocab_size, settings.batch_size)
@@ -125,7 +125,7 @@ def highlights(
     return [
         ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
         ("Bits per character", format_number(best.get("bits_per_character"), ".3f"), "at the same step"),
-        ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "of a token, at the same step"),
+        ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
         ("Tokens", f"{step * tokens:,}", f"{tokens:,} per step"),
         ("Time", format_duration(rows[-1]["seconds"]), "including evaluations and samples"),
@@ -152,7 +152,7 @@ def format_duration(seconds: float) -> str:
 
 
 def subsample(rows: list[T]) -> list[T]:
-    """Return every k-th row counted from the last, with k so that there are at most MAX_POINTS."""
+    """Return every k-th row, counted from the last one; k is the smallest that leaves at most MAX_POINTS rows."""
     return rows[:: -max(1, math.ceil(len(rows) / MAX_POINTS))][::-1]
 
 
@@ -187,7 +187,7 @@ def settings_tables(settings: TrainSettings) -> list[dict[str, Any]]:
 
 
 def summary_tables(summary: ModelSummary) -> dict[str, Any]:
-    """Return the model summary as text for the page."""
+    """Return the sections, totals and costs of the model summary, with numbers as text."""
     return {
         "shape_letters": SHAPE_LETTERS,
         "sections": [

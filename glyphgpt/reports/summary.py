@@ -147,9 +147,9 @@ def shown_modules(model: "GPT") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that the summary shows, with their names."""
     for name, module in model.named_modules():
         *parents, own_name = name.split(".")
-        whole = ("ngram_embedding", "position", "attention")  # shown as one, without their submodules
+        composite = ("ngram_embedding", "position", "attention")  # shown without their submodules
         leaf = not any(module.children()) and not isinstance(module, nn.Dropout)
-        if (own_name in whole or leaf) and not set(whole) & set(parents):
+        if (own_name in composite or leaf) and not set(composite) & set(parents):
             yield name, module
 
 
