@@ -61,7 +61,7 @@ def compute_maps(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> Atte
     """
     weights, probs = weights_and_probs(model, torch.from_numpy(tokens.astype("int64")))
     if not (weights.isfinite().all() and probs.isfinite().all()):
-        raise UserError("the model's numbers overflow; there is nothing to draw")
+        raise UserError("the model's numbers overflow; use another checkpoint")
     next_tokens = [*tokens.tolist()[1:], None]
     token_bytes = [tokenizer.token_bytes(int(token)) for token in tokens]
     return AttentionMaps(

@@ -133,7 +133,7 @@ def test_overflow_is_reported() -> None:
     with torch.no_grad():
         model.token_embedding.weight.fill_(1e38)
     tokenizer = CharTokenizer("abcdefghijk")
-    with pytest.raises(UserError, match=r"^the model's numbers overflow; there is nothing to draw$"):
+    with pytest.raises(UserError, match=r"^the model's numbers overflow; use another checkpoint$"):
         compute_maps(model, tokenizer, tokenizer.encode("abc"))
 
 
@@ -196,7 +196,9 @@ def write_attention(run: Path, path: Path, text: str, **changes: object) -> None
     sample.main(SampleSettings.model_validate(settings), str(run))
 
 
-def test_sample_writes_the_file_and_its_path(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_writes_a_file_and_prints_its_path(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("attention.html", "attention.png"):
         (tmp_path / name).write_text("older", encoding="utf-8")
         capsys.readouterr()

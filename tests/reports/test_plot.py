@@ -51,7 +51,7 @@ def test_several_runs_can_be_compared(tmp_path: Path) -> None:
     assert one != both
 
 
-def test_an_incomplete_last_row_is_ignored_and_throughput_is_that_between_rows(tmp_path: Path) -> None:
+def test_reading_drops_an_incomplete_last_row_and_adds_the_throughput(tmp_path: Path) -> None:
     rows = read_metrics(write_run(tmp_path / "run", *ROWS, '{"kind": "tr'))
     assert [row["step"] for row in rows] == [1, 2, 2]
     assert [row.get("tokens_per_second") for row in rows] == [None, 128.0, None]
