@@ -1,1 +1,1 @@
-"""What people look at: a summary of the model, plots of metrics, the report of a run, and attention maps."""
+"""Reports: a summary of the model, plots of metrics, the page of a run, and attention maps."""

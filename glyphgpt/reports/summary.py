@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHAPE_LETTERS = "B batch, T time, C channels, H heads, D = C / H head size, V vocabulary"
 PROBE = {"B": 2, "T": 3, "H": 5, "D": 14, "C": 70, "V": 11}
-"""Sizes whose multiples by 1, 3 and 4 are all different, so that each size in a shape stands for one letter."""
+"""Sizes whose multiples by 1, 3 and 4 are all different, so that each size in a shape identifies one letter."""
 BLOCK = "blocks.0."
 
 
