@@ -107,7 +107,8 @@ def write_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Samp
         numbers = config.n_layer * config.n_head * len(tokens) ** 2 // 2
         if numbers > LARGE_PAGE and path.suffix.lower() == ".html":
             warn(f"{numbers:,} attention weights make a page that browsers open slowly; use a shorter text")
-        attention_maps.write(attention_maps.observe(model, tokenizer, tokens), path, str(checkpoint.path))
+        maps = attention_maps.compute_maps(model, tokenizer, tokens)
+        attention_maps.write_maps(maps, path, str(checkpoint.path))
     print(f"{path}: written")
 
 

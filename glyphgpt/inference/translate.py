@@ -1,11 +1,11 @@
-"""Translate a file line by line with a model of lines like "German, tab, English", and score the result.
+"""Translate a file line by line with a model of lines like "German, tab, English", and compute the BLEU score.
 
-    python -m glyphgpt.inference.translate out/multi30k_de_en german.txt                       prints the translations
-    python -m glyphgpt.inference.translate out/multi30k_de_en german.txt --reference=english.txt   and tells their BLEU
-    python -m glyphgpt.inference.translate out/multi30k_de_en german.txt --out=mine.txt --beam=1   greedy, into a file
+    python -m glyphgpt.inference.translate out/multi30k_de_en german.txt                           prints translations
+    python -m glyphgpt.inference.translate out/multi30k_de_en german.txt --reference=english.txt   and their BLEU score
+    python -m glyphgpt.inference.translate out/multi30k_de_en german.txt --out=mine.txt --beam=1   greedy, to a file
 
-Any task will do whose training text is a line each: what is given, a tab, what is wanted. prepare.py multi30k_de_en
-makes such a text, config/translate.toml trains on it.
+Any task works whose training text has one line per example: the input, a tab, the output. prepare.py multi30k_de_en
+makes such a dataset, and config/translate.toml trains on it.
 """
 
 import sys
@@ -21,12 +21,12 @@ from glyphgpt.data.text import read_lines
 from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text
 from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
 from glyphgpt.files import write_atomic
-from glyphgpt.inference import beam_search as beam
+from glyphgpt.inference.beam_search import beam_search
 from glyphgpt.inference.generate import Ids, LanguageModel
 from glyphgpt.inference.loading import language_model, open_checkpoint
 from glyphgpt.settings import TranslateSettings
 
-MARKS = 2  # tokens around a source: the end of the line before it, and a tab
+DELIMITERS = 2  # tokens of a prompt besides its source: a line end before, a tab after
 USAGE = "python -m glyphgpt.inference.translate RUN | CHECKPOINT FILE [--key=value ...]"
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     checkpoint, tokenizer = open_checkpoint(Path(words[0]), Path(settings.data_dir))
     sources = read_lines(words[1])
     if settings.out and not Path(settings.out).absolute().parent.is_dir():
-        raise UsageError(f"--out={settings.out}: there is no such folder; make it first")
+        raise UsageError(f"--out={settings.out}: the folder does not exist; create it first")
     references = read_references(settings.reference, len(sources)) if settings.reference else []
     with language_model(checkpoint, settings.device, settings.dtype, "batch_size or beam") as model:
         translator = Translator(model, tokenizer, checkpoint.config.block_size, settings)
@@ -49,91 +49,96 @@ def main() -> None:
     else:
         sys.stdout.write(text)
     if references:
-        print(bleu(translations, references), file=sys.stderr)
+        print(bleu_score(translations, references), file=sys.stderr)
 
 
 class Translator:
-    """A model that goes on with a source and a tab, up to the end of the line."""
+    """A model that continues a source line and a tab up to the next line end."""
 
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer, block_size: int, settings: TranslateSettings
     ) -> None:
-        """Take the model and what belongs to it.
+        """Prepare to translate.
 
         Raises:
-            UserError: it knows no tabs or no ends of lines.
+            UserError: The vocabulary lacks the tab or the line end.
         """
         if tokenizer.unknown_characters("\t\n"):
-            raise UserError("this model has never seen a tab; train on lines of a source, a tab and its translation")
+            raise UserError(
+                "the model's vocabulary lacks the tab or the line end; train on lines of source, tab, translation"
+            )
         self.model, self.tokenizer, self.block_size, self.settings = model, tokenizer, block_size, settings
         self.end = int(tokenizer.encode("\n")[0])
 
     def translate(self, sources: Sequence[str]) -> list[str]:
-        """Translate each line; of nothing there is no translation.
+        """Return the translation of each line; that of an empty line is empty.
 
         Raises:
-            UserError: a line has characters that the model has never seen, or is too long for it.
+            UserError: A line has unknown characters, or is too long for the model's context.
         """
-        prompts = [self.prompt(number, line) for number, line in enumerate(sources, start=1)]
+        prompts = [self.encode_prompt(line, number) for number, line in enumerate(sources, start=1)]
         translations = [""] * len(sources)
-        with tqdm(total=len(sources), unit="line", desc="translating", disable=None) as bar:
-            for numbers in self.batches(prompts):
-                if len(prompts[numbers[0]]) > MARKS:
-                    found = self.go_on(np.stack([prompts[number] for number in numbers]))
-                    for number, translation in zip(numbers, found, strict=True):
-                        translations[number] = translation
-                bar.update(len(numbers))
+        with tqdm(total=len(sources), unit="line", desc="translating", disable=None) as progress:
+            for indices in self.batches(prompts):
+                if len(prompts[indices[0]]) > DELIMITERS:
+                    batch = self.translate_batch(np.stack([prompts[index] for index in indices]))
+                    for index, translation in zip(indices, batch, strict=True):
+                        translations[index] = translation
+                progress.update(len(indices))
         return translations
 
-    def prompt(self, number: int, line: str) -> Ids:
-        """Return the tokens of a source, between the end of the line before it and a tab.
+    def encode_prompt(self, line: str, number: int) -> Ids:
+        """Return the tokens of a line end, a source line and a tab; errors name the line's number.
 
         Raises:
-            UserError: it has characters that the model has never seen, or leaves no room for a translation.
+            UserError: The line has unknown characters, or leaves no context for a translation.
         """
         try:
             source = encode_text(line, self.tokenizer, skip=self.settings.skip_unknown)
-        except UserError as failure:
-            raise UserError(f"line {number}: {failure}") from failure
+        except UserError as error:
+            raise UserError(f"line {number}: {error}") from error
         prompt = np.concatenate((self.tokenizer.encode("\n"), source, self.tokenizer.encode("\t"))).astype(np.int64)
         if len(prompt) >= self.block_size:
             raise UserError(
                 f"line {number}: {len(source):,} tokens leave no room in the model's context of {self.block_size:,}; "
-                "cut the line into several"
+                "split the line"
             )
         return prompt
 
     def batches(self, prompts: Sequence[Ids]) -> Iterator[list[int]]:
-        """Yield numbers of prompts of one length, at most batch_size at a time."""
-        in_order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        for _, group in groupby(in_order, key=lambda number: len(prompts[number])):
-            numbers = list(group)
-            for start in range(0, len(numbers), self.settings.batch_size):
-                yield numbers[start : start + self.settings.batch_size]
+        """Yield the indices of prompts of equal length, at most batch_size at a time."""
 
-    def go_on(self, prompts: Ids) -> list[str]:
-        """Translate prompts (B, T), as far as the model's context reaches."""
-        room = self.block_size - prompts.shape[1]
-        ways = beam.beam_search(self.model, prompts, end=self.end, beam=self.settings.beam, max_new_tokens=room)
-        return [decode(self.tokenizer, way.tolist()).removesuffix("\r") for way in ways]  # where lines end in \r\n
+        def length(index: int) -> int:
+            return len(prompts[index])
+
+        for _, group in groupby(sorted(range(len(prompts)), key=length), key=length):
+            indices = list(group)
+            for start in range(0, len(indices), self.settings.batch_size):
+                yield indices[start : start + self.settings.batch_size]
+
+    def translate_batch(self, prompts: Ids) -> list[str]:
+        """Return the translations of prompts (B, T), cut off where the model's context ends."""
+        max_new_tokens = self.block_size - prompts.shape[1]
+        outputs = beam_search(self.model, prompts, end=self.end, beam=self.settings.beam, max_new_tokens=max_new_tokens)
+        return [decode(self.tokenizer, output.tolist()).removesuffix("\r") for output in outputs]  # of \r\n
 
 
-def read_references(word: str, lines: int) -> list[str]:
-    """Read right translations, and see that scoring is possible.
+def read_references(path: str, count: int) -> list[str]:
+    """Read the reference translations of `count` lines, and make sure that the score can be computed.
 
     Raises:
-        UserError: they are not as many as the lines to translate, or sacrebleu is not installed.
+        UserError: The number of lines is not `count`, or sacrebleu is not installed.
     """
-    references = read_lines(word)
-    if len(references) != lines:
-        raise UserError(f"{word}: {len(references):,} lines, but there are {lines:,} to translate")
-    with optional_import("sacrebleu", "scoring"):
+    references = read_lines(path)
+    if len(references) != count:
+        raise UserError(f"{path}: {len(references):,} lines, but there are {count:,} to translate")
+    with optional_import("sacrebleu", "--reference"):
         import sacrebleu  # noqa: F401, PLC0415  (optional)
     return references
 
 
-def bleu(translations: Sequence[str], references: Sequence[str]) -> str:
-    """Tell the BLEU of translations, with the signature that says how it was counted (Post 2018)."""
+def bleu_score(translations: Sequence[str], references: Sequence[str]) -> str:
+    """Return the BLEU score, and sacrebleu's signature, which identifies how it was computed (Post 2018)."""
     from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415  (optional)
 
     metric = BLEU()

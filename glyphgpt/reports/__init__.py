@@ -1,1 +1,1 @@
-"""What people look at: a summary of the model, plots, the run's report, and maps of attention."""
+"""Reports: a summary of the model, plots of metrics, the page of a run, and attention maps."""

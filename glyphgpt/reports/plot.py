@@ -1,9 +1,9 @@
-"""Draw how runs went: losses against steps, tokens and time, learning rate, throughput, gradients.
+"""Plot the metrics of runs: loss against steps, tokens and time; learning rate, gradient norm and throughput.
 
-    python -m glyphgpt.reports.plot out/quick                        into out/quick/metrics.png
-    python -m glyphgpt.reports.plot out/one out/two --out=both.png   several runs together
+    python -m glyphgpt.reports.plot out/quick                        writes out/quick/metrics.png
+    python -m glyphgpt.reports.plot out/one out/two --out=both.png   compares runs
 
-train.py draws its own run at its end where matplotlib is installed: pip install matplotlib
+train.py plots its run at the end if matplotlib is installed: pip install matplotlib
 """
 
 import io
@@ -22,21 +22,21 @@ from glyphgpt.training.metrics import METRICS, Row, read_rows
 USAGE = "python -m glyphgpt.reports.plot RUN [RUN ...] [--out=FILE.png]"
 PANELS = [
     ("step", "loss"), ("tokens", "loss"), ("seconds", "loss"),
-    ("step", "learning_rate"), ("step", "grad_norm"), ("seconds", "tokens_a_second"),
+    ("step", "learning_rate"), ("step", "grad_norm"), ("seconds", "tokens_per_second"),
 ]  # fmt: skip
-"""What each panel shows: a quantity against another."""
+"""The x and y axis of each panel."""
 
 
 def main() -> None:
-    """Draw the runs that the command line names."""
+    """Plot the runs that the command line names."""
     settings, words = parse(PlotSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
     if not words:
-        raise UsageError(f"name a run: {USAGE}")
+        raise UsageError(f"name one or more runs: {USAGE}")
     if len(words) > 1 and not settings.out:
-        raise UsageError("say where to draw several runs: --out=FILE.png")
+        raise UsageError("a plot of several runs needs a file: --out=FILE.png")
     path = Path(settings.out or Path(words[0]) / PLOT)
-    draw([Path(word) for word in words], path)
-    print(f"{path}: drawn")
+    write_plot([Path(word) for word in words], path)
+    print(f"{path}: written")
 
 
 def is_available() -> bool:
@@ -48,13 +48,13 @@ def is_available() -> bool:
     return True
 
 
-def draw(runs: Sequence[Path], path: Path) -> None:
-    """Draw runs into a PNG file.
+def write_plot(runs: Sequence[Path], path: Path) -> None:
+    """Write a plot of runs as a PNG file.
 
     Raises:
-        UserError: matplotlib is not installed, or a run has no metrics.
+        UserError: matplotlib is not installed, a run has no metrics, or the file could not be written.
     """
-    with optional_import("matplotlib", "drawing"):
+    with optional_import("matplotlib", "a plot"):
         import matplotlib  # noqa: F401, PLC0415  (optional, and slow to import)
         from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -62,20 +62,21 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     panels = list(figure.subplots(2, 3).flat)
     for number, run in enumerate(runs):
         rows = read_metrics(run)
+        label = printable(str(run)).replace("$", r"\$")  # otherwise matplotlib reads a formula
         for axes, (x, y) in zip(panels, PANELS, strict=True):
-            draw_run(axes, rows, x, y, color=f"C{number}", label=printable(str(run)).replace("$", r"\$"))  # no formula
+            plot_run(axes, rows, x, y, color=f"C{number}", label=label)
     for axes, (x, y) in zip(panels, PANELS, strict=True):
         axes.set_xlabel(x)
         axes.set_ylabel(y.replace("_", " "))
         axes.grid(alpha=0.3)
     panels[0].legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    write_atomic(path, picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    write_atomic(path, png.getvalue())
 
 
-def draw_run(axes: Any, rows: list[Row], x: str, y: str, *, color: str, label: str) -> None:
-    """Draw one quantity of a run against another: thin as it was in training, bold as validated."""
+def plot_run(axes: Any, rows: list[Row], x: str, y: str, *, color: str, label: str) -> None:
+    """Plot y against x for one run: a thin line for training, markers for validation."""
     for kind, style in (("train", {"alpha": 0.4, "linewidth": 1}), ("val", {"marker": "o", "markersize": 3})):
         points = [(row[x], row[y]) for row in rows if row["kind"] == kind and row.get(y) is not None]
         name = f"{'validation' if kind == 'val' else 'training'}, {label}"
@@ -84,18 +85,18 @@ def draw_run(axes: Any, rows: list[Row], x: str, y: str, *, color: str, label: s
 
 
 def read_metrics(run: Path) -> list[Row]:
-    """Read a run's metrics, with the `tokens_a_second` of training between rows of it.
+    """Read a run's metrics, and add `tokens_per_second` to each training row that follows another.
 
     Raises:
-        UserError: there are none, or they are not as train.py writes them.
+        UserError: The file is missing, empty, or not as train.py writes it.
     """
     rows = read_rows(run / METRICS, check_metrics)
     if not rows:
         raise UserError(f"{run / METRICS}: empty; train first")
     for before, row in pairwise(rows):
         seconds = row["seconds"] - before["seconds"]
-        if before["kind"] == row["kind"] == "train" and seconds > 1e-4:  # they are told to a thousandth
-            row["tokens_a_second"] = (row["tokens"] - before["tokens"]) / seconds
+        if before["kind"] == row["kind"] == "train" and seconds > 1e-4:  # times are rounded to 1 ms
+            row["tokens_per_second"] = (row["tokens"] - before["tokens"]) / seconds
     return rows
 
 
@@ -103,17 +104,17 @@ def check_metrics(row: Any) -> Row:
     """Return a row of metrics.
 
     Raises:
-        KeyError, TypeError: it is none.
+        KeyError, TypeError: The row lacks a key, or a value has the wrong type.
     """
-    measured = (row[key] for key in row if key != "kind" and row[key] is not None)
-    numbers = [row["step"], row["tokens"], row["seconds"], *measured]
-    if row["kind"] not in ("train", "val") or not all(map(is_number, numbers)):
+    numbers = [row["step"], row["tokens"], row["seconds"]]  # the others may be missing or None
+    numbers += [value for key, value in row.items() if key != "kind" and value is not None]
+    if row["kind"] not in ("train", "val") or not all(map(is_plottable, numbers)):
         raise TypeError
     return dict(row)
 
 
-def is_number(value: object) -> bool:
-    """Tell whether a value is a number to count with, and to draw."""
+def is_plottable(value: object) -> bool:
+    """Return whether a value is a number of a size that can be plotted."""
     return isinstance(value, int | float) and abs(value) < 1e300
 
 

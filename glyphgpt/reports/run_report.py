@@ -1,9 +1,9 @@
-"""The report of a run: one page with curves, samples over time, settings, shapes, and the commands to continue.
+"""The report of a run: an HTML page with curves, samples, commands to continue, settings and the model summary.
 
     python -m glyphgpt.reports.run_report out/quick                      writes out/quick/report.html
     python -m glyphgpt.reports.run_report out/quick --out=quick.html
 
-train.py writes this page at the end of a run. It needs no network and opens in any browser.
+train.py writes this page at the end of a run. The page is self-contained and opens in any browser.
 """
 
 import json
@@ -26,9 +26,9 @@ from glyphgpt.training.metrics import SAMPLES, Row, read_rows
 from glyphgpt.training.run import outcome
 
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
-COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_a_second")
-POINTS = 1000
-"""Maximum number of points of a curve, which bounds the size of the page."""
+COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+MAX_POINTS = 1000
+"""Maximum number of points of a curve, and of samples, which bounds the size of the page."""
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def write_reports(run: Path, settings: TrainSettings, log: Callable[[str], None], *, with_plot: bool) -> None:
-    """Write a run's report and plot, if its settings ask for them. A failure is only a warning: the run is safe."""
+    """Write the report and the plot that a run's settings ask for. A failure is only a warning: the run is saved."""
     if settings.report:
         try:
             write_report(run, run / REPORT)
@@ -53,9 +53,9 @@ def write_reports(run: Path, settings: TrainSettings, log: Callable[[str], None]
             warn(str(error))
     if settings.plot and with_plot and plot.is_available():
         try:
-            plot.draw([run], run / PLOT)
+            plot.write_plot([run], run / PLOT)
             log(f"plot: {run / PLOT}")
-        except Exception as error:  # of matplotlib, which needs space for its cache
+        except Exception as error:  # matplotlib may raise anything, for example if the disk is full
             warn(f"the run could not be plotted: {error}")
 
 
@@ -65,11 +65,11 @@ def write_report(run: Path, path: Path) -> None:
     Raises:
         UserError: The run has no metrics, one of its files cannot be read, or the page cannot be written.
     """
-    write_atomic(path, render(REPORT, content(run)).encode())
+    write_atomic(path, render(REPORT, page_data(run)).encode())
 
 
-def content(run: Path) -> dict[str, Any]:
-    """Return the data of the page.
+def page_data(run: Path) -> dict[str, Any]:
+    """Return the data of a run's page.
 
     Raises:
         UserError: The run has no metrics, or one of its files cannot be read.
@@ -86,11 +86,11 @@ def content(run: Path) -> dict[str, Any]:
     end = outcome(settings, state, run)
     return {
         "name": str(run),
-        "ended": f"{end.text[:1].upper()}{end.text[1:]}.",
-        "commands": [("Sample", command("sample.py", run)), ("Train longer", end.resume)],
-        "figures": figures(settings, rows, evaluations, step=state.step, summary=summary),
+        "outcome": f"{end.text[0].upper()}{end.text[1:]}.",
+        "commands": [("Sample", command("sample.py", run)), ("Continue training", end.resume)],
+        "highlights": highlights(settings, rows, evaluations, step=state.step, summary=summary),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},
-        "samples": [{"about": caption(row["step"], evaluations), "text": row["text"]} for row in thinned(samples)],
+        "samples": [{"caption": caption(row["step"], evaluations), "text": row["text"]} for row in subsample(samples)],
         "settings": settings_tables(settings),
         "summary": summary_tables(summary) if summary else None,
     }
@@ -100,7 +100,7 @@ def check_sample(row: Any) -> Row:
     """Return a row of samples.
 
     Raises:
-        KeyError, TypeError: It is not one.
+        KeyError, TypeError: The row lacks a key, or a value has the wrong type.
     """
     if not (isinstance(row["step"], int) and isinstance(row["text"], str)):
         raise TypeError
@@ -108,41 +108,41 @@ def check_sample(row: Any) -> Row:
 
 
 def model_summary(settings: TrainSettings, metadata: Metadata | None) -> ModelSummary | None:
-    """Return the summary of a run's network, if its checkpoint tells the vocabulary size."""
+    """Return the summary of a run's network, or None if no checkpoint has a valid vocabulary size."""
     vocab_size = metadata.model.get("vocab_size") if metadata else None
     if isinstance(vocab_size, int) and 0 < vocab_size <= 10**6:
         return ModelSummary(settings, vocab_size, settings.batch_size)
     return None
 
 
-def figures(
+def highlights(
     settings: TrainSettings, rows: list[Row], evaluations: list[Row], *, step: int, summary: ModelSummary | None
 ) -> list[tuple[str, str, str]]:
-    """Return the headline figures: name, value and note."""
+    """Return the numbers at the top of the page: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
     tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
-    speeds = [row["tokens_a_second"] for row in rows if "tokens_a_second" in row]
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return [
-        ("Best validation loss", number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
-        ("Bits per character", number(best.get("bits_per_character"), ".3f"), "at the same step"),
-        ("Perplexity", number(best.get("perplexity"), ",.2f"), "of a token, at the same step"),
+        ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
+        ("Bits per character", format_number(best.get("bits_per_character"), ".3f"), "at the same step"),
+        ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
-        ("Tokens", f"{step * tokens:,}", f"{tokens:,} a step"),
-        ("Time", duration(rows[-1]["seconds"]), "including evaluations and samples"),
-        ("Tokens a second", number(median(speeds) if speeds else None, ",.0f"), "median, without evaluations"),
-        ("Parameters", number(summary.parameters if summary else None, ","), f"in {settings.n_layer} blocks"),
+        ("Tokens", f"{step * tokens:,}", f"{tokens:,} per step"),
+        ("Time", format_duration(rows[-1]["seconds"]), "including evaluations and samples"),
+        ("Tokens per second", format_number(median(speeds) if speeds else None, ",.0f"), "median, without evaluations"),
+        ("Parameters", format_number(summary.parameters if summary else None, ","), f"in {settings.n_layer} blocks"),
     ]
 
 
-def number(value: float | None, form: str) -> str:
+def format_number(value: float | None, spec: str) -> str:
     """Return a formatted number, or a dash for None."""
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else format(value, spec)
 
 
-def duration(seconds: float) -> str:
-    """Return a time in readable units.
+def format_duration(seconds: float) -> str:
+    """Return a duration in readable units.
 
-    >>> duration(5.62), duration(192), duration(7300)
+    >>> format_duration(5.62), format_duration(192), format_duration(7300)
     ('5.6 s', '3 min 12 s', '2 h 1 min')
     """
     if seconds < 60:
@@ -151,14 +151,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def thinned(rows: list[T]) -> list[T]:
-    """Return every k-th row, at most POINTS, so that the last one is among them."""
-    return rows[:: -max(1, math.ceil(len(rows) / POINTS))][::-1]
+def subsample(rows: list[T]) -> list[T]:
+    """Return every k-th row, counted from the last one; k is the smallest that leaves at most MAX_POINTS rows."""
+    return rows[:: -max(1, math.ceil(len(rows) / MAX_POINTS))][::-1]
 
 
 def columns(rows: list[Row]) -> dict[str, list[float | None]]:
-    """Return a list for each quantity of the rows."""
-    return {name: [row.get(name) for row in thinned(rows)] for name in COLUMNS}
+    """Return a list of values for each of COLUMNS."""
+    return {name: [row.get(name) for row in subsample(rows)] for name in COLUMNS}
 
 
 def caption(step: int, evaluations: list[Row]) -> str:
@@ -168,8 +168,8 @@ def caption(step: int, evaluations: list[Row]) -> str:
 
 
 def settings_tables(settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the settings under their headings, with values as in TOML."""
-    found = []
+    """Return a table of the settings under each heading, with values as in TOML."""
+    tables = []
     for heading, fields in groups(TrainSettings):
         rows = [
             {
@@ -182,17 +182,17 @@ def settings_tables(settings: TrainSettings) -> list[dict[str, Any]]:
             if key not in Mode.model_fields and key not in PATHS
         ]
         if rows:
-            found.append({"heading": heading, "rows": rows})
-    return found
+            tables.append({"heading": heading, "rows": rows})
+    return tables
 
 
 def summary_tables(summary: ModelSummary) -> dict[str, Any]:
-    """Return the model summary as the page shows it."""
+    """Return the sections, totals and costs of the model summary, with numbers as text."""
     return {
-        "letters": SHAPE_LETTERS,
-        "parts": [
+        "shape_letters": SHAPE_LETTERS,
+        "sections": [
             {
-                "title": heading,
+                "heading": heading,
                 "rows": [
                     (
                         layer.name,
@@ -206,7 +206,7 @@ def summary_tables(summary: ModelSummary) -> dict[str, Any]:
             }
             for heading, _, layers in summary.sections
         ],
-        "all": (f"{summary.parameters:,}", f"{summary.macs:,}"),
+        "totals": (f"{summary.parameters:,}", f"{summary.macs:,}"),
         "costs": summary.costs(),
     }
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHAPE_LETTERS = "B batch, T time, C channels, H heads, D = C / H head size, V vocabulary"
 PROBE = {"B": 2, "T": 3, "H": 5, "D": 14, "C": 70, "V": 11}
-"""Sizes whose multiples by 1, 3 and 4 are all different, so that each size in a shape stands for one letter."""
+"""Sizes whose multiples by 1, 3 and 4 are all different, so that each size in a shape identifies one letter."""
 BLOCK = "blocks.0."
 
 
@@ -147,9 +147,9 @@ def shown_modules(model: "GPT") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that the summary shows, with their names."""
     for name, module in model.named_modules():
         *parents, own_name = name.split(".")
-        whole = ("ngram_embedding", "position", "attention")  # shown as one, without their submodules
+        composite = ("ngram_embedding", "position", "attention")  # shown without their submodules
         leaf = not any(module.children()) and not isinstance(module, nn.Dropout)
-        if (own_name in whole or leaf) and not set(whole) & set(parents):
+        if (own_name in composite or leaf) and not set(composite) & set(parents):
             yield name, module
 
 

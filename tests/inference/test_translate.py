@@ -1,4 +1,4 @@
-"""Translation: a model that learned a small dictionary, asked as a user would."""
+"""Translation from the command line, with a model of a small dictionary."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +9,6 @@ import train
 from conftest import prepare_text, script, tiny_settings
 from glyphgpt.data.tokenizers import CharTokenizer
 from glyphgpt.files import BEST
-from glyphgpt.inference import beam_search as beam
 from glyphgpt.inference.translate import Translator
 from glyphgpt.settings import TranslateSettings
 
@@ -20,7 +19,7 @@ TRANSLATIONS = "".join(f"{english}\n" for english in WORDS.values())
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned WORDS, and files of sources and references beside it."""
+    """A run that has learned WORDS, next to a file of sources and one of references."""
     folder = tmp_path_factory.mktemp("translate")
     prepare_text("".join(f"{german}\t{english}\n" for german, english in WORDS.items()) * 100, folder)
     network = {
@@ -31,8 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ngram_rows": 97,
         "norm": "rmsnorm",
     }
-    learning = {"max_steps": 200, "eval_every": 200, "batch_size": 16, "learning_rate": 0.01, "optimizer": "muon"}
-    train.main(tiny_settings(folder, folder / "run", **network, **learning))
+    optimization = {"max_steps": 200, "eval_every": 200, "batch_size": 16, "learning_rate": 0.01, "optimizer": "muon"}
+    train.main(tiny_settings(folder, folder / "run", **network, **optimization))
     (folder / "de.txt").write_text(SOURCES)
     (folder / "en.txt").write_text(TRANSLATIONS)
     return folder / "run"
@@ -44,75 +43,75 @@ def translate(*words: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("beam", [1, 4])
-def test_what_was_learned_is_translated_line_by_line(run: Path, beam: int) -> None:
+def test_the_learned_lines_are_translated(run: Path, beam: int) -> None:
     assert translate(run, run.parent / "de.txt", f"--beam={beam}", "--batch_size=2") == (0, TRANSLATIONS, "")
 
 
-def test_a_reference_tells_bleu(run: Path) -> None:
+def test_a_reference_gives_the_bleu_score(run: Path) -> None:
     pytest.importorskip("sacrebleu")
-    status, out, told = translate(run / BEST, run.parent / "de.txt", f"--reference={run.parent / 'en.txt'}")
+    status, out, err = translate(run / BEST, run.parent / "de.txt", f"--reference={run.parent / 'en.txt'}")
     assert (status, out) == (0, TRANSLATIONS)
-    assert told.startswith("BLEU 100.0 (nrefs:1|case:mixed|")
+    assert err.startswith("BLEU 100.0 (nrefs:1|case:mixed|")
 
 
-def test_translations_go_into_a_file(run: Path, tmp_path: Path) -> None:
+def test_translations_are_written_to_a_file(run: Path, tmp_path: Path) -> None:
     assert translate(run, run.parent / "de.txt", f"--out={tmp_path / 'mine.txt'}") == (0, "", "")
     assert (tmp_path / "mine.txt").read_text() == TRANSLATIONS
 
 
-def test_lines_are_kept_apart_whatever_white_space_they_have(run: Path, tmp_path: Path) -> None:
+def test_white_space_within_lines_does_not_change_their_number(run: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.txt").write_text(" rot \n\nein\u00a0Hund\tblau")
-    status, out, told = translate(run, tmp_path / "odd.txt")
-    assert (status, told) == (0, "")
+    status, out, err = translate(run, tmp_path / "odd.txt")
+    assert (status, err) == (0, "")
     lines = out.split("\n")
     assert lines[:2] == ["red", ""]
     assert len(lines) == 4
 
 
 @pytest.mark.parametrize(
-    ("text", "flags", "said"),
+    ("text", "flags", "message"),
     [
         ("rot\nçà\n", [], "line 2: the model has never seen 'à' (U+00E0), 'ç' (U+00E7); change the text, or add "),
-        ("rot\n" + "blau" * 10, [], "line 2: 40 tokens leave no room in the model's context of 40; cut the line"),
+        ("rot\n" + "blau" * 10, [], "line 2: 40 tokens leave no room in the model's context of 40; split the line"),
         ("rot\n", ["--reference=EN"], "EN: 5 lines, but there are 1 to translate"),
-        ("rot\n", ["--out=nowhere/mine.txt"], "--out=nowhere/mine.txt: there is no such folder; make it first"),
+        ("rot\n", ["--out=nowhere/mine.txt"], "--out=nowhere/mine.txt: the folder does not exist; create it first"),
         ("rot\n", ["--beam=0"], "--beam must be a whole number, at least 1"),
         ("rot\n", ["--prompt=x"], "unknown key --prompt"),
     ],
 )
-def test_mistakes_get_a_line(run: Path, tmp_path: Path, text: str, flags: list[str], said: str) -> None:
+def test_mistakes_are_one_line(run: Path, tmp_path: Path, text: str, flags: list[str], message: str) -> None:
     (tmp_path / "de.txt").write_text(text)
     references = str(run.parent / "en.txt")
-    status, out, told = translate(run, tmp_path / "de.txt", *(flag.replace("EN", references) for flag in flags))
+    status, out, err = translate(run, tmp_path / "de.txt", *(flag.replace("EN", references) for flag in flags))
     assert status in (1, 2)
     assert out == ""
-    assert said.replace("EN", references) in told
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    assert message.replace("EN", references) in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
-def test_of_an_empty_file_there_is_nothing(run: Path, tmp_path: Path) -> None:
+def test_an_empty_file_has_an_empty_translation(run: Path, tmp_path: Path) -> None:
     (tmp_path / "de.txt").write_text("")
     assert translate(run, tmp_path / "de.txt") == (0, "", "")
     assert translate(run, tmp_path / "de.txt", f"--out={tmp_path / 'mine.txt'}") == (0, "", "")
     assert (tmp_path / "mine.txt").read_text() == ""
 
 
-def test_a_model_of_lines_that_end_in_cr_lf_translates_without_cr(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_carriage_return_of_a_line_end_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = CharTokenizer.learn(["red\t\r\n"])
-    monkeypatch.setattr(beam, "beam_search", lambda *_, **__: [tokenizer.encode("red\r")])
+    monkeypatch.setattr("glyphgpt.inference.translate.beam_search", lambda *_, **__: [tokenizer.encode("red\r")])
     translator = Translator(cast(Any, None), tokenizer, 40, TranslateSettings())
     assert translator.translate(["red"]) == ["red"]
 
 
-def test_an_encoding_gets_advice_that_works(run: Path, tmp_path: Path) -> None:
+def test_another_encoding_is_reported_with_a_remedy(run: Path, tmp_path: Path) -> None:
     (tmp_path / "de.txt").write_bytes("rot\n".encode("utf-16"))
-    status, out, told = translate(run, tmp_path / "de.txt")
+    status, out, err = translate(run, tmp_path / "de.txt")
     assert (status, out) == (1, "")
-    assert told.endswith(f"convert it: iconv -f UTF-16 -t UTF-8 {tmp_path / 'de.txt'} > NEW\n")
+    assert err.endswith(f"convert it: iconv -f UTF-16 -t UTF-8 {tmp_path / 'de.txt'} > NEW\n")
 
 
-def test_unknown_characters_can_be_left_out(run: Path, tmp_path: Path) -> None:
+def test_unknown_characters_can_be_skipped(run: Path, tmp_path: Path) -> None:
     (tmp_path / "de.txt").write_text("ç")
     assert translate(run, tmp_path / "de.txt", "--skip_unknown") == (0, "\n", "")
 
@@ -120,12 +119,12 @@ def test_unknown_characters_can_be_left_out(run: Path, tmp_path: Path) -> None:
 def test_a_model_without_tabs_is_refused(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "run", max_steps=0))
     (tmp_path / "de.txt").write_text("exit\n")
-    status, _, told = translate(tmp_path / "run", tmp_path / "de.txt")
-    assert (status, told.count("\n")) == (1, 1)
-    assert "has never seen a tab" in told
+    status, _, err = translate(tmp_path / "run", tmp_path / "de.txt")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "vocabulary lacks the tab" in err
 
 
-def test_it_says_what_it_wants(run: Path) -> None:
-    status, _, told = translate(run)
+def test_missing_arguments_are_reported_with_the_usage(run: Path) -> None:
+    status, _, err = translate(run)
     assert status == 2
-    assert told.startswith("error: name a run and a file: ")
+    assert err.startswith("error: name a run and a file: ")

@@ -1,4 +1,4 @@
-"""Pictures of runs."""
+"""Plots of runs, and the metrics that they read."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import train
 from conftest import script, tiny_settings
 from glyphgpt.errors import UserError
 from glyphgpt.files import PLOT
-from glyphgpt.reports.plot import draw, read_metrics
+from glyphgpt.reports.plot import read_metrics, write_plot
 
 PNG = b"\x89PNG\r\n"
 ROWS = [
@@ -25,67 +25,65 @@ def write_run(folder: Path, *lines: str) -> Path:
     return folder
 
 
-def test_training_draws_its_run_and_says_where(
+def test_training_writes_a_plot_and_logs_its_path(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(tiny_settings(data_dir, tmp_path, plot=True))
     assert (tmp_path / PLOT).read_bytes().startswith(PNG)
-    assert capsys.readouterr().out.endswith(f"as a picture: {tmp_path / PLOT}\n")
+    assert capsys.readouterr().out.endswith(f"plot: {tmp_path / PLOT}\n")
 
 
-def test_without_matplotlib_training_ends_as_ever(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_does_not_need_matplotlib(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train.main(tiny_settings(data_dir, tmp_path, plot=True))
     assert not (tmp_path / PLOT).exists()
-    with pytest.raises(UserError, match=r"^drawing needs matplotlib: pip install matplotlib$"):
-        draw([tmp_path], tmp_path / PLOT)
+    with pytest.raises(UserError, match=r"^a plot needs matplotlib: pip install matplotlib$"):
+        write_plot([tmp_path], tmp_path / PLOT)
 
 
-def test_several_runs_are_drawn_together(tmp_path: Path) -> None:
+def test_several_runs_can_be_compared(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, *ROWS) for name in ("one", "$\\bad$_")]
-    draw(runs[:1], tmp_path / "one.png")
-    draw(runs, tmp_path / "both.png")
+    write_plot(runs[:1], tmp_path / "one.png")
+    write_plot(runs, tmp_path / "both.png")
     one, both = ((tmp_path / name).read_bytes() for name in ("one.png", "both.png"))
     assert one.startswith(PNG)
     assert both.startswith(PNG)
     assert one != both
 
 
-def test_a_row_that_was_cut_is_left_out_and_speed_is_that_between_rows(tmp_path: Path) -> None:
+def test_reading_drops_an_incomplete_last_row_and_adds_the_throughput(tmp_path: Path) -> None:
     rows = read_metrics(write_run(tmp_path / "run", *ROWS, '{"kind": "tr'))
     assert [row["step"] for row in rows] == [1, 2, 2]
-    assert [row.get("tokens_a_second") for row in rows] == [None, 128.0, None]
+    assert [row.get("tokens_per_second") for row in rows] == [None, 128.0, None]
 
 
 @pytest.mark.parametrize(
     "line", ["[]", "7", "{}", '{"kind": "train", "step": "x"}', ROWS[0].replace("4.0", '"4"'), "{"]
 )
-def test_metrics_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
+def test_malformed_metrics_are_refused(tmp_path: Path, line: str) -> None:
     run = write_run(tmp_path / "run", line.strip() + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: not as train.py writes it$"):
-        draw([run], run / PLOT)
+        write_plot([run], run / PLOT)
 
 
-def test_the_command_line_draws_into_the_runs_folder(tmp_path: Path) -> None:
+def test_the_command_line_writes_into_the_runs_folder(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", *ROWS)
     done = script("glyphgpt/reports/plot.py", str(run))
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / PLOT}: drawn\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / PLOT}: written\n", "")
     assert (run / PLOT).read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        ([], "error: name a run: "),
-        (["a", "b"], "error: say where to draw several runs: --out=FILE.png\n"),
+        ([], "error: name one or more runs: "),
+        (["a", "b"], "error: a plot of several runs needs a file: --out=FILE.png\n"),
         (["missing"], "error: missing/metrics.jsonl: no metrics there; name the folder of a run\n"),
         (["a", "--output=x"], "error: command line: unknown key --output; did you mean 'out'?\n"),
     ],
 )
-def test_words_that_will_not_do(words: list[str], said: str) -> None:
+def test_command_line_mistakes(words: list[str], message: str) -> None:
     done = script("glyphgpt/reports/plot.py", *words)
     assert done.returncode in (1, 2)
-    assert done.stderr.startswith(said)
+    assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1

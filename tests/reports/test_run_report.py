@@ -1,4 +1,4 @@
-"""The page of a run: what it tells, and, where Chromium and its driver are installed, how it looks and reacts."""
+"""The report of a run: its data, and its page in a browser, where Chromium and its driver are installed."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ import train
 from conftest import script, tiny_settings
 from glyphgpt.errors import UserError
 from glyphgpt.files import REPORT
-from glyphgpt.reports.run_report import POINTS, content, thinned, write_report
+from glyphgpt.reports.run_report import MAX_POINTS, page_data, subsample, write_report
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import Mode
 from glyphgpt.training.run import StepMetrics
@@ -28,17 +28,19 @@ from glyphgpt.training.run import StepMetrics
 HOSTILE = (
     "</script><script>alert(1)</script><b>bold</b> &amp; <!-- \0\x1b[31m\x7f \u2028 \ud800 \u202eright \U0001f30d שלום"
 )
-SHOWN = "</script><script>alert(1)</script><b>bold</b> &amp; <!-- ␀␛[31m␡ \u2028 \ufffd \u202eright \U0001f30d שלום"
+VISIBLE_HOSTILE = (
+    "</script><script>alert(1)</script><b>bold</b> &amp; <!-- ␀␛[31m␡ \u2028 \ufffd \u202eright \U0001f30d שלום"
+)
 TRAIN = {"kind": "train", "learning_rate": 0.01, "grad_norm": 1.5}
 
 
-def written(
+def write_run(
     folder: Path, rows: list[dict[str, Any]], samples: list[tuple[int, str]] | None = None, **changes: Any
 ) -> Path:
-    """Write a run as train.py leaves it, but for its checkpoints."""
+    """Write a run's folder as train.py does, without checkpoints."""
     folder.mkdir(parents=True)
-    lasting = tiny_settings(folder, folder, **changes).model_dump(exclude=set(Mode.model_fields))
-    (folder / "config.toml").write_bytes(tomli_w.dumps(lasting).encode())
+    settings = tiny_settings(folder, folder, **changes).model_dump(exclude=set(Mode.model_fields))
+    (folder / "config.toml").write_bytes(tomli_w.dumps(settings).encode())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if samples is not None:
         lines = [json.dumps({"step": step, "text": text}) + "\n" for step, text in samples]
@@ -47,73 +49,77 @@ def written(
 
 
 def val(step: int, loss: float | None, seconds: float = 0.0) -> dict[str, Any]:
-    """A row of validation."""
+    """Return a validation row."""
     return {"kind": "val", "step": step, "loss": loss, "tokens": 64 * step, "seconds": seconds}
 
 
-def told(run: Path) -> dict[str, str]:
-    """The headline figures of a run."""
-    return {what: value for what, value, _ in content(run)["figures"]}
+def highlights(run: Path) -> dict[str, str]:
+    """Return the numbers at the top of a run's page."""
+    return {name: value for name, value, _ in page_data(run)["highlights"]}
 
 
-def test_training_writes_the_page_and_says_where(
+def test_training_writes_a_report_and_logs_its_path(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(tiny_settings(data_dir, tmp_path, report=True))
-    assert capsys.readouterr().out.endswith(f"the run as a page: {tmp_path / REPORT}\n")
-    shown = content(tmp_path)
-    assert (tmp_path / REPORT).read_text(encoding="utf-8").count(json.dumps(shown["samples"])) == 1
-    assert shown["ended"] == "All 20 steps are done."
-    assert [sample["about"].split(",")[0] for sample in shown["samples"]] == ["step 0", "step 10", "step 20"]
-    assert shown["rows"]["val"]["step"] == [0, 10, 20]
-    assert shown["rows"]["train"]["step"] == list(range(1, 21))
-    assert (told(tmp_path)["Parameters"], told(tmp_path)["Tokens"]) == ("6,880", "1,280")
-    assert shown["commands"][1][1].endswith(f"--resume {tmp_path} --max_steps=40")
+    assert capsys.readouterr().out.endswith(f"report: {tmp_path / REPORT}\n")
+    data = page_data(tmp_path)
+    assert (tmp_path / REPORT).read_text(encoding="utf-8").count(json.dumps(data["samples"])) == 1
+    assert data["outcome"] == "All 20 steps done."
+    assert [sample["caption"].split(",")[0] for sample in data["samples"]] == ["step 0", "step 10", "step 20"]
+    assert data["rows"]["val"]["step"] == [0, 10, 20]
+    assert data["rows"]["train"]["step"] == list(range(1, 21))
+    assert (highlights(tmp_path)["Parameters"], highlights(tmp_path)["Tokens"]) == ("6,880", "1,280")
+    assert data["commands"][1][1].endswith(f"--resume {tmp_path} --max_steps=40")
 
 
-def test_it_can_be_turned_off(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_can_be_turned_off(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(tiny_settings(data_dir, tmp_path, report=False))
     assert not (tmp_path / REPORT).exists()
-    assert "page" not in capsys.readouterr().out
+    assert "report:" not in capsys.readouterr().out
 
 
-def test_a_stopped_run_has_its_page_too_with_the_command_to_go_on(
+def test_an_interrupted_run_has_a_report_with_the_command_to_resume(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(train.Trainer):
+    class InterruptedTrainer(train.Trainer):
         def step(self, batch: torch.Tensor) -> StepMetrics:
             metrics = super().step(batch)
             if self.state.step == 6:
                 signal.raise_signal(signal.SIGTERM)
             return metrics
 
-    monkeypatch.setattr(train, "Trainer", Stopped)
-    with pytest.raises(SystemExit) as ending:
+    monkeypatch.setattr(train, "Trainer", InterruptedTrainer)
+    with pytest.raises(SystemExit) as stop:
         train.main(tiny_settings(data_dir, tmp_path, report=True, log_every=5))
-    assert ending.value.code == 128 + signal.SIGTERM
+    assert stop.value.code == 128 + signal.SIGTERM
     assert (tmp_path / REPORT).exists()
-    shown = content(tmp_path)
-    assert shown["ended"] == "Not at its end: step 7 of 20.", "which is told by the checkpoint alone"
-    assert shown["commands"][1] == ("Train it further", f"python train.py --resume {tmp_path}")
+    data = page_data(tmp_path)
+    assert data["outcome"] == "Interrupted at step 7 of 20.", "step 7 is in the checkpoint, but not in the metrics"
+    assert data["commands"][1] == ("Continue training", f"python train.py --resume {tmp_path}")
 
 
-def test_a_page_that_cannot_be_written_costs_a_warning_only(
+def test_training_only_warns_if_the_report_cannot_be_written(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / REPORT).mkdir()
     train.main(tiny_settings(data_dir, tmp_path, report=True))
-    said = capsys.readouterr()
-    assert re.fullmatch(rf"warning: {tmp_path / REPORT}: could not be written: [^\n]+\n", said.err)
-    assert "best validation loss" in said.out
+    captured = capsys.readouterr()
+    assert re.fullmatch(rf"warning: {tmp_path / REPORT}: could not be written: [^\n]+\n", captured.err)
+    assert "best validation loss" in captured.out
     assert (tmp_path / "last.safetensors").exists()
 
 
-def test_patience_and_its_command_are_told(tmp_path: Path) -> None:
-    run = written(tmp_path / "run", [val(0, 3.0), val(10, 2.0), val(20, 2.5), val(30, 2.0)], patience=2, max_steps=99)
-    shown = content(run)
-    assert shown["ended"] == "Stopped early, at step 30: no better loss in 2 evaluations."
-    assert shown["commands"][1][1].endswith(" --patience=0")
-    assert shown["figures"][0] == ("Best validation loss", "2.0000", "nats per token, at step 10")
+def test_a_run_stopped_early_is_reported_with_the_command_to_resume(data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, patience=2, max_steps=50, learning_rate=1e-30, min_lr=0))
+    data = page_data(tmp_path)
+    assert data["outcome"] == "Stopped early at step 20: no better loss in 2 evaluations."
+    assert data["commands"][1][1].endswith(" --patience=0")
+
+
+def test_the_best_evaluation_is_the_first_with_the_lowest_loss(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [val(0, 3.0), val(10, 2.0), val(20, 2.5), val(30, 2.0)])
+    assert page_data(run)["highlights"][0] == ("Best validation loss", "2.0000", "nats per token, at step 10")
 
 
 @pytest.mark.parametrize(
@@ -126,39 +132,39 @@ def test_patience_and_its_command_are_told(tmp_path: Path) -> None:
     ],
     ids=["one evaluation", "no number", "a gap", "no evaluation"],
 )
-def test_figures_that_are_not_there_are_dashes(rows: list[dict[str, Any]], loss: str, tmp_path: Path) -> None:
-    run = written(tmp_path / "run", rows)
-    assert told(run)["Best validation loss"] == loss
-    assert told(run)["Parameters"] == "–", "which only a checkpoint tells"
+def test_missing_numbers_are_dashes(rows: list[dict[str, Any]], loss: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", rows)
+    assert highlights(run)["Best validation loss"] == loss
+    assert highlights(run)["Parameters"] == "–", "only a checkpoint has the vocabulary size"
     write_report(run, run / REPORT)
 
 
-def test_a_run_without_steps_or_samples_has_a_page(data_dir: Path, tmp_path: Path) -> None:
+def test_a_run_without_steps_or_samples_has_a_report(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path, max_steps=0, sample_tokens=0, report=True))
-    shown = content(tmp_path)
-    assert (shown["samples"], shown["ended"]) == ([], "All 0 steps are done.")
-    (tmp_path / "samples.jsonl").unlink()  # as older runs are
-    assert content(tmp_path) == shown
+    data = page_data(tmp_path)
+    assert (data["samples"], data["outcome"]) == ([], "All 0 steps done.")
+    (tmp_path / "samples.jsonl").unlink()  # as in older runs
+    assert page_data(tmp_path) == data
 
 
-def test_settings_are_written_as_in_toml(tmp_path: Path) -> None:
-    run = written(tmp_path / "run", [val(0, 4.0)], dataset="grün", learning_rate=1e-5, min_lr=0.0)
-    rows = {row["key"]: row for group in content(run)["settings"] for row in group["rows"]}
+def test_settings_are_formatted_as_in_toml(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [val(0, 4.0)], dataset="grün", learning_rate=1e-5, min_lr=0.0)
+    rows = {row["key"]: row for group in page_data(run)["settings"] for row in group["rows"]}
     assert (rows["dataset"]["value"], rows["dataset"]["default"]) == ('"grün"', '"shakespeare_char"')
     assert (rows["learning_rate"]["value"], rows["bias"]["value"]) == ("1e-05", "false")
     assert "resume" not in rows
 
 
-@given(st.integers(0, 10 * POINTS))
-def test_thinning_keeps_the_last_and_even_distances(length: int) -> None:
-    kept = thinned(list(range(length)))
-    assert len(kept) == length if length <= POINTS else POINTS / 2 < len(kept) <= POINTS
+@given(st.integers(0, 10 * MAX_POINTS))
+def test_subsampling_keeps_the_last_row_and_equal_distances(length: int) -> None:
+    kept = subsample(list(range(length)))
+    assert len(kept) == length if length <= MAX_POINTS else MAX_POINTS / 2 < len(kept) <= MAX_POINTS
     assert kept[-1:] == list(range(length))[-1:]
     assert len({after - before for before, after in pairwise(kept)}) <= 1
 
 
 @given(st.text())
-def test_no_text_breaks_out_and_each_comes_back(text: str) -> None:
+def test_any_text_survives_in_the_page_without_markup(text: str) -> None:
     page = render(REPORT, {"text": text})
     inside = page.partition(' id="data">')[2].partition("</script>")[0]
     assert "<" not in inside
@@ -166,8 +172,8 @@ def test_no_text_breaks_out_and_each_comes_back(text: str) -> None:
     page.encode()
 
 
-def test_only_the_pages_own_script_and_style_are_allowed(tmp_path: Path) -> None:
-    run = written(tmp_path / "run", [val(0, 4.0)], [(0, HOSTILE)])
+def test_the_page_allows_only_its_own_script_and_style(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [val(0, 4.0)], [(0, HOSTILE)])
     write_report(run, run / REPORT)
     page = (run / REPORT).read_text(encoding="utf-8")
     for name in ("style", "script"):
@@ -179,22 +185,22 @@ def test_only_the_pages_own_script_and_style_are_allowed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("line", ["7", "{}", '{"step": 1, "text": 2}', '{"step": "1", "text": ""}', "{"])
-def test_samples_that_are_none_are_refused(line: str, tmp_path: Path) -> None:
-    run = written(tmp_path / "run", [val(0, 4.0)])
+def test_malformed_samples_are_refused(line: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [val(0, 4.0)])
     (run / "samples.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"samples\.jsonl: not as train.py writes it$"):
         write_report(run, run / REPORT)
 
 
 def test_the_command_line_writes_into_the_runs_folder(tmp_path: Path) -> None:
-    run = written(tmp_path / "run", [val(0, 4.0)])
+    run = write_run(tmp_path / "run", [val(0, 4.0)])
     done = script("glyphgpt/reports/run_report.py", str(run))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / REPORT}: written\n", "")
     assert (run / REPORT).read_bytes().startswith(b"<!DOCTYPE html>")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "error: name one run: "),
         (["a", "b"], "error: name one run: "),
@@ -202,59 +208,59 @@ def test_the_command_line_writes_into_the_runs_folder(tmp_path: Path) -> None:
         (["a", "--output=x"], "error: command line: unknown key --output; did you mean 'out'?\n"),
     ],
 )
-def test_words_that_will_not_do(words: list[str], said: str) -> None:
+def test_command_line_mistakes(words: list[str], message: str) -> None:
     done = script("glyphgpt/reports/run_report.py", *words)
     assert done.returncode in (1, 2)
-    assert done.stderr.startswith(said)
+    assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
 
 
 class Browser:
-    """Chromium, which shows pages of runs."""
+    """Chromium, which opens reports."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
     def open(self, run: Path, width: int = 1200) -> None:
-        """Write a run's page and open it in a window of that width, in pixels."""
+        """Write a run's report and open it in a window of this width in pixels; below 600, on a phone."""
         write_report(run, run / REPORT)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get((run / REPORT).as_uri())
         deadline = time.monotonic() + 10
         while not self.all("svg text") and self.all("svg") and time.monotonic() < deadline:
-            time.sleep(0.01)  # curves are drawn with the first frame
+            time.sleep(0.01)  # the page draws its curves in the first animation frame
 
     def all(self, selector: str) -> list[Any]:
-        """Every element of a kind."""
+        """Return the elements that match a CSS selector."""
         return list(self.driver.find_elements("css selector", selector))
 
     def one(self, selector: str) -> Any:
-        """The first element of a kind."""
+        """Return the first element that matches a CSS selector."""
         return self.driver.find_element("css selector", selector)
 
     def curve(self) -> str:
-        """The validation loss as it is drawn."""
+        """Return the path of the validation loss."""
         return str(self.one("path.val").get_attribute("d"))
 
     def text(self, selector: str) -> str:
-        """An element's text, as it is and not as it is laid out."""
+        """Return the text content of the first element that matches, as it is before layout."""
         return str(self.one(selector).get_attribute("textContent"))
 
-    def complaints(self) -> list[dict[str, Any]]:
-        """What the browser's console has been told since the last look."""
+    def console_messages(self) -> list[dict[str, Any]]:
+        """Return the messages of the browser's console since the last call."""
         return list(self.driver.get_log("browser"))
 
 
 @pytest.fixture(scope="module")
 def browser(browser: Any) -> Browser:
-    """The same browser, which shows pages of runs."""
+    """The shared browser, wrapped."""
     return Browser(browser)
 
 
 @pytest.fixture(scope="module")
 def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, whose time does not pass evenly."""
+    """A trained run; its times are replaced so that steps and seconds are not proportional."""
     out_dir = tmp_path_factory.mktemp("runs") / "trained"
     train.main(tiny_settings(data_dir, out_dir, learning_rate=0.01, max_steps=30))
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
@@ -263,7 +269,7 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-def test_the_axis_can_be_changed(run: Path, browser: Browser) -> None:
+def test_the_x_axis_can_be_changed(run: Path, browser: Browser) -> None:
     browser.open(run)
     curves = {}
     for key, title in (("step", "steps"), ("tokens", "tokens seen"), ("seconds", "seconds")):
@@ -272,65 +278,65 @@ def test_the_axis_can_be_changed(run: Path, browser: Browser) -> None:
         assert title in [text.text for text in browser.all("svg text")]
     assert len(browser.all("svg")) == 4
     assert curves["step"] != curves["seconds"]
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
 
 
-def test_pointing_at_a_curve_or_arrow_keys_read_it_out(run: Path, browser: Browser) -> None:
+def test_the_mouse_and_arrow_keys_read_points_of_a_curve(run: Path, browser: Browser) -> None:
     browser.open(run)
     assert re.fullmatch(r"training [\d.]+ at step 30 validation [\d.]+ at step 30 ", browser.text("figcaption"))
     browser.one("svg").send_keys("\ue011")  # Home
     assert "at step 1" in browser.text("figcaption")
-    browser.one("svg").send_keys("\ue014")  # arrow to the right
+    browser.one("svg").send_keys("\ue014")  # right arrow
     assert "at step 2" in browser.text("figcaption")
     browser.driver.execute_script("document.activeElement.blur()")
-    place = browser.one("svg").rect
+    chart = browser.one("svg").rect
     browser.driver.execute_cdp_cmd(
         "Input.dispatchMouseEvent",
-        {"type": "mouseMoved", "x": place["x"] + place["width"] / 2, "y": place["y"] + place["height"] / 2},
+        {"type": "mouseMoved", "x": chart["x"] + chart["width"] / 2, "y": chart["y"] + chart["height"] / 2},
     )
     assert re.search(r"training [\d.]+ at step 1[3-6] ", browser.text("figcaption"))
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
 
 
-def test_samples_can_be_stepped_through(run: Path, browser: Browser) -> None:
+def test_the_buttons_and_the_slider_select_a_sample(run: Path, browser: Browser) -> None:
     browser.open(run)
     texts = [json.loads(line)["text"] for line in (run / "samples.jsonl").read_text().splitlines()]
-    seen = [(browser.text("#sample"), browser.text("#about"))]
+    seen = [(browser.text("#sample"), browser.text("#caption"))]
     while browser.one("button").is_enabled():
         browser.one("button").click()
-        seen.append((browser.text("#sample"), browser.text("#about")))
+        seen.append((browser.text("#sample"), browser.text("#caption")))
     assert [text for text, _ in reversed(seen)] == texts
     assert len(set(texts)) > 1
-    assert [about.split(",")[0] for _, about in reversed(seen)] == ["step 0", "step 10", "step 20", "step 30"]
+    assert [caption.split(",")[0] for _, caption in reversed(seen)] == ["step 0", "step 10", "step 20", "step 30"]
     browser.one("input[type=range]").send_keys("\ue010")  # End
     assert browser.text("#sample") == texts[-1]
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
 
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1200])
-def test_no_width_scrolls_sideways(width: int, run: Path, browser: Browser) -> None:
+def test_no_width_needs_horizontal_scrolling(width: int, run: Path, browser: Browser) -> None:
     browser.open(run, width)
     browser.one("summary").click()
     size = "document.documentElement.scrollWidth, document.documentElement.clientWidth"
-    scrolled, shown = browser.driver.execute_script(f"return [{size}]")
-    assert scrolled == shown <= width
-    assert browser.complaints() == []
+    content, window = browser.driver.execute_script(f"return [{size}]")
+    assert content == window <= width
+    assert browser.console_messages() == []
 
 
 def test_hostile_text_is_shown_as_text(tmp_path: Path, browser: Browser) -> None:
     name = "</script><b>&lt;" + "x" * 80
-    run = written(tmp_path / name.replace("/", "⁄"), [val(0, 4.0)], [(0, HOSTILE)], dataset="</table><i>")
+    run = write_run(tmp_path / name.replace("/", "⁄"), [val(0, 4.0)], [(0, HOSTILE)], dataset="</table><i>")
     browser.open(run, 360)
-    assert browser.text("#sample") == SHOWN
+    assert browser.text("#sample") == VISIBLE_HOSTILE
     assert browser.text("#name") == str(run)
     assert '"</table><i>"' in browser.text("#changed")
     assert not browser.all("b, i, table table")
     assert len(browser.all("script")) == 2
     assert browser.driver.execute_script("return document.documentElement.scrollWidth") == 360
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
 
 
-def test_a_script_or_an_image_from_elsewhere_is_refused(run: Path, browser: Browser) -> None:
+def test_injected_scripts_and_images_are_blocked(run: Path, browser: Browser) -> None:
     browser.open(run)
     browser.driver.execute_script(
         "const script = document.createElement('script'); script.textContent = 'window.broken = true';"
@@ -338,9 +344,9 @@ def test_a_script_or_an_image_from_elsewhere_is_refused(run: Path, browser: Brow
         "document.body.append(script, image);"
     )
     assert browser.driver.execute_script("return window.broken") is None
-    refused = [complaint["message"] for complaint in browser.complaints()]
-    assert len(refused) == 2
-    assert all("Content Security Policy" in message for message in refused)
+    messages = [entry["message"] for entry in browser.console_messages()]
+    assert len(messages) == 2
+    assert all("Content Security Policy" in message for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -352,13 +358,13 @@ def test_a_script_or_an_image_from_elsewhere_is_refused(run: Path, browser: Brow
         [val(0, 4.0), val(10, None), val(20, -1e-7), val(30, 1e200)],
         [{**TRAIN, "step": 1, "loss": 3.0, "tokens": 64, "seconds": 0.5}],
     ],
-    ids=["one evaluation", "no number", "level", "far apart", "no evaluation"],
+    ids=["one evaluation", "no number", "constant", "large range", "no evaluation"],
 )
-def test_odd_runs_have_a_sensible_page(rows: list[dict[str, Any]], tmp_path: Path, browser: Browser) -> None:
-    browser.open(written(tmp_path / "run", rows))
-    drawn = "".join(element.get_attribute("outerHTML") for element in browser.all("svg"))
-    assert "NaN" not in drawn
-    assert "Infinity" not in drawn
-    assert bool(drawn) == (rows[0]["loss"] is not None)
-    assert "No samples were kept" in browser.text("main")
-    assert browser.complaints() == []
+def test_unusual_runs_have_a_valid_page(rows: list[dict[str, Any]], tmp_path: Path, browser: Browser) -> None:
+    browser.open(write_run(tmp_path / "run", rows))
+    charts = "".join(element.get_attribute("outerHTML") for element in browser.all("svg"))
+    assert "NaN" not in charts
+    assert "Infinity" not in charts
+    assert bool(charts) == (rows[0]["loss"] is not None)
+    assert "This run has no samples." in browser.text("main")
+    assert browser.console_messages() == []

@@ -1,6 +1,5 @@
 """The model summary agrees with the network that PyTorch runs."""
 
-import math
 from itertools import product
 from typing import Any
 
@@ -24,15 +23,17 @@ def summary(**changes: Any) -> ModelSummary:
 
 
 def layers(**changes: Any) -> dict[str, LayerSummary]:
-    """The layers of a summary, by the first word of their names."""
+    """Return the layers of a summary by the first word of their names."""
     return {
-        layer.name.split(" ")[0].rstrip(","): layer for _, _, found in summary(**changes).sections for layer in found
+        layer.name.split(" ")[0].rstrip(","): layer
+        for _, _, section in summary(**changes).sections
+        for layer in section
     }
 
 
 @pytest.mark.parametrize("values", list(product(*SWITCHES.values())), ids=lambda values: "-".join(map(str, values)))
 def test_totals_are_those_of_the_whole_network(values: tuple[object, ...]) -> None:
-    """The summary measures layers, with one block for all; here the whole network is measured at once, on the CPU."""
+    """The summary measures single layers and one block for all; this test measures the whole network on the CPU."""
     network = dict(zip(SWITCHES, values, strict=True))
     model = GPT(tiny_config(vocab_size=V, **{**SHAPE, **network}))
     assert summary(**network).parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -46,63 +47,64 @@ def test_totals_are_those_of_the_whole_network(values: tuple[object, ...]) -> No
 @pytest.mark.parametrize("tied", [True, False])
 def test_shapes_are_those_of_the_modules_outputs(tied: bool) -> None:
     model = GPT(tiny_config(vocab_size=V, **SHAPE, tie_embeddings=tied))
-    seen: dict[str, tuple[int, ...]] = {}
+    outputs: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
 
-        def remember(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
-            seen[name.removeprefix("blocks.1.")] = tuple(output.shape)
+        def record_shape(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+            outputs[name.removeprefix("blocks.1.")] = tuple(output.shape)
 
-        module.register_forward_hook(remember)
+        module.register_forward_hook(record_shape)
     model(torch.zeros(B, 10, dtype=torch.long))
-    seen["head"] = seen[""]
-    shown = layers(tie_embeddings=tied)
+    outputs["head"] = outputs[""]
+    summarized = layers(tie_embeddings=tied)
     names = {"token_embedding", "position", "attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.up"}
     for name in names | {"mlp.activation", "mlp.down", "norm", "head"}:
-        assert shown[name].shape == seen[name]
+        assert summarized[name].shape == outputs[name]
 
 
 def test_shapes_inside_attention() -> None:
-    shown = layers()
+    summarized = layers()
     for name, letters, shape in (
         ("queries", "B H T D", (4, 2, 10, 8)),
         ("scores", "B H T T", (4, 2, 10, 10)),
         ("weights", "B H T T", (4, 2, 10, 10)),
         ("outputs", "B H T D", (4, 2, 10, 8)),
     ):
-        assert (shown[name].symbolic_shape, shown[name].shape) == (letters, shape)
+        assert (summarized[name].symbolic_shape, summarized[name].shape) == (letters, shape)
 
 
 def test_letters_do_not_depend_on_the_sizes() -> None:
-    """Where sizes coincide, as T = C = V does here, the letters still tell them apart."""
-    same = ModelSummary(Network(block_size=16, n_embd=16, n_head=1), vocab_size=16, batch_size=16)
-    shown = [layer.symbolic_shape for _, _, found in same.sections for layer in found]
-    assert shown == [layer.symbolic_shape for _, _, found in summary().sections for layer in found]
-    assert {"B T", "B T C", "B T 3C", "B H T D", "B H T T", "B T 4C", "B T V", "1"} == set(shown)
+    """The letters are right even where sizes are equal, as B = T = C = V = 16 here."""
+    equal = ModelSummary(Network(block_size=16, n_embd=16, n_head=1), vocab_size=16, batch_size=16)
+    letters = [layer.symbolic_shape for _, _, section in equal.sections for layer in section]
+    assert letters == [layer.symbolic_shape for _, _, section in summary().sections for layer in section]
+    assert {"B T", "B T C", "B T 3C", "B H T D", "B H T T", "B T 4C", "B T V", "1"} == set(letters)
 
 
 def test_the_table_shows_every_layer_and_the_totals() -> None:
-    shown = summary()
-    table = shown.table()
-    for _, _, found in shown.sections:
-        for layer in found:
+    model_summary = summary()
+    table = model_summary.table()
+    for _, _, section in model_summary.sections:
+        for layer in section:
             line = next(line for line in table.splitlines() if line.strip().startswith(layer.name))
             assert f" {layer.symbolic_shape} " in line
             assert " x ".join(map(str, layer.shape)) in line
     (total,) = (line for line in table.splitlines() if line.startswith("total"))
-    assert total.split()[1:] == [f"{shown.parameters:,}", f"{shown.macs:,}"]
+    assert total.split()[1:] == [f"{model_summary.parameters:,}", f"{model_summary.macs:,}"]
     assert "each of 3 blocks" in table
 
 
 def test_a_training_step_takes_three_forward_passes() -> None:
-    shown = summary(n_embd=512)
-    gigaflops = 2 * 3 * shown.macs / 1e9
+    model_summary = summary(n_embd=512)
+    gigaflops = 2 * 3 * model_summary.macs / 1e9
     assert gigaflops > 1
-    assert f"{gigaflops:,.2f} GFLOP for 40 tokens" in shown.table()
+    assert f"{gigaflops:,.2f} GFLOP for 40 tokens" in model_summary.table()
 
 
 def test_training_memory_grows_with_weights_and_batch() -> None:
-    shown = summary()
-    larger = ModelSummary(shown.network, vocab_size=V, batch_size=2 * B)
-    fixed = 16 * shown.parameters  # weights, gradients and two means, 4 bytes each
-    assert larger.training_bytes - fixed == pytest.approx(2 * (shown.training_bytes - fixed), rel=0.01)
-    assert shown.training_bytes > fixed + 4 * B * 10 * 4 * math.prod((16, 3))  # at least the MLPs' hidden layers
+    model_summary = summary()
+    larger = ModelSummary(model_summary.network, vocab_size=V, batch_size=2 * B)
+    fixed = 16 * model_summary.parameters  # weights, gradients and two means, 4 bytes each
+    assert larger.training_bytes - fixed == pytest.approx(2 * (model_summary.training_bytes - fixed), rel=0.01)
+    hidden_layers = 3 * B * 10 * 4 * 16  # of the MLPs of 3 blocks
+    assert model_summary.training_bytes > fixed + 4 * hidden_layers

@@ -1,4 +1,4 @@
-"""Pages for a browser that hold all they need: a template of this folder, filled with data."""
+"""HTML templates, and a function that fills one with data. The pages are self-contained: they load nothing."""
 
 import base64
 import hashlib
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def render(name: str, data: dict[str, Any]) -> str:
-    """Return the page `name` with its data.
+    """Return the page of the template `name` with its data as JSON.
 
-    The data stand in it as JSON in which nothing ends the script. A Content-Security-Policy lets the browser run and
-    apply what has the hashes that stand in it, which are the template's own, and load nothing.
+    Hostile text in the data is harmless: the JSON contains no "<", so that it cannot end its script element, and a
+    Content-Security-Policy with the hashes of the template's own style and script forbids all others, and all loading.
     """
     page = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    for element in ("style", "script"):
-        source = page.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+    for tag in ("style", "script"):
+        source = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        page = page.replace(f"HASH-OF-{element.upper()}", f"sha256-{digest}")
-    return page.replace("DATA-OF-PAGE", json.dumps(data, allow_nan=False).replace("<", r"\u003c"))
+        page = page.replace(f"{tag.upper()}-HASH", f"sha256-{digest}")
+    return page.replace("PAGE-DATA", json.dumps(data, allow_nan=False).replace("<", r"\u003c"))
