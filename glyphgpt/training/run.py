@@ -61,7 +61,8 @@ def outcome(settings: TrainSettings, state: TrainState, folder: Path) -> Outcome
     if state.step >= settings.max_steps:
         return Outcome(f"all {settings.max_steps:,} steps done", f"{resume} --max_steps={2 * state.step or 1000}")
     if out_of_patience(settings, state):
-        text = f"stopped early at step {state.step:,}: no better loss in {settings.patience} evaluations"
+        evaluations = f"{settings.patience} evaluation{'s' * (settings.patience > 1)}"
+        text = f"stopped early at step {state.step:,}: no better loss in {evaluations}"
         return Outcome(text, f"{resume} --patience=0")
     return Outcome(f"interrupted at step {state.step:,} of {settings.max_steps:,}", resume)
 
@@ -268,7 +269,7 @@ class Run:
             return
         self.log(f"{end.text}; best validation loss {state.best_loss:.4f}")
         self.log(f"sample it: {command('sample.py', self.folder)}")
-        self.log(f"train longer: {end.resume}")
+        self.log(f"continue training: {end.resume}")
 
     def exit_status(self, stopped_by: signal.Signals | None) -> int:
         """Return the exit status: 0, or that of the signal or the broken pipe that stopped the run."""

@@ -247,7 +247,7 @@ def test_a_run_that_is_done_is_left_alone_and_told_how_to_train_longer(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     train.main(resumed(settings))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    told = f"train longer: python train.py --resume {tmp_path} --max_steps=40"
+    told = f"continue training: python train.py --resume {tmp_path} --max_steps=40"
     assert told in capsys.readouterr().out
 
 
