@@ -1,4 +1,4 @@
-"""Import from Hugging Face's transformers: folders that hold a GPT-2, published or exported from here.
+"""Import from Hugging Face's transformers: folders that hold a GPT-2, published or exported by glyphgpt.
 
 Only config.json, the tokenizer's JSON and safetensors are read. Nothing in them is executed.
 """
@@ -46,19 +46,19 @@ REQUIRED: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
 """Values that our network needs."""
-OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
-OUR_SETTINGS = {
-    "vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
-    "n_head": "n_head", "resid_pdrop": "dropout", "bias": "bias", "tie_word_embeddings": "tie_embeddings",
+OUR_ACTIVATIONS = {hf_name: ours for ours, hf_name in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
+HF_NAMES = {
+    "vocab_size": "vocab_size", "block_size": "n_positions", "n_embd": "n_embd", "n_layer": "n_layer",
+    "n_head": "n_head", "dropout": "resid_pdrop", "bias": "bias", "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
-"""Names of settings in GPT2Config and here."""
+"""Names of settings here and in GPT2Config."""
 
 
 def convert_model(path: Path, settings: ConvertSettings) -> str:
     """Convert a folder with a GPT-2 to a checkpoint with the same logits; return a message for the user.
 
     Raises:
-        UserError: There is no GPT-2, or our network cannot compute it.
+        UserError: The folder does not hold a GPT-2, or our network cannot compute that model.
     """
     out = output_path(settings, "out/gpt2/best.safetensors")
     return write_checkpoint(read_model(path, Path(settings.data_dir)), out)
@@ -79,7 +79,7 @@ def read_model(path: Path, data_dir: Path) -> Checkpoint:
     """Read a folder with a GPT-2, or its safetensors file, as a checkpoint.
 
     Raises:
-        UserError: There is no GPT-2, or our network cannot compute it.
+        UserError: The folder does not hold a GPT-2, or our network cannot compute that model.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -91,7 +91,7 @@ def read_model(path: Path, data_dir: Path) -> Checkpoint:
         config["tie_embeddings"] = np.array_equal(weights["head.weight"], weights.get("token_embedding.weight", ()))
     if config["tie_embeddings"]:
         weights.pop("head.weight", None)
-    if not config["bias"]:  # exported from here: the biases are zeros
+    if not config["bias"]:  # glyphgpt exported it, with zeros as biases
         weights = {name: weight for name, weight in weights.items() if not name.endswith(".bias") or weight.any()}
     checkpoint = make_checkpoint(config, weights, tokenizer.to_dict(), path=path)
     _ = checkpoint.config  # checks the weights
@@ -114,14 +114,15 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: activation_function is {printable(str(activation))}; only {supported} can be converted"
         )
-    config = Network().model_dump() | {ours: hf_config[theirs] for theirs, ours in OUR_SETTINGS.items()}
+    config = Network().model_dump() | {ours: hf_config[hf_name] for ours, hf_name in HF_NAMES.items()}
     try:
         config = ModelConfig.model_validate(config | {"activation": OUR_ACTIVATIONS[activation]}).model_dump()
     except ValidationError as error:
-        hf_names = {ours: theirs for theirs, ours in OUR_SETTINGS.items()}
         problems = [
-            f"{hf_names[str(e['loc'][0])]} = {printable(repr(e['input']))}" if e["loc"] else str(e["ctx"]["error"])
-            for e in error.errors()
+            f"{HF_NAMES[str(problem['loc'][0])]} = {printable(repr(problem['input']))}"
+            if problem["loc"]
+            else str(problem["ctx"]["error"])  # from ModelConfig.check
+            for problem in error.errors()
         ]
         raise UserError(f"{path}: cannot be converted: {', '.join(problems)}") from error
     if hf_config.get("n_inner") not in (None, 4 * config["n_embd"]):
@@ -193,7 +194,7 @@ def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: its tokenizer's files are damaged") from error
     raise UserError(
-        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor characters or bytes exported from here"
+        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor characters or bytes exported by glyphgpt"
     )
 
 

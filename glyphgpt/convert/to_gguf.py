@@ -71,7 +71,7 @@ def export_gguf(path: Path, settings: ConvertSettings) -> str:
     config = checkpoint.config
     architecture = find_architecture(config, checkpoint.path)
     if config.activation == "gelu_erf":
-        warn("llama.cpp has only the tanh approximation of GELU; probabilities will differ by about 0.001")
+        warn("llama.cpp has only the tanh approximation of GELU; probabilities will differ by about 0.1%")
     tensors = gguf_tensors(config, checkpoint.model, add_end=tokenizer.end_of_text is None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as unfinished:
@@ -104,7 +104,7 @@ def find_architecture(config: ModelConfig, path: Path) -> str:
     else:
         architecture = "apertus" if config.qk_norm else "arcee"
         allowed |= {"position": ("rotary",), "activation": ("relu2",), "bias": (False,)}
-    changes = [
+    changes = [  # lower case, as in TOML
         f"{key} = {values[0]!r}".lower() for key, values in allowed.items() if getattr(config, key) not in values
     ]
     if changes:

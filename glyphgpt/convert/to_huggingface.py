@@ -1,9 +1,11 @@
 """Export to Hugging Face's transformers (https://github.com/huggingface/transformers), as folders for its Auto classes.
 
-Models with learned or sinusoidal positions become GPT-2. Models with rotary positions become GPT-NeoX (LayerNorm), Arcee
-(RMSNorm) or Apertus (RMSNorm, normalized queries and keys). Models that no architecture of transformers computes are
-refused. The logits are equal up to rounding. With rotary positions the difference grows with the context, because
-transformers computes angles in float32, and model.py in float64.
+A network with learned or sinusoidal positions becomes a GPT-2. A network with rotary positions becomes a GPT-NeoX
+(LayerNorm), an Arcee (RMSNorm) or an Apertus (RMSNorm and normalized queries and keys). A network that no architecture
+of transformers computes is refused.
+
+The logits are equal up to rounding. With rotary positions the rounding errors grow with the context, because
+transformers computes the angles in float32, and model.py in float64.
 """
 
 import json
@@ -12,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from glyphgpt.checkpoint import Arrays, write_safetensors
 from glyphgpt.convert.common import (
@@ -139,12 +139,11 @@ def to_gpt2(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Array
 
 def to_neox(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Return config and weights of transformers' GPT-NeoX: LayerNorm, rotary positions, and biases."""
-    hf_weights: Arrays = {}
-    for name, weight in add_missing_weights(config, weights, bias=True).items():
-        if ".attention.qkv." in name:  # (3, H, D, C or 1) to (H, 3, D, C or 1)
-            heads = weight.reshape(3, config.n_head, config.head_size, -1).swapaxes(0, 1)
-            weight = heads.reshape(weight.shape)
-        hf_weights[rename_weight(name, OURS_TO_NEOX)] = weight
+    filled = add_missing_weights(config, weights, bias=True)
+    for name in [name for name in filled if ".attention.qkv." in name]:
+        heads = filled[name].reshape(3, config.n_head, config.head_size, -1)  # (3, H, D, C), or 1 for C in biases
+        filled[name] = heads.swapaxes(0, 1).reshape(filled[name].shape)
+    hf_weights = {rename_weight(name, OURS_TO_NEOX): weight for name, weight in filled.items()}
     hf_config = {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
