@@ -226,8 +226,8 @@ def test_bpe_dataset_counts_characters(gpt2_data_dir: Path, tmp_path: Path) -> N
     (tmp_path / "mine").mkdir()
     for name in ("train", "val"):
         GPT2Tokenizer(gpt2_data_dir).encode(text).tofile(tmp_path / "mine" / f"{name}.bin")
-    nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=gpt2_data_dir, name="bpe"))
-    dataset = load_dataset(gpt2_data_dir / "bpe", gpt2_data_dir)
+    nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=gpt2_data_dir, name="nanogpt"))
+    dataset = load_dataset(gpt2_data_dir / "nanogpt", gpt2_data_dir)
     assert decode(dataset.tokenizer, dataset.train.slice(0, dataset.train.tokens)) == text
     assert dataset.train.characters == len(text)
 
