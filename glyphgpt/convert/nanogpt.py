@@ -42,7 +42,7 @@ NANOGPT_TO_OURS = {
 """Names of modules in nanoGPT, which are those of GPT-2 in Hugging Face's transformers, and here."""
 
 PADDED_VOCAB_SIZE = 50304
-"""Vocabulary size of nanoGPT's models with GPT-2's tokens; the last ones are unused."""
+"""Vocabulary size of nanoGPT's models with GPT-2's 50,257 tokens. The rest is padding."""
 CHUNK_TOKENS = 1 << 22
 
 
@@ -91,7 +91,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
 
 
 def convert_weights(model: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """Return the config and the weights, under our names, of a model in nanoGPT."""
+    """Convert a checkpoint's `model` and `model_args` to a config and weights of ours."""
     shape = {key: arguments[key] for key in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
     config = Network().model_dump() | {"activation": "gelu_erf", "dropout": float(arguments.get("dropout", 0))} | shape
     weights: Arrays = {}
@@ -110,7 +110,7 @@ def tokenizer_dict(meta: str, vocab_size: int) -> dict[str, Any]:
     """Return the tokenizer of a meta.pkl, or GPT-2's if `meta` is empty, as a dictionary.
 
     Raises:
-        UserError: Its vocabulary does not have this size.
+        UserError: The file cannot be read, or the vocabulary does not have `vocab_size` tokens.
     """
     if meta:
         tokenizer = read_meta_pickle(Path(meta))
@@ -177,9 +177,9 @@ def read_plain_pickle(data: bytes) -> Any:
 
 
 def convert_dataset(folder: Path, settings: ConvertSettings) -> str:
-    """Convert train.bin and val.bin to a dataset, with the vocabulary of meta.pkl if there is one, or GPT-2's.
+    """Convert a folder with train.bin and val.bin to a dataset; return a message for the user.
 
-    Return a message for the user.
+    The vocabulary is that of meta.pkl, or GPT-2's if there is no such file.
 
     Raises:
         UserError: A file is missing, or holds ids that are not in the vocabulary.
@@ -225,7 +225,7 @@ def convert_split(path: Path, folder: Path, tokenizer: Tokenizer, digest: Any) -
     size = path.stat().st_size
     if size % 2 or size < 4:
         raise UserError(f"{path}: {size:,} bytes are not two or more ids of 16 bits")
-    character_counts = np.array([count_characters(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)])
+    character_counts = np.array([count_characters(tokenizer.token_bytes(t)) for t in range(tokenizer.vocab_size)])
     characters = 0
     all_ids = np.memmap(path, dtype="<u2", mode="r")
     for start in range(0, len(all_ids), CHUNK_TOKENS):
@@ -241,7 +241,7 @@ def convert_split(path: Path, folder: Path, tokenizer: Tokenizer, digest: Any) -
 
 
 def count_characters(utf8: bytes) -> int:
-    """Count the characters that start in a piece of UTF-8, which may begin or end within a character."""
+    """Return the number of characters that start in some UTF-8 bytes, which may begin or end within a character."""
     return sum(byte & 0xC0 != 0x80 for byte in utf8)
 
 
@@ -265,7 +265,7 @@ OMITTED_SETTINGS = {
     "eval_only": "use --eval_only",
     "init_from": "use --resume to continue a run, or --init_from=RUN to start from its weights",
 }
-"""Why some settings are not converted."""
+"""Settings that are not converted, and why."""
 OPERATIONS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
@@ -301,10 +301,10 @@ def convert_config(path: Path, settings: ConvertSettings) -> str:
 
 
 def read_python_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings of a Python config, and the reasons why others are not converted, by key.
+    """Return the settings of a Python config, and for each other key the reason why it is not converted.
 
     Raises:
-        UserError: The file is missing, is not Python, or has another statement than an assignment of a constant.
+        UserError: The file is missing, is not Python, or has statements other than settings.
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))

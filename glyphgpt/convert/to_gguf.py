@@ -152,8 +152,8 @@ def add_network(writer: Any, config: ModelConfig, architecture: str) -> None:
     if architecture == "gptneox":
         writer.add_parallel_residual(False)
     if architecture == "apertus":
-        # Its activation is xIELU: softplus(p) x² + beta x above 0, and a function with the factors softplus(n) and beta
-        # below. With softplus(p) = 1, softplus(n) = 0 and beta = 0 it is ReLU squared.
+        # The activation is xIELU: softplus(p) x² + beta x above 0; below, every term has a factor softplus(n) or beta.
+        # With softplus(p) = 1, softplus(n) = 0 and beta = 0 it is ReLU squared.
         writer.add_xielu_alpha_p([math.log(math.e - 1)] * config.n_layer)
         writer.add_xielu_alpha_n([-1000.0] * config.n_layer)
         writer.add_xielu_beta([0.0] * config.n_layer)
@@ -161,17 +161,17 @@ def add_network(writer: Any, config: ModelConfig, architecture: str) -> None:
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:
-    """Add the vocabulary to a GGUF file, with the same ids, as byte-pair encoding of GPT-2's kind.
+    """Add the vocabulary to a GGUF file, as a byte-level BPE like GPT-2's, with the same ids.
 
-    The bytes of a character are merged from left to right. No merge crosses characters, because none starts with a
-    later byte of a character. llama.cpp encodes texts as we do, with two exceptions: it leaves out unknown characters,
-    as --skip_unknown does, and it reads <|endoftext|> in a prompt as GPT-2's end-of-text token.
+    For a character vocabulary, merges join the bytes of each character from left to right. No merge joins bytes of two
+    characters, because none starts with a later byte of a character.
 
-    No token is added before or after a text. END is never sampled: the file tells llama.cpp to suppress it. Older
-    versions ignore that, and need --ignore-eos.
+    llama.cpp encodes text to the same ids, with two exceptions: it skips unknown characters, as --skip_unknown does,
+    and it reads <|endoftext|> in a prompt as GPT-2's end-of-text token. It adds no token before or after a text. END is
+    never sampled, because the file tells llama.cpp to suppress it. Older versions ignore that, and need --ignore-eos.
     """
     symbols = bytes_to_unicode()
-    tokens = ["".join(symbols[byte] for byte in tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)]
+    tokens = ["".join(symbols[byte] for byte in tokenizer.token_bytes(t)) for t in range(tokenizer.vocab_size)]
     if tokenizer.kind == "gpt2":
         merges = read_merges(fetch(GPT2_MERGES, data_dir))
     else:

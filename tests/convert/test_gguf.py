@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 import train
 from conftest import decoder_of, prepare_text, some_text, tiny_model, tiny_settings
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState
 from glyphgpt.convert import __main__ as convert
 from glyphgpt.convert import to_gguf
+from glyphgpt.convert.common import make_checkpoint
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.inference.generate import SamplingParams, generate
@@ -50,7 +50,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], float]] = {
     "qk_norm": ("apertus", {**RELU2, "qk_norm": True}, 1e-4),
     "qk_norm, own head": ("apertus", {**RELU2, "qk_norm": True, "tie_embeddings": False}, 1e-4),
 }
-"""llama.cpp's architecture, the network, and the tolerance of log-probabilities; llama.cpp has a float16 table of GELU."""
+"""Architecture in llama.cpp, network, and tolerance of log-probabilities: llama.cpp's GELU is a float16 table."""
 
 
 class Llama:
@@ -117,11 +117,8 @@ def write_checkpoint(folder: Path, tokenizer: Tokenizer, scale: float = 0.4, **c
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.1))
-    metadata = Metadata(
-        model=asdict(model.config), tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None,
-        state=TrainState(), scaler={},
-    )  # fmt: skip
-    checkpoints.save_checkpoint(Checkpoint(metadata, model_arrays(model)), folder / "best.safetensors")
+    checkpoint = make_checkpoint(asdict(model.config), model_arrays(model), tokenizer.to_dict())
+    checkpoints.save_checkpoint(checkpoint, folder / "best.safetensors")
     return folder / "best.safetensors", model
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import train
 from conftest import contents, decoder_of, prepare_text, read_metrics, script, some_text, tiny_model
 from glyphgpt import checkpoint as checkpoints
-from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState
 from glyphgpt.convert import from_huggingface, to_huggingface
+from glyphgpt.convert.common import make_checkpoint
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import UsageError, UserError
@@ -66,11 +66,8 @@ def save_byte_model(folder: Path, **changes: Any) -> Any:
 def save_our_model(path: Path, tokenizer: Tokenizer, **changes: Any) -> GPT:
     """Save a checkpoint of ours with random weights; return the model."""
     model: GPT = randomize(tiny_model(**{"vocab_size": tokenizer.vocab_size, "block_size": 16, **changes}))
-    metadata = Metadata(
-        model=asdict(model.config), tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None,
-        state=TrainState(), scaler={},
-    )  # fmt: skip
-    checkpoints.save_checkpoint(Checkpoint(metadata, model_arrays(model)), path)
+    checkpoint = make_checkpoint(asdict(model.config), model_arrays(model), tokenizer.to_dict())
+    checkpoints.save_checkpoint(checkpoint, path)
     return model
 
 
