@@ -306,24 +306,26 @@ def read_python_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         UserError: The file is missing, is not Python, or has statements other than settings.
     """
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # what ast.parse raises for bad input
-        raise UserError(f"{path}: not a Python file: {str(error).splitlines()[0]}") from error
     values: dict[str, Any] = {}
     omitted: dict[str, str] = {}
-    for statement in tree.body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=key)], value=value) if key in SETTING_NAMES.keys() | SPECIAL_SETTINGS:
-                values[key] = eval_constant(value, values, f"{path}: line {statement.lineno}")
-            case ast.Assign(targets=[ast.Name(id=key)]):
-                omitted[key] = OMITTED_SETTINGS.get(key, "there is no such setting")
-            case ast.Expr(value=ast.Constant()) | ast.Import():
-                pass
-            case _:
-                raise UserError(f"{path}: line {statement.lineno} is not a setting; write it as key = value")
+    known = SETTING_NAMES.keys() | SPECIAL_SETTINGS
+    try:
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=key)], value=value) if key in known:
+                    values[key] = eval_constant(value, values, f"{path}: line {statement.lineno}")
+                case ast.Assign(targets=[ast.Name(id=key)]):
+                    omitted[key] = OMITTED_SETTINGS.get(key, "there is no such setting")
+                case ast.Expr(value=ast.Constant()) | ast.Import():
+                    pass
+                case _:
+                    raise UserError(f"{path}: line {statement.lineno} is not a setting; write it as key = value")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a Python file: {str(error).splitlines()[0]}") from error
+    except (RecursionError, MemoryError) as error:  # MemoryError is the parser's stack overflow
+        raise UserError(f"{path}: an expression is nested too deeply; write the value itself") from error
     return values, omitted
 
 

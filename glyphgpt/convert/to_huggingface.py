@@ -44,7 +44,7 @@ ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu2": "relu2"}
 TRANSPOSED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
 """Weights that transformers' GPT-2 stores transposed."""
 
-OURS_TO_GPT2 = {ours: theirs for theirs, ours in NANOGPT_TO_OURS.items()}
+OURS_TO_GPT2 = {ours: gpt2 for gpt2, ours in NANOGPT_TO_OURS.items()}
 OURS_TO_NEOX = {
     "token_embedding": "gpt_neox.embed_in", "blocks": "gpt_neox.layers", "attention_norm": "input_layernorm",
     "attention.qkv": "attention.query_key_value", "attention.out": "attention.dense",
@@ -61,7 +61,7 @@ OURS_TO_APERTUS = OURS_TO_ARCEE | {
     "attention_norm": "attention_layernorm", "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm", "mlp_norm": "feedforward_layernorm",
 }  # fmt: skip
-"""Names of modules here and in each architecture."""
+"""Names of modules here and in an architecture."""
 
 
 def export_folder(path: Path, settings: ConvertSettings) -> str:
@@ -99,7 +99,7 @@ def export_folder(path: Path, settings: ConvertSettings) -> str:
 
 
 def unsupported(config: ModelConfig) -> Iterator[tuple[bool, str, str]]:
-    """Yield features that no architecture of transformers has: whether a network has it, its name, and a remedy."""
+    """Yield each feature that no architecture has: whether the network has it, its description, and the remedy."""
     rotary, rms = config.position == "rotary", config.norm == "rmsnorm"
     yield config.ngram > 1, f"n-gram tables (ngram = {config.ngram})", "ngram = 1"
     yield config.token_shift, "token_shift", "token_shift = false"

@@ -317,6 +317,8 @@ def test_constant_learning_rate_is_converted(tmp_path: Path) -> None:
         ("import os\nos.remove('x')", "line 2 is not a setting; write it as key = value"),
         ("n_layer = 'six' * 3", "line 1: six is not a number"),
         ("n_layer = 1 / 0", "line 1: division by zero"),
+        ("n_layer = " + "1 + " * 900 + "1", "an expression is nested too deeply"),
+        ("n_layer = " + "-" * 100_000 + "1", "an expression is nested too deeply"),
         ("n_layer = 10**9", "line 1: neither a number"),
         ("n_layer = 9999999999999999999 * 9999999999999999999", "is not a number within 10^18"),
         ("n_layer = -1", "'n_layer' must be a whole number, at least 1, not -1"),
