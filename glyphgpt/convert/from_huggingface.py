@@ -134,7 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights.
 
     Raises:
-        UserError: There are none.
+        UserError: The folder has no weights, or its index is damaged.
     """
     if (folder / WEIGHTS_FILE).exists():
         return [folder / WEIGHTS_FILE]
@@ -161,10 +161,8 @@ def read_weights(paths: list[Path]) -> Arrays:
                 for hf_name in file.keys():  # noqa: SIM118
                     if hf_name.endswith(CAUSAL_MASKS):
                         continue
-                    full_name = (
-                        hf_name if hf_name.startswith(("transformer.", "lm_head.")) else f"transformer.{hf_name}"
-                    )
-                    name = rename_weight(full_name, NANOGPT_TO_OURS)
+                    prefix = "" if hf_name.startswith(("transformer.", "lm_head.")) else "transformer."
+                    name = rename_weight(prefix + hf_name, NANOGPT_TO_OURS)
                     tensor = file.get_tensor(hf_name)
                     if name in weights or not tensor.is_floating_point():
                         raise KeyError(hf_name)
@@ -183,7 +181,7 @@ def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
     """Return our tokenizer that has the same ids as the folder's.
 
     Raises:
-        UserError: There is none.
+        UserError: The folder's tokenizer is damaged, or none of ours equals it.
     """
     try:
         vocabulary = read_vocabulary(folder)
@@ -194,7 +192,7 @@ def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: its tokenizer's files are damaged") from error
     raise UserError(
-        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor characters or bytes exported by glyphgpt"
+        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor bytes or characters as in our exports"
     )
 
 

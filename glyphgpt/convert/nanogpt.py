@@ -50,8 +50,7 @@ def convert_checkpoint(path: Path, settings: ConvertSettings) -> str:
     """Convert a ckpt.pt to a checkpoint with the same logits; return a message for the user.
 
     Raises:
-        UserError: The file is not a checkpoint of nanoGPT, holds anything but plain data, or does not fit the
-            vocabulary.
+        UserError: The file is not a nanoGPT checkpoint, or does not fit the vocabulary.
     """
     out = output_path(settings, "out/mine/best.safetensors")
     saved = load_torch_file(path)
@@ -65,9 +64,7 @@ def convert_checkpoint(path: Path, settings: ConvertSettings) -> str:
         check_weights(config, weights)
         checkpoint = make_checkpoint(config, weights, tokenizer, step=int(saved.get("iter_num", 0)))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: not a checkpoint of nanoGPT's GPT, or its model_args do not fit its weights"
-        ) from error
+        raise UserError(f"{path}: not a nanoGPT checkpoint, or its weights do not fit its model_args") from error
     return write_checkpoint(checkpoint, out)
 
 
@@ -86,7 +83,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
     except Exception as error:  # a crafted file can make torch raise anything
         raise UserError(f"{path}: does not load as weights and plain data; nothing in it was executed") from error
     if not isinstance(saved, dict):
-        raise UserError(f"{path}: not a checkpoint of nanoGPT")
+        raise UserError(f"{path}: not a nanoGPT checkpoint")
     return saved
 
 
@@ -136,7 +133,7 @@ def read_meta_pickle(path: Path) -> CharTokenizer:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a character vocabulary of nanoGPT; nothing in it was executed") from error
+        raise UserError(f"{path}: not a nanoGPT character vocabulary; nothing in it was executed") from error
     return CharTokenizer("".join(characters))
 
 

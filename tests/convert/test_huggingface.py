@@ -172,9 +172,7 @@ def test_exported_model_has_same_logits_and_samples(tmp_path: Path, architecture
     assert f"{architecture}ForCausalLM" in message or f"{architecture}LMHeadModel" in message
     hf_model, hf_tokenizer = load_hf(tmp_path / "out")
     assert type(hf_model).__name__.startswith(architecture)
-    assert hf_model.config.eos_token_id is hf_model.generation_config.eos_token_id is None, (
-        "no id beyond the vocabulary"
-    )
+    assert hf_model.config.eos_token_id is hf_model.generation_config.eos_token_id is None
     assert_same_logits(model, hf_model, len(CHARACTERS))
     prompt = hf_tokenizer("abc", return_tensors="pt")
     ids = hf_model.generate(**prompt, do_sample=False, max_new_tokens=13)[0].tolist()
@@ -310,7 +308,7 @@ def test_other_vocabulary_of_same_size_is_refused(tmp_path: Path, gpt2_data_dir:
     vocab = spec["model"]["vocab"]
     vocab["the"], vocab["and"] = vocab["and"], vocab["the"]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match=r"its 50,257 tokens are neither GPT-2's, nor characters or bytes"):
+    with pytest.raises(UserError, match=r"its 50,257 tokens are neither GPT-2's, nor bytes or characters"):
         from_huggingface.read_model(folder, gpt2_data_dir)
 
 

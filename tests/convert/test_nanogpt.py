@@ -161,14 +161,14 @@ def test_damaged_vocabulary_is_read_or_refused_in_one_line(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(model=[torch.ones(3)]), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved.pop("model_args"), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model"].pop("lm_head.weight"), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model"].update({"other.weight": torch.ones(3)}), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model_args"].update(n_layer=10**9), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model_args"].update(n_embd="12"), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved.update(iter_num=float("inf")), "not a checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved.update(iter_num=-1), "not a checkpoint of nanoGPT's GPT"),
+        (lambda saved: saved.update(model=[torch.ones(3)]), "not a nanoGPT checkpoint"),
+        (lambda saved: saved.pop("model_args"), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model"].pop("lm_head.weight"), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model"].update({"other.weight": torch.ones(3)}), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model_args"].update(n_layer=10**9), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model_args"].update(n_embd="12"), "not a nanoGPT checkpoint"),
+        (lambda saved: saved.update(iter_num=float("inf")), "not a nanoGPT checkpoint"),
+        (lambda saved: saved.update(iter_num=-1), "not a nanoGPT checkpoint"),
         (lambda saved: saved["model_args"].update(vocab_size=11), "12 characters, but the model has 11 tokens"),
     ],
 )
@@ -247,7 +247,7 @@ def test_dataset_name_cannot_leave_data_folder(tmp_path: Path, name: str) -> Non
         ("val.bin", b"\0\0\0", "3 bytes are not two or more ids"),
         ("val.bin", b"\0\0", "2 bytes are not two or more ids"),
         ("train.bin", b"\0\0\xff\0", "id 255 is not in the vocabulary of"),
-        ("meta.pkl", b"", "not a character vocabulary"),
+        ("meta.pkl", b"", "not a nanoGPT character vocabulary"),
     ],
 )
 def test_invalid_dataset_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

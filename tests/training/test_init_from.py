@@ -21,16 +21,10 @@ NETWORK = ("n_layer", "n_head", "n_embd", "block_size", *MODERN)
 def settings(data_dir: Path, out_dir: Path, named: str = "", **changes: Any) -> TrainSettings:
     """Return settings without those of the network, except the one named `named`."""
     values = tiny_settings(data_dir, out_dir, **changes).model_dump(exclude_unset=True)
-    return TrainSettings.model_validate(
-        {key: value for key, value in values.items() if key not in NETWORK or key == named}
-    )
+    return TrainSettings.model_validate({key: values[key] for key in values if key not in NETWORK or key == named})
 
 
-SINUSOIDAL = {
-    "position": "sinusoidal",
-    "init": "zero",
-    "tie_embeddings": False,
-}  # init sets the scale of its embeddings
+SINUSOIDAL = {"position": "sinusoidal", "init": "zero", "tie_embeddings": False}  # init determines embedding_scale
 
 
 @pytest.mark.parametrize("network", [{}, MODERN, SINUSOIDAL], ids=["gpt2", "modern", "sinusoidal"])
