@@ -343,7 +343,7 @@ class ConvertSettings(Settings):
     meta: PathStr = ""
     """nanoGPT's meta.pkl, for a character-level checkpoint."""
     name: SingleLine = ""
-    """Name of the dataset; by default that of the folder."""
+    """Name of the dataset; by default the folder's name."""
     data_dir: PathStr = "data"
     """Folder of the datasets."""
     overwrite: bool = False

@@ -1,1 +1,1 @@
-"""From and to what other programs read and write."""
+"""Conversion from and to the formats of other programs."""

@@ -1,4 +1,4 @@
-"""Bring models, data and settings from other programs, and take models to them.
+"""Convert models, data and settings from and to the formats of other programs.
 
     python -m glyphgpt.convert nanogpt ckpt.pt --meta=meta.pkl --out=out/mine/best.safetensors
     python -m glyphgpt.convert nanogpt-data nanoGPT/data/shakespeare_char --name=mine
@@ -7,7 +7,7 @@
     python -m glyphgpt.convert to-huggingface out/run --out=FOLDER
     python -m glyphgpt.convert to-gguf out/run --out=model.gguf        for llama.cpp
 
-Nothing that comes from a file is executed.
+Nothing in a file is executed.
 """
 
 import sys
@@ -18,22 +18,23 @@ from glyphgpt.convert import from_huggingface, nanogpt, to_gguf, to_huggingface
 from glyphgpt.errors import UsageError, exit_on_error
 from glyphgpt.settings import ConvertSettings
 
-USAGE = "python -m glyphgpt.convert KIND PLACE [--key=value ...]"
+USAGE = "python -m glyphgpt.convert KIND PATH [--key=value ...]"
 KINDS = {
     "nanogpt": nanogpt.convert_checkpoint,
     "nanogpt-data": nanogpt.convert_dataset,
     "nanogpt-config": nanogpt.convert_config,
-    "huggingface": from_huggingface.checkpoint,
-    "to-huggingface": to_huggingface.folder,
-    "to-gguf": to_gguf.model,
+    "huggingface": from_huggingface.convert_model,
+    "to-huggingface": to_huggingface.export_folder,
+    "to-gguf": to_gguf.export_gguf,
 }
+"""The kinds of conversion. Each function returns a message for the user."""
 
 
 def main() -> None:
-    """Convert what the command line names."""
+    """Run the conversion that the command line names."""
     settings, words = parse(ConvertSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
     if len(words) != 2 or words[0] not in KINDS:
-        raise UsageError(f"say what to convert: {USAGE}; kinds: {', '.join(KINDS)}")
+        raise UsageError(f"the command line must name a kind and a path: {USAGE}; kinds: {', '.join(KINDS)}")
     print(KINDS[words[0]](Path(words[1]), settings))
 
 

@@ -1,6 +1,6 @@
-"""From Hugging Face's transformers: folders that hold a GPT-2, published or of one's own.
+"""Import from Hugging Face's transformers: folders that hold a GPT-2, published or exported by glyphgpt.
 
-Only config.json, the tokenizer's JSON and safetensors are read; nothing in them is executed.
+Only config.json, the tokenizer's JSON and safetensors are read. Nothing in them is executed.
 """
 
 import json
@@ -12,117 +12,121 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState, save_checkpoint
+from glyphgpt.checkpoint import Arrays, Checkpoint
 from glyphgpt.cli import printable
-from glyphgpt.convert.nanogpt import new_file, our_name
-from glyphgpt.convert.to_huggingface import ACTIVATIONS, CONFIG, TOKENIZER, TRANSPOSED, WEIGHTS, vocabulary
+from glyphgpt.convert.common import make_checkpoint, output_path, read_merges, rename_weight, write_checkpoint
+from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
+from glyphgpt.convert.to_huggingface import (
+    ACTIVATIONS,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    TRANSPOSED,
+    WEIGHTS_FILE,
+    tokenizer_model,
+)
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import UserError
 from glyphgpt.files import BEST, LAST
 from glyphgpt.settings import ConvertSettings, ModelConfig, Network
 
-Meaning = tuple[dict[str, int], list[str] | None]
-"""The id of each token, and the merges that make them of bytes."""
+Vocabulary = tuple[dict[str, int], list[str] | None]
+"""The id of each token, and the BPE merges, if there are any."""
 
-INDEX = "model.safetensors.index.json"
-MASKS = (".attn.bias", ".attn.masked_bias")
-"""Constants that older versions saved among the weights."""
+INDEX_FILE = "model.safetensors.index.json"
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Endings of the names of constants that older versions of transformers saved with the weights."""
 
-DEFAULTS: dict[str, Any] = {
+GPT2_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "resid_pdrop": 0.1,
     "activation_function": "gelu_new", "tie_word_embeddings": True, "bias": True,
 }  # fmt: skip
-"""Of its GPT-2's config; `bias` is our own."""
-FIXED: dict[str, Any] = {
+"""Defaults of transformers' GPT2Config, but `bias` is our own addition."""
+REQUIRED: dict[str, Any] = {
     "model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
-"""What our network can be, of what a config may ask for."""
-OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
+"""Values that our network needs."""
+OUR_ACTIVATIONS = {hf_name: ours for ours, hf_name in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
+HF_NAMES = {
+    "vocab_size": "vocab_size", "block_size": "n_positions", "n_embd": "n_embd", "n_layer": "n_layer",
+    "n_head": "n_head", "dropout": "resid_pdrop", "bias": "bias", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+"""Names of settings here and in GPT2Config."""
 
 
-def checkpoint(place: Path, settings: ConvertSettings) -> str:
-    """Turn a folder with a GPT-2 into a checkpoint of ours, with the same logits; return what to say.
+def convert_model(path: Path, settings: ConvertSettings) -> str:
+    """Convert a folder with a GPT-2 to a checkpoint with the same logits; return a message for the user.
 
     Raises:
-        UserError: it is none, or one that our network cannot compute.
+        UserError: The folder does not hold a GPT-2, or our network cannot compute that model.
     """
-    out = new_file(settings.out, "--out=out/gpt2/best.safetensors", settings)
-    found = read(place, Path(settings.data_dir))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(found, out)
-    parameters, kind = sum(array.size for array in found.model.values()), found.metadata.tokenizer["kind"]
-    return f"{out}: {parameters:,} parameters, {kind} tokens; sample it: python sample.py {out}"
+    out = output_path(settings, "out/gpt2/best.safetensors")
+    return write_checkpoint(read_model(path, Path(settings.data_dir)), out)
 
 
-def is_there(place: Path) -> bool:
-    """Tell whether a path names a model of Hugging Face's, and not a run or a checkpoint of ours."""
-    if place.is_dir():
-        return (place / CONFIG).exists() and not any((place / name).exists() for name in (BEST, LAST))
+def is_huggingface_model(path: Path) -> bool:
+    """Return whether a path is a folder or safetensors file of Hugging Face, and not a run or checkpoint of ours."""
+    if path.is_dir():
+        return (path / CONFIG_FILE).exists() and not any((path / name).exists() for name in (BEST, LAST))
     try:
-        with safe_open(place, framework="numpy") as file:
-            return "glyphgpt" not in (file.metadata() or {}) and (place.parent / CONFIG).exists()
+        with safe_open(path, framework="numpy") as file:
+            return "glyphgpt" not in (file.metadata() or {}) and (path.parent / CONFIG_FILE).exists()
     except (OSError, SafetensorError):
         return False
 
 
-def read(place: Path, data_dir: Path) -> Checkpoint:
-    """Read a folder with a GPT-2, or its safetensors file, as a checkpoint of ours.
+def read_model(path: Path, data_dir: Path) -> Checkpoint:
+    """Read a folder with a GPT-2, or its safetensors file, as a checkpoint.
 
     Raises:
-        UserError: it is none, or one that our network cannot compute.
+        UserError: The folder does not hold a GPT-2, or our network cannot compute that model.
     """
-    if not place.exists():
-        raise UserError(f"{place}: no such file or folder")
-    folder = place if place.is_dir() else place.parent
-    config = read_hf_config(folder / CONFIG)
-    tokenizer = tokenizer_of(folder, config["vocab_size"], data_dir)
-    weights = read_weights(weight_files(folder) if place.is_dir() else [place])
-    if config["tie_embeddings"] and "head.weight" in weights:  # transformers, too, ties only what is the same
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    folder = path if path.is_dir() else path.parent
+    config = read_hf_config(folder / CONFIG_FILE)
+    tokenizer = read_tokenizer(folder, config["vocab_size"], data_dir)
+    weights = read_weights(weight_files(folder) if path.is_dir() else [path])
+    if config["tie_embeddings"] and "head.weight" in weights:  # like transformers, tie weights only if they are equal
         config["tie_embeddings"] = np.array_equal(weights["head.weight"], weights.get("token_embedding.weight", ()))
     if config["tie_embeddings"]:
         weights.pop("head.weight", None)
-    if not config["bias"]:  # written by us: there they are zeros
-        weights = {name: array for name, array in weights.items() if not name.endswith(".bias") or array.any()}
-    metadata = Metadata(
-        model=config, tokenizer=tokenizer.to_dict(), settings={}, data="", val_loss=None, state=TrainState(), scaler={}
-    )  # fmt: skip
-    checkpoint = Checkpoint(metadata, weights, path=place)
+    if not config["bias"]:  # glyphgpt exported it, with zeros as biases
+        weights = {name: weight for name, weight in weights.items() if not name.endswith(".bias") or weight.any()}
+    checkpoint = make_checkpoint(config, weights, tokenizer.to_dict(), path=path)
     _ = checkpoint.config  # checks the weights
     return checkpoint
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """Read a config.json in our terms.
+    """Read a config.json as a config of our network.
 
     Raises:
-        UserError: it asks for what our network cannot compute.
+        UserError: The file cannot be read, or our network cannot compute that model.
     """
-    hf_config = DEFAULTS | read_json(path)
-    for name, ours in FIXED.items():
-        if hf_config.get(name, ours) != ours:
-            raise UserError(f"{path}: {name} is {printable(str(hf_config[name]))}; only {ours} can be converted")
-    if hf_config["activation_function"] not in list(OUR_ACTIVATIONS):  # a list, lest one ask for a hash of anything
-        name, known = printable(str(hf_config["activation_function"])), " and ".join(OUR_ACTIVATIONS)
-        raise UserError(f"{path}: activation_function is {name}; only {known} can be converted")
-    config = Network().model_dump() | {
-        "vocab_size": hf_config["vocab_size"],
-        "block_size": hf_config["n_positions"],
-        "n_embd": hf_config["n_embd"],
-        "n_layer": hf_config["n_layer"],
-        "n_head": hf_config["n_head"],
-        "dropout": hf_config["resid_pdrop"],
-        "bias": hf_config["bias"],
-        "activation": OUR_ACTIVATIONS[hf_config["activation_function"]],
-        "tie_embeddings": hf_config["tie_word_embeddings"],
-    }
+    hf_config = GPT2_DEFAULTS | read_json(path)
+    for name, value in REQUIRED.items():
+        if hf_config.get(name, value) != value:
+            raise UserError(f"{path}: {name} is {printable(str(hf_config[name]))}; only {value} can be converted")
+    activation = hf_config["activation_function"]
+    if activation not in list(OUR_ACTIVATIONS):  # a list, because the value may not be hashable
+        supported = " and ".join(OUR_ACTIVATIONS)
+        raise UserError(
+            f"{path}: activation_function is {printable(str(activation))}; only {supported} can be converted"
+        )
+    config = Network().model_dump() | {ours: hf_config[hf_name] for ours, hf_name in HF_NAMES.items()}
     try:
-        config = ModelConfig.model_validate(config).model_dump()
+        config = ModelConfig.model_validate(config | {"activation": OUR_ACTIVATIONS[activation]}).model_dump()
     except ValidationError as error:
-        problems = [".".join(map(str, problem["loc"])) or problem["msg"] for problem in error.errors()]
+        problems = [
+            f"{HF_NAMES[str(problem['loc'][0])]} = {printable(repr(problem['input']))}"
+            if problem["loc"]
+            else str(problem["ctx"]["error"])  # from ModelConfig.check
+            for problem in error.errors()
+        ]
         raise UserError(f"{path}: cannot be converted: {', '.join(problems)}") from error
     if hf_config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{path}: n_inner is {printable(str(config['n_inner']))}; only 4 x n_embd can be converted")
+        raise UserError(f"{path}: n_inner is {printable(str(hf_config['n_inner']))}; only 4 x n_embd can be converted")
     return config
 
 
@@ -130,97 +134,95 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights.
 
     Raises:
-        UserError: there are none.
+        UserError: The folder has no weights, or its index is damaged.
     """
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        shards = read_json(folder / INDEX).get("weight_map")
-        if isinstance(shards, dict) and all(
-            isinstance(name, str) and Path(name).name == name for name in shards.values()
-        ):
-            return [folder / name for name in sorted(set(shards.values()))]
-        raise UserError(f"{folder / INDEX}: does not tell which files hold the weights")
-    raise UserError(f"{folder / WEIGHTS}: no such file; save the model with transformers: model.save_pretrained(...)")
+    if (folder / WEIGHTS_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.exists():
+        save = "save the model with transformers: model.save_pretrained(...)"
+        raise UserError(f"{folder / WEIGHTS_FILE}: no such file; {save}")
+    shards = read_json(index).get("weight_map")
+    if isinstance(shards, dict) and all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
+        return [folder / name for name in sorted(set(shards.values()))]
+    raise UserError(f"{index}: does not name the files that hold the weights")
 
 
 def read_weights(paths: list[Path]) -> Arrays:
-    """Read safetensors files as float32, in our names and our way round.
+    """Read safetensors files as float32, with our names and layout.
 
     Raises:
-        UserError: they are damaged, or hold what is no weight of GPT-2.
+        UserError: A file is damaged, or a tensor is not a weight of a GPT-2.
     """
     weights: Arrays = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:  # numpy knows no bfloat16
-                for theirs in file.keys():  # noqa: SIM118
-                    if theirs.endswith(MASKS):
+            with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
+                for hf_name in file.keys():  # noqa: SIM118
+                    if hf_name.endswith(CAUSAL_MASKS):
                         continue
-                    name = our_name(
-                        theirs if theirs.startswith(("transformer.", "lm_head.")) else f"transformer.{theirs}"
-                    )
-                    tensor = file.get_tensor(theirs)
+                    prefix = "" if hf_name.startswith(("transformer.", "lm_head.")) else "transformer."
+                    name = rename_weight(prefix + hf_name, NANOGPT_TO_OURS)
+                    tensor = file.get_tensor(hf_name)
                     if name in weights or not tensor.is_floating_point():
-                        raise KeyError(theirs)
-                    array = tensor.float().numpy()
-                    weights[name] = array.T if name.endswith(TRANSPOSED) else array
+                        raise KeyError(hf_name)
+                    weight = tensor.float().numpy()
+                    weights[name] = weight.T if name.endswith(TRANSPOSED) else weight
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path}: holds {printable(theirs)}, which is no weight of a GPT-2") from error
+            raise UserError(f"{path}: holds {printable(hf_name)}, which is not a weight of a GPT-2") from error
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path}: damaged or cut short; fetch or save it again") from error
+            raise UserError(f"{path}: damaged or truncated; download or save it again") from error
     return weights
 
 
-def tokenizer_of(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
-    """Return our tokenizer whose ids mean the same as the folder's own.
+def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
+    """Return our tokenizer that has the same ids as the folder's.
 
     Raises:
-        UserError: there is none.
+        UserError: The folder's tokenizer is damaged, or none of ours equals it.
     """
     try:
-        theirs = read_vocabulary(folder)
-        for ours in candidates(theirs, vocab_size, data_dir):
-            if ours.vocab_size == vocab_size and theirs in (None, meaning(vocabulary(ours, data_dir))):
-                return ours
+        vocabulary = read_vocabulary(folder)
+        for tokenizer in candidate_tokenizers(vocabulary, vocab_size, data_dir):
+            ours = parse_vocabulary(tokenizer_model(tokenizer, data_dir))
+            if tokenizer.vocab_size == vocab_size and vocabulary in (None, ours):
+                return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: its tokenizer's files are damaged") from error
     raise UserError(
-        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor characters or bytes as written by us"
+        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor bytes or characters as in our exports"
     )
 
 
-def candidates(theirs: Meaning | None, vocab_size: int, data_dir: Path) -> Iterator[Tokenizer]:
-    """Yield the tokenizers that a vocabulary may be; where there is none, it may be GPT-2's."""
+def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_dir: Path) -> Iterator[Tokenizer]:
+    """Yield the tokenizers that may have a vocabulary. A model without tokenizer files may use GPT-2's."""
     if vocab_size == GPT2Tokenizer.vocab_size:
         yield GPT2Tokenizer(data_dir)
-    if theirs and vocab_size == ByteTokenizer.vocab_size:
+    if vocabulary and vocab_size == ByteTokenizer.vocab_size:
         yield ByteTokenizer()
-    if theirs and all(len(token) == 1 for token in theirs[0]):
-        characters = "".join(sorted(theirs[0]))
-        characters.encode()  # surrogates are no characters: a ValueError
+    if vocabulary and all(len(token) == 1 for token in vocabulary[0]):
+        characters = "".join(sorted(vocabulary[0]))
+        characters.encode()  # raises a ValueError for surrogates
         yield CharTokenizer(characters)
 
 
-def read_vocabulary(folder: Path) -> Meaning | None:
-    """Read the tokenizer that stands beside a model; None if there is none."""
-    if (folder / TOKENIZER).exists():
-        return meaning(read_json(folder / TOKENIZER)["model"])
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """Read the vocabulary of a folder's tokenizer; return None if there is none."""
+    if (folder / TOKENIZER_FILE).exists():
+        return parse_vocabulary(read_json(folder / TOKENIZER_FILE)["model"])
     if not (folder / "vocab.json").exists():
         return None
+    merges = folder / "merges.txt"
     try:
-        merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        return read_json(folder / "vocab.json"), read_merges(merges)
     except OSError as error:
-        raise UserError(
-            f"{folder / 'merges.txt'}: cannot be read, but vocab.json is there: {error.strerror}"
-        ) from error
-    return read_json(folder / "vocab.json"), [line for line in merges if line and not line.startswith("#version")]
+        raise UserError(f"{merges}: cannot be read, but {folder} has a vocab.json: {error.strerror}") from error
 
 
-def meaning(model: dict[str, Any]) -> Meaning:
-    """Return what a tokenizer.json's model says of ids and merges, which are text or, lately, pairs."""
+def parse_vocabulary(model: dict[str, Any]) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json's model. Its merges are lines or, in newer files, pairs."""
     merges = model.get("merges")
     if merges is None:
         return model["vocab"], None
@@ -228,17 +230,17 @@ def meaning(model: dict[str, Any]) -> Meaning:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
+    """Read a JSON object.
 
     Raises:
-        UserError: it is missing, or holds no JSON object.
+        UserError: The file is missing, or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON that can be read") from error
+        raise UserError(f"{path}: not valid JSON") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: does not hold a JSON object")
     return content

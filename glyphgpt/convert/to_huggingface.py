@@ -1,9 +1,11 @@
-"""To Hugging Face's transformers (https://github.com/huggingface/transformers): a folder that its Auto classes load.
+"""Export to Hugging Face's transformers (https://github.com/huggingface/transformers), as folders for its Auto classes.
 
-GPT-2's own form goes into its GPT-2. Forms with rotary positions go into the architecture there that is the same
-network under other names: GPT-NeoX with LayerNorm, Arcee with RMSNorm, Apertus with normalised queries and keys too.
-What no architecture there can compute is refused. Logits are the same but for rounding; with rotary positions this
-grows with the context, for transformers works angles out in float32, and model.py in float64.
+A network with learned or sinusoidal positions becomes a GPT-2. A network with rotary positions becomes a GPT-NeoX
+(LayerNorm), an Arcee (RMSNorm) or an Apertus (RMSNorm and normalized queries and keys). A network that no architecture
+of transformers computes is refused.
+
+The logits are equal up to rounding. With rotary positions the rounding errors grow with the context, because
+transformers computes the angles in float32, and model.py in float64.
 """
 
 import json
@@ -13,10 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from glyphgpt.checkpoint import Arrays, write_safetensors
-from glyphgpt.convert.exporting import add_missing_weights, bake_sinusoids, byte_symbols, rename_weights
+from glyphgpt.convert.common import (
+    add_missing_weights,
+    bake_sinusoids,
+    bytes_to_unicode,
+    output_path,
+    read_merges,
+    rename_weight,
+    split_qkv,
+)
 from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer
@@ -26,69 +34,72 @@ from glyphgpt.inference.loading import open_checkpoint
 from glyphgpt.inference.numpy_gpt import EPSILON
 from glyphgpt.settings import ConvertSettings, ModelConfig
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unknown>"
-"""Stands for no token, on purpose: transformers then refuses a character that the vocabulary lacks."""
+"""A token that no vocabulary has, so that transformers refuses unknown characters."""
 
 ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu2": "relu2"}
+"""Names of activations here and in transformers."""
 TRANSPOSED = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
-"""What its GPT-2 holds the other way round."""
+"""Weights that transformers' GPT-2 stores transposed."""
 
-GPT2 = {ours: theirs for theirs, ours in NANOGPT_TO_OURS.items()} | {
-    "blocks": "transformer.h"
-}  # nanoGPT's names come from there
-NEOX = {
+OURS_TO_GPT2 = {ours: gpt2 for gpt2, ours in NANOGPT_TO_OURS.items()}
+OURS_TO_NEOX = {
     "token_embedding": "gpt_neox.embed_in", "blocks": "gpt_neox.layers", "attention_norm": "input_layernorm",
     "attention.qkv": "attention.query_key_value", "attention.out": "attention.dense",
     "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
     "norm": "gpt_neox.final_layer_norm", "head": "embed_out",
 }  # fmt: skip
-ARCEE = {
+OURS_TO_ARCEE = {
     "token_embedding": "model.embed_tokens", "blocks": "model.layers", "attention_norm": "input_layernorm",
     "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
     "attention.out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj", "norm": "model.norm", "head": "lm_head",
 }  # fmt: skip
-APERTUS = ARCEE | {
+OURS_TO_APERTUS = OURS_TO_ARCEE | {
     "attention_norm": "attention_layernorm", "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm", "mlp_norm": "feedforward_layernorm",
 }  # fmt: skip
-"""Each architecture's names of our modules."""
+"""Names of modules here and in an architecture."""
 
 
-def folder(place: Path, settings: ConvertSettings) -> str:
-    """Turn a run, or a checkpoint, into a folder for transformers; return what to say.
+def export_folder(path: Path, settings: ConvertSettings) -> str:
+    """Export a checkpoint, or a run's best one, to a folder for transformers; return a message for the user.
 
     Raises:
-        UsageError: no place to write is named, or something is there already.
-        UserError: the checkpoint cannot be used, or no architecture there can compute its network.
+        UsageError: The output has no path, or exists and may not be replaced.
+        UserError: The checkpoint cannot be read, or no architecture of transformers computes its network.
     """
-    if not settings.out:
-        raise UsageError("say where to write: --out=out/huggingface")
-    checkpoint, tokenizer = open_checkpoint(place, Path(settings.data_dir))
+    out = output_path(settings, "out/huggingface")
+    checkpoint, tokenizer = open_checkpoint(path, Path(settings.data_dir))
     config = checkpoint.config
-    for there, what, instead in unsupported(config):
-        if there:
+    for present, feature, remedy in unsupported(config):
+        if present:
             raise UserError(
-                f"{checkpoint.path}: transformers has no architecture with {what}; train with {instead} to write it"
+                f"{checkpoint.path}: transformers has no architecture with {feature}; train with {remedy} to export it"
             )
-    hf_config, weights = convert(config, checkpoint.model)
+    if config.position != "rotary":
+        hf_config, weights = to_gpt2(config, checkpoint.model)
+    elif config.norm == "layernorm":
+        hf_config, weights = to_neox(config, checkpoint.model)
+    else:
+        hf_config, weights = to_arcee(config, checkpoint.model)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
-    with new_folder(Path(settings.out), overwrite=settings.overwrite) as new:
-        write_json(new / CONFIG, hf_config | ends)
+    with replace_folder(out) as new:
+        write_json(new / CONFIG_FILE, hf_config | ends)
         write_json(new / "generation_config.json", ends)
-        write_json(new / TOKENIZER, tokenizer_json(tokenizer, Path(settings.data_dir)))
+        write_json(new / TOKENIZER_FILE, tokenizer_json(tokenizer, Path(settings.data_dir)))
         write_json(new / "tokenizer_config.json", tokenizer_config(tokenizer, config))
-        write_safetensors(new / WEIGHTS, weights, {"format": "pt"})
+        write_safetensors(new / WEIGHTS_FILE, weights, {"format": "pt"})
     return (
-        f"{settings.out}: {hf_config['architectures'][0]}, {config.vocab_size:,} tokens; "
-        f"load it: AutoModelForCausalLM.from_pretrained({settings.out!r})"
+        f"{out}: {hf_config['architectures'][0]}, {config.vocab_size:,} tokens; "
+        f"load it: AutoModelForCausalLM.from_pretrained({str(out)!r})"
     )
 
 
 def unsupported(config: ModelConfig) -> Iterator[tuple[bool, str, str]]:
-    """Yield whether a form has something that no architecture there has, what it is, and what to train with instead."""
+    """Yield each feature that no architecture has: whether the network has it, its description, and the remedy."""
     rotary, rms = config.position == "rotary", config.norm == "rmsnorm"
     yield config.ngram > 1, f"n-gram tables (ngram = {config.ngram})", "ngram = 1"
     yield config.token_shift, "token_shift", "token_shift = false"
@@ -97,20 +108,15 @@ def unsupported(config: ModelConfig) -> Iterator[tuple[bool, str, str]]:
     yield config.qk_norm and config.bias, "qk_norm and biases", "bias = false"
 
 
-def convert(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Return config and weights of the architecture that is a form's network."""
-    if config.position != "rotary":
-        return gpt2(config, weights)
-    return neox(config, weights) if config.norm == "layernorm" else arcee(config, weights)
-
-
-def gpt2(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Its GPT-2: learned positions and LayerNorm; fixed waves are a learned table there."""
+def to_gpt2(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Return config and weights of transformers' GPT-2: LayerNorm, learned positions, and biases."""
     bias = config.bias
     if config.position == "sinusoidal":
         config, weights = bake_sinusoids(config, weights)
-    filled = add_missing_weights(config, weights, bias=True)
-    names = {name: array.T if name.endswith(TRANSPOSED) else array for name, array in filled.items()}
+    hf_weights = {
+        rename_weight(name, OURS_TO_GPT2): weight.T if name.endswith(TRANSPOSED) else weight
+        for name, weight in add_missing_weights(config, weights, bias=True).items()
+    }
     hf_config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -125,50 +131,49 @@ def gpt2(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
         "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_embeddings,
-        "bias": bias,  # transformers has always biases, and ignores this; it tells us on the way back
+        "bias": bias,  # ignored by transformers, which always has biases; read by our import
         "dtype": "float32",
     }
-    return hf_config, rename_weights(names, GPT2)
+    return hf_config, hf_weights
 
 
-def neox(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Its GPT-NeoX: rotary positions and LayerNorm; each head's query, key and value stand together."""
+def to_neox(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Return config and weights of transformers' GPT-NeoX: LayerNorm, rotary positions, and biases."""
     filled = add_missing_weights(config, weights, bias=True)
     for name in [name for name in filled if ".attention.qkv." in name]:
-        heads = filled[name].reshape(3, config.n_head, config.n_embd // config.n_head, -1)
+        heads = filled[name].reshape(3, config.n_head, config.head_size, -1)  # (3, H, D, C), or 1 for C in biases
         filled[name] = heads.swapaxes(0, 1).reshape(filled[name].shape)
+    hf_weights = {rename_weight(name, OURS_TO_NEOX): weight for name, weight in filled.items()}
     hf_config = {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
         "layer_norm_eps": EPSILON["layernorm"],
         "use_parallel_residual": False,
-        "rotary_pct": 1.0,  # before 5 too
+        "rotary_pct": 1.0,  # for transformers before 5
         "attention_bias": True,
         "hidden_dropout": config.dropout,
     }
-    return shared(config) | hf_config, rename_weights(filled, NEOX)
+    return common_config(config) | hf_config, hf_weights
 
 
-def arcee(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Its Arcee, or with normalised queries and keys its Apertus: rotary positions and RMSNorm, whose gains are 1."""
-    parts: Arrays = {}
-    for name, array in add_missing_weights(config, weights, norm="layernorm", bias=False).items():
-        if ".attention.qkv." in name:
-            parts |= {name.replace("qkv", part): third for part, third in zip("qkv", np.split(array, 3), strict=True)}
-        else:
-            parts[name] = array
+def to_arcee(config: ModelConfig, weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Return config and weights of transformers' Arcee, or Apertus if queries and keys are normalized.
+
+    Both have rotary positions and RMSNorm, whose gains are 1 here.
+    """
+    filled = add_missing_weights(config, weights, norm="layernorm", bias=False)
+    names = OURS_TO_APERTUS if config.qk_norm else OURS_TO_ARCEE
+    hf_weights = {rename_weight(name, names): weight for name, weight in split_qkv(config, filled).items()}
     hf_config: dict[str, Any] = {"rms_norm_eps": EPSILON["rmsnorm"], "num_key_value_heads": config.n_head}
-    if not config.qk_norm:
+    if config.qk_norm:
+        hf_config |= {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
+    else:
         hf_config |= {"model_type": "arcee", "architectures": ["ArceeForCausalLM"], "mlp_bias": config.bias}
-        return shared(config) | hf_config, rename_weights(parts, ARCEE)
-    gain = np.ones(config.n_embd // config.n_head, np.float32)
-    parts |= {f"blocks.{layer}.attention.{x}_norm.weight": gain for layer in range(config.n_layer) for x in "qk"}
-    hf_config |= {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
-    return shared(config) | hf_config, rename_weights(parts, APERTUS)
+    return common_config(config) | hf_config, hf_weights
 
 
-def shared(config: ModelConfig) -> dict[str, Any]:
-    """Return what the configs of its newer architectures have in common."""
+def common_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings that GPT-NeoX, Arcee and Apertus have in common."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
@@ -181,53 +186,48 @@ def shared(config: ModelConfig) -> dict[str, Any]:
         "attention_dropout": config.dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-        "rope_theta": 10000.0,  # this and the next as transformers before 5 reads them
+        "rope_theta": 10000.0,  # this and rope_scaling are for transformers before 5
         "rope_scaling": None,
         "dtype": "float32",
     }
 
 
 def tokenizer_json(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
-    """Return a tokenizer in the format of Hugging Face's tokenizers library, with the very same ids.
+    """Return a tokenizer with the same ids in the format of Hugging Face's tokenizers library.
 
-    A text that spells GPT-2's end-of-text mark is ordinary text, as it is here: tokenizer_config.json says so.
+    As here, "<|endoftext|>" in a text is ordinary text, because of `split_special_tokens` in tokenizer_config.json.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    single_characters = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True, "normalized": False,
            "single_word": False, "lstrip": False, "rstrip": False}  # fmt: skip
-    characters = isinstance(tokenizer, CharTokenizer)
+    has_characters = isinstance(tokenizer, CharTokenizer)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [end] if tokenizer.end_of_text else [],
         "normalizer": None,
-        "pre_tokenizer": each if characters else byte_level,
+        "pre_tokenizer": single_characters if has_characters else byte_level,
         "post_processor": None,
-        "decoder": {"type": "Fuse"} if characters else byte_level,
-        "model": vocabulary(tokenizer, data_dir),
+        "decoder": {"type": "Fuse"} if has_characters else byte_level,
+        "model": tokenizer_model(tokenizer, data_dir),
     }
 
 
-def vocabulary(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
-    """Return the part of tokenizer.json that tells what each id means: whole characters, or bytes with their merges."""
+def tokenizer_model(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
+    """Return the model of a tokenizer.json: characters with their ids, or bytes with their ids and BPE merges."""
     if isinstance(tokenizer, CharTokenizer):
-        return {"type": "WordLevel", "vocab": ids_of(tokenizer.characters), "unk_token": UNKNOWN}
-    ids, merges = ids_of(byte_symbols()), []
+        ids = {character: token for token, character in enumerate(tokenizer.characters)}
+        return {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN}
     if tokenizer.kind == "gpt2":
         ids = json.loads(fetch(GPT2_ENCODER, data_dir).read_bytes())
-        merges = fetch(GPT2_MERGES, data_dir).read_text(encoding="utf-8").splitlines()[1:]  # after the version
-    return {"type": "BPE", "vocab": ids, "merges": merges}
-
-
-def ids_of(letters: str) -> dict[str, int]:
-    """Number the letters of a text from 0."""
-    return {letter: token for token, letter in enumerate(letters)}
+        return {"type": "BPE", "vocab": ids, "merges": read_merges(fetch(GPT2_MERGES, data_dir))}
+    return {"type": "BPE", "vocab": {symbol: byte for byte, symbol in enumerate(bytes_to_unicode())}, "merges": []}
 
 
 def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """Return what transformers asks of a tokenizer beyond tokenizer.json."""
+    """Return the settings that transformers reads from tokenizer_config.json."""
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "split_special_tokens": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -243,21 +243,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def new_folder(place: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a hidden folder to write to, that becomes `place` at the end, whole.
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` at the end, and replaces a Hugging Face model there.
 
     Raises:
-        UsageError: something is there already, which `overwrite` does not allow to replace.
-        UserError: it could not be written.
+        UsageError: The folder exists and does not hold a Hugging Face model.
+        UserError: It could not be written.
     """
-    if place.exists() and not overwrite:
-        raise UsageError(f"{place} is there already; add --overwrite to replace it, or choose another --out")
-    if place.exists() and not ((place / CONFIG).is_file() and (place / WEIGHTS).is_file()):
-        raise UsageError(f"{place} is no model of Hugging Face's, so it is not replaced; choose another --out")
-    with wrap_write_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as hidden:
+    if folder.exists() and not ((folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()):
+        raise UsageError(f"{folder} does not hold a Hugging Face model and is not replaced; choose another --out")
+    with wrap_write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as hidden:
             new, old = Path(hidden) / "new", Path(hidden) / "old"
             new.mkdir()
             yield new
-            swap_dirs(place, new, old)
+            swap_dirs(folder, new, old)

@@ -37,8 +37,8 @@ def load_init_model(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSet
     if not settings.init_from or (settings.resume and not last.exists()):
         return settings, None
     path = last if settings.resume else Path(settings.init_from)
-    if from_huggingface.is_there(path):
-        checkpoint = from_huggingface.read(path, Path(settings.data_dir))
+    if from_huggingface.is_huggingface_model(path):
+        checkpoint = from_huggingface.read_model(path, Path(settings.data_dir))
     else:
         checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
     check_vocabulary(checkpoint, dataset)

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints, data and configs become ours, and nothing in them is executed."""
+"""Import from nanoGPT: checkpoints, datasets and configs, of which nothing is executed."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as tries
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import decoder_of, script, some_text
@@ -27,8 +27,8 @@ CHARACTERS = "\n !abcdefgé🙂"
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 12, "block_size": 8, "dropout": 0.0}
 
 
-def reference(vocab_size: int, *, bias: bool) -> Any:
-    """Return Hugging Face's GPT-2 with nanoGPT's activation, which is the same network by other hands."""
+def make_reference(vocab_size: int, *, bias: bool) -> Any:
+    """Return Hugging Face's GPT-2 with nanoGPT's activation, an independent implementation of the same network."""
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (seconds)
 
     torch.manual_seed(0)
@@ -44,9 +44,9 @@ def reference(vocab_size: int, *, bias: bool) -> Any:
 
 
 def write_checkpoint(model: Any, path: Path, *, bias: bool, prefix: str = "", vocab_size: int = 0) -> Path:
-    """Save a model as nanoGPT does, whose linear layers are the other way round."""
-    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    weights = {name: tensor.T if name.endswith(turned) else tensor for name, tensor in model.state_dict().items()}
+    """Save a model as nanoGPT does, which does not transpose linear layers as Hugging Face does."""
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    weights = {name: tensor.T if name.endswith(transposed) else tensor for name, tensor in model.state_dict().items()}
     if not bias:
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
     weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
@@ -73,25 +73,25 @@ def settings(**changes: object) -> ConvertSettings:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_a_checkpoint_gives_the_same_logits(tmp_path: Path, prefix: str, bias: bool) -> None:
-    model = reference(len(CHARACTERS), bias=bias)
+def test_converted_checkpoint_has_same_logits(tmp_path: Path, prefix: str, bias: bool) -> None:
+    model = make_reference(len(CHARACTERS), bias=bias)
     out = tmp_path / "out" / "best.safetensors"
     path = write_checkpoint(model, tmp_path / "ckpt.pt", bias=bias, prefix=prefix)
-    said = nanogpt.convert_checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=out))
-    assert said.endswith(f"sample it: python sample.py {out}")
-    ours = build_model(checkpoints.load_checkpoint(out)).eval()
+    message = nanogpt.convert_checkpoint(path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=out))
+    assert message.endswith(f"sample it: python sample.py {out}")
+    converted = build_model(checkpoints.load_checkpoint(out)).eval()
     tokens = torch.randint(len(CHARACTERS), (3, 8))
     with torch.no_grad():
         expected = model(tokens).logits
-        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-5)
-    decoded = decoder_of(ours)
-    np.testing.assert_allclose(decoded.next_logits(tokens.numpy(), decoded.new_cache(3)), expected[:, -1], atol=1e-4)
+        torch.testing.assert_close(converted(tokens), expected, rtol=0, atol=1e-5)
+    decoder = decoder_of(converted)
+    np.testing.assert_allclose(decoder.next_logits(tokens.numpy(), decoder.new_cache(3)), expected[:, -1], atol=1e-4)
     assert checkpoints.load_checkpoint(out).metadata.state.step == 250
     assert checkpoints.load_checkpoint(out).metadata.tokenizer == {"kind": "char", "characters": CHARACTERS}
 
 
-def test_a_converted_checkpoint_is_sampled(tmp_path: Path) -> None:
-    path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
+def test_sample_reads_converted_checkpoint(tmp_path: Path) -> None:
+    path = write_checkpoint(make_reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
     meta = write_meta(tmp_path / "meta.pkl")
     nanogpt.convert_checkpoint(path, settings(meta=meta, out=tmp_path / "best.safetensors"))
     done = script("sample.py", str(tmp_path / "best.safetensors"), "--max_new_tokens=20", "--device=cpu")
@@ -99,19 +99,19 @@ def test_a_converted_checkpoint_is_sampled(tmp_path: Path) -> None:
     assert set(done.stdout) <= set(CHARACTERS + "-\n")
 
 
-def test_the_padding_of_a_vocabulary_of_word_pieces_is_dropped(tmp_path: Path) -> None:
-    model = reference(50304, bias=False)
+def test_padding_of_bpe_vocabulary_is_dropped(tmp_path: Path) -> None:
+    model = make_reference(50304, bias=False)
     out = tmp_path / "best.safetensors"
     nanogpt.convert_checkpoint(write_checkpoint(model, tmp_path / "ckpt.pt", bias=False), settings(out=out))
-    ours = build_model(checkpoints.load_checkpoint(out)).eval()
+    converted = build_model(checkpoints.load_checkpoint(out)).eval()
     tokens = torch.randint(50257, (1, 8))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), model(tokens).logits[..., :50257], rtol=0, atol=1e-5)
+        torch.testing.assert_close(converted(tokens), model(tokens).logits[..., :50257], rtol=0, atol=1e-5)
     assert checkpoints.load_checkpoint(out).metadata.tokenizer == {"kind": "gpt2"}
 
 
 class Evil:
-    """Would make a file where it is unpickled."""
+    """An object that creates a file if it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -120,11 +120,11 @@ class Evil:
         return os.system, (f"touch {self.witness}",)
 
 
-@pytest.mark.parametrize("place", ["checkpoint", "meta"])
-def test_nothing_in_a_file_is_executed(tmp_path: Path, place: str) -> None:
-    path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
+@pytest.mark.parametrize("file", ["checkpoint", "meta"])
+def test_pickles_are_not_executed(tmp_path: Path, file: str) -> None:
+    path = write_checkpoint(make_reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
     meta, witness = write_meta(tmp_path / "meta.pkl"), tmp_path / "witness"
-    if place == "checkpoint":
+    if file == "checkpoint":
         saved = torch.load(path, weights_only=True)
         torch.save({**saved, "config": Evil(witness)}, path)
     else:
@@ -138,56 +138,59 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("characters", [CHARACTERS, "".join(map(chr, range(32, 700)))], ids=len)
-def test_vocabularies_of_every_protocol_are_read(tmp_path: Path, characters: str, protocol: int) -> None:
-    assert nanogpt.characters_of(write_meta(tmp_path / "meta.pkl", characters, protocol)).characters == characters
+def test_vocabulary_of_any_pickle_protocol_is_read(tmp_path: Path, characters: str, protocol: int) -> None:
+    assert nanogpt.read_meta_pickle(write_meta(tmp_path / "meta.pkl", characters, protocol)).characters == characters
 
 
-@tries(deadline=None, max_examples=300)
+@hypothesis_settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_damaged_vocabularies_are_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_vocabulary_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = write_meta(tmp_path_factory.getbasetemp() / "meta.pkl", protocol=data.draw(st.sampled_from([2, 4])))
     content = bytearray(path.read_bytes())
-    for place, byte in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
-        content[place] = byte
+    for offset, byte in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
+        content[offset] = byte
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        nanogpt.characters_of(path)
-    except UserError as failure:
-        assert "\n" not in str(failure)
+        nanogpt.read_meta_pickle(path)
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda saved: saved.update(model=[torch.ones(3)]), "no checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved.pop("model_args"), "no checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model"].pop("lm_head.weight"), "no checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model"].update({"other.weight": torch.ones(3)}), "no checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model_args"].update(n_layer=10**9), "no checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved["model_args"].update(n_embd="12"), "no checkpoint of nanoGPT's GPT"),
-        (lambda saved: saved.update(iter_num=-1), "no checkpoint of nanoGPT's GPT"),
+        (lambda saved: saved.update(model=[torch.ones(3)]), "not a nanoGPT checkpoint"),
+        (lambda saved: saved.pop("model_args"), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model"].pop("lm_head.weight"), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model"].update({"other.weight": torch.ones(3)}), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model_args"].update(n_layer=10**9), "not a nanoGPT checkpoint"),
+        (lambda saved: saved["model_args"].update(n_embd="12"), "not a nanoGPT checkpoint"),
+        (lambda saved: saved.update(iter_num=float("inf")), "not a nanoGPT checkpoint"),
+        (lambda saved: saved.update(iter_num=-1), "not a nanoGPT checkpoint"),
         (lambda saved: saved["model_args"].update(vocab_size=11), "12 characters, but the model has 11 tokens"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: Any, said: str) -> None:
-    path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
+def test_inconsistent_checkpoint_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = write_checkpoint(make_reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
     saved = torch.load(path, weights_only=True)
     change(saved)
     torch.save(saved, path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         nanogpt.convert_checkpoint(
             path, settings(meta=write_meta(tmp_path / "meta.pkl"), out=tmp_path / "x.safetensors")
         )
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
-    path = write_checkpoint(reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
-    with pytest.raises(UsageError, match=r"^say where to write: --out="):
+def test_missing_and_existing_files_are_reported(tmp_path: Path) -> None:
+    path = write_checkpoint(make_reference(len(CHARACTERS), bias=False), tmp_path / "ckpt.pt", bias=False)
+    with pytest.raises(UsageError, match=r"^the output has no path; add one, for example --out="):
         nanogpt.convert_checkpoint(path, settings())
-    with pytest.raises(UserError, match=r"^a model of 12 tokens needs its vocabulary: --meta="):
+    with pytest.raises(UserError, match=r"^a model of 12 tokens needs its vocabulary; add --meta="):
         nanogpt.convert_checkpoint(path, settings(out=tmp_path / "best.safetensors"))
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         nanogpt.convert_checkpoint(path, settings(out=path))
     for name in ("missing.pt", "meta.pkl"):
         write_meta(tmp_path / "meta.pkl")
@@ -195,7 +198,7 @@ def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
             nanogpt.convert_checkpoint(tmp_path / name, settings(out=tmp_path / "best.safetensors"))
 
 
-def write_data(folder: Path, text: str) -> None:
+def write_nanogpt_data(folder: Path, text: str) -> None:
     folder.mkdir()
     characters = "".join(sorted(set(text)))
     write_meta(folder / "meta.pkl", characters)
@@ -204,56 +207,56 @@ def write_data(folder: Path, text: str) -> None:
     ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
 
 
-def test_data_of_characters_decode_to_the_very_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nanogpt, "PIECE_TOKENS", 100)
+def test_character_dataset_decodes_to_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nanogpt, "CHUNK_TOKENS", 100)
     text = some_text(1000) + "é🙂"
-    write_data(tmp_path / "mine", text)
+    write_nanogpt_data(tmp_path / "mine", text)
     nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
     dataset = load_dataset(tmp_path / "data" / "mine", tmp_path / "data")
-    parts = [decode(dataset.tokenizer, split.slice(0, split.tokens)) for split in (dataset.train, dataset.val)]
-    assert "".join(parts) == text
-    assert (dataset.train.characters, dataset.val.characters) == (len(parts[0]), len(parts[1]))
+    texts = [decode(dataset.tokenizer, split.slice(0, split.tokens)) for split in (dataset.train, dataset.val)]
+    assert "".join(texts) == text
+    assert (dataset.train.characters, dataset.val.characters) == (len(texts[0]), len(texts[1]))
     assert dataset.train.dtype == np.uint8
 
 
-def test_data_of_word_pieces_count_their_characters(gpt2_data_dir: Path, tmp_path: Path) -> None:
+def test_bpe_dataset_counts_characters(gpt2_data_dir: Path, tmp_path: Path) -> None:
     from glyphgpt.data.tokenizers import GPT2Tokenizer  # noqa: PLC0415
 
     text = some_text(1000) + "é🙂字"
     (tmp_path / "mine").mkdir()
     for name in ("train", "val"):
         GPT2Tokenizer(gpt2_data_dir).encode(text).tofile(tmp_path / "mine" / f"{name}.bin")
-    nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=gpt2_data_dir, name="pieces"))
-    dataset = load_dataset(gpt2_data_dir / "pieces", gpt2_data_dir)
+    nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=gpt2_data_dir, name="nanogpt"))
+    dataset = load_dataset(gpt2_data_dir / "nanogpt", gpt2_data_dir)
     assert decode(dataset.tokenizer, dataset.train.slice(0, dataset.train.tokens)) == text
     assert dataset.train.characters == len(text)
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "downloads", "a/b"])
-def test_data_sets_stay_in_the_data_folder(tmp_path: Path, name: str) -> None:
-    write_data(tmp_path / "mine", some_text(1000))
+def test_dataset_name_cannot_leave_data_folder(tmp_path: Path, name: str) -> None:
+    write_nanogpt_data(tmp_path / "mine", some_text(1000))
     with pytest.raises(UsageError, match="--name="):
         nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=tmp_path / "data", name=name))
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("val.bin", None, "val.bin: no such file"),
         ("val.bin", b"\0\0\0", "3 bytes are not two or more ids"),
         ("val.bin", b"\0\0", "2 bytes are not two or more ids"),
-        ("train.bin", b"\0\0\xff\0", "holds the id 255, beyond the"),
-        ("meta.pkl", b"", "no character vocabulary"),
+        ("train.bin", b"\0\0\xff\0", "id 255 is not in the vocabulary of"),
+        ("meta.pkl", b"", "not a nanoGPT character vocabulary"),
     ],
 )
-def test_data_that_will_not_do(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
-    write_data(tmp_path / "mine", some_text(1000))
+def test_invalid_dataset_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    write_nanogpt_data(tmp_path / "mine", some_text(1000))
     if content is None:
         (tmp_path / "mine" / name).unlink()
     else:
         (tmp_path / "mine" / name).write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         nanogpt.convert_dataset(tmp_path / "mine", settings(data_dir=tmp_path / "data"))
     assert not list((tmp_path / "data").glob("*"))
 
@@ -279,52 +282,54 @@ n_layer = 4
 '''
 
 
-def convert_config(folder: Path, text: str, **more: object) -> tuple[TrainSettings, str]:
+def convert_config(folder: Path, text: str, **changes: object) -> tuple[TrainSettings, str]:
     (folder / "mine.py").write_text(text)
     out = folder / "out.toml"
-    nanogpt.convert_config(folder / "mine.py", settings(out=out, **more))
+    nanogpt.convert_config(folder / "mine.py", settings(out=out, **changes))
     toml = out.read_text(encoding="utf-8")
     return resolve(TrainSettings, [("out.toml", tomllib.loads(toml))]), toml
 
 
-def test_a_config_becomes_toml(tmp_path: Path) -> None:
-    made, toml = convert_config(tmp_path, CONFIG)
-    assert (made.out_dir, made.eval_every, made.batch_size, made.max_steps) == ("out-mine", 250, 12, 2000)
-    assert (made.learning_rate, made.min_lr, made.weight_decay) == (1e-3, 1e-4, 0.5)
-    assert (made.compile, made.wandb, made.activation, made.schedule) == (False, False, "gelu_erf", "cosine")
-    assert made.eval_tokens == 20 * 12 * 64
-    assert (made.n_layer, made.n_head, made.beta2) == (4, 12, 0.95), "nanoGPT's defaults hold for the rest"
-    assert "# not taken over: eval_only: say --eval_only\n" in toml
-    assert "# not taken over: wandb_run_name: there is no such setting\n" in toml
+def test_config_is_converted_to_toml(tmp_path: Path) -> None:
+    result, toml = convert_config(tmp_path, CONFIG)
+    assert (result.out_dir, result.eval_every, result.batch_size, result.max_steps) == ("out-mine", 250, 12, 2000)
+    assert (result.learning_rate, result.min_lr, result.weight_decay) == (1e-3, 1e-4, 0.5)
+    assert (result.compile, result.wandb, result.activation, result.schedule) == (False, False, "gelu_erf", "cosine")
+    assert result.eval_tokens == 20 * 12 * 64
+    assert (result.n_layer, result.n_head, result.beta2) == (4, 12, 0.95), "other settings have nanoGPT's defaults"
+    assert "# not converted: eval_only: use --eval_only\n" in toml
+    assert "# not converted: wandb_run_name: there is no such setting\n" in toml
 
 
-def test_a_learning_rate_that_does_not_fall_is_constant(tmp_path: Path) -> None:
-    made, toml = convert_config(tmp_path, "decay_lr = False\nlr_decay_iters = 5\nlearning_rate = 3e-5\n")
-    assert (made.schedule, made.min_lr, made.warmup_steps) == ("constant", 3e-5, 0)
+def test_constant_learning_rate_is_converted(tmp_path: Path) -> None:
+    result, toml = convert_config(tmp_path, "decay_lr = False\nlr_decay_iters = 5\nlearning_rate = 3e-5\n")
+    assert (result.schedule, result.min_lr, result.warmup_steps) == ("constant", 3e-5, 0)
     assert "lr_decay_iters" not in toml
     _, toml = convert_config(tmp_path, "max_iters = 10\n", overwrite=True)
-    assert "# not taken over: lr_decay_iters: " in toml, "it is 600,000 there, whatever max_iters is"
+    assert "# not converted: lr_decay_iters: " in toml, "nanoGPT's default is 600,000 for any max_iters"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("n_layer = ", "not Python that can be read"),
-        ("n_layer = open('x')", "line 1: only numbers, text and products of numbers are read; nothing is executed"),
+        ("n_layer = ", "not a Python file"),
+        ("n_layer = open('x')", "line 1: neither a number, text nor arithmetic with numbers; write the value itself"),
         ("import os\nos.remove('x')", "line 2 is not a setting; write it as key = value"),
         ("n_layer = 'six' * 3", "line 1: six is not a number"),
         ("n_layer = 1 / 0", "line 1: division by zero"),
-        ("n_layer = 10**9", "line 1: only numbers"),
-        ("n_layer = 9999999999999999999 * 9999999999999999999", "is not a number that one can reckon with"),
+        ("n_layer = " + "1 + " * 900 + "1", "an expression is nested too deeply"),
+        ("n_layer = " + "-" * 100_000 + "1", "an expression is nested too deeply"),
+        ("n_layer = 10**9", "line 1: neither a number"),
+        ("n_layer = 9999999999999999999 * 9999999999999999999", "is not a number within 10^18"),
         ("n_layer = -1", "'n_layer' must be a whole number, at least 1, not -1"),
-        ("n_layer = unknown", "line 1: only numbers"),
+        ("n_layer = unknown", "line 1: neither a number"),
         ("batch_size = 'x'", "batch_size: x is not a number"),
-        ("learning_rate = 1" + "0" * 400, "is not a number that one can reckon with"),
+        ("learning_rate = 1" + "0" * 400, "is not a number within 10^18"),
         ("n_layer = 'x'", "'n_layer' must be a whole number"),
     ],
 )
-def test_a_config_that_is_no_list_of_settings(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         convert_config(tmp_path, text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not (tmp_path / "out.toml").exists()
