@@ -32,7 +32,7 @@ from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
 from glyphgpt.data.recipes import DEFAULT_CONFIG, download_text, read_recipe
-from glyphgpt.data.sources import is_stream, list_names, sanitize
+from glyphgpt.data.sources import is_stream, list_names
 from glyphgpt.data.splitting import encode_segments, split_text
 from glyphgpt.data.staging import (
     PrepareProgress,
@@ -52,7 +52,7 @@ from glyphgpt.data.tokenizers import (
     drop_unknown,
     tokenizer_from_dict,
 )
-from glyphgpt.errors import UsageError, UserError, warn
+from glyphgpt.errors import UsageError, UserError, sanitize, warn
 from glyphgpt.settings import PrepareSettings
 
 

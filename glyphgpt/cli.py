@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from glyphgpt.errors import UsageError
+from glyphgpt.errors import UsageError, shorten
 from glyphgpt.files import BEST, CONFIG, LAST
 from glyphgpt.settings import Mode, Settings
 
@@ -152,7 +152,7 @@ def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S
     problems: list[str] = []
     merged: Values = {}
     for source, given in sources:
-        values = {printable(key): value for key, value in given.items()}
+        values = {shorten(key): value for key, value in given.items()}
         if source != COMMAND_LINE:  # a file describes a run; whether to resume or replace one is said each time
             modes = [key for key in values if key in Mode.model_fields]
             problems += [f"{source}: '{key}' is for the command line only: --{key}" for key in modes]
@@ -189,11 +189,6 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
     large = digits or (isinstance(value, int) and abs(value) > LARGE_BOUND)  # Python does not print all numbers
     shown = "such a large number" if large else reprlib.repr(value)
     return f"{source}: {name} must be {wanted}, not {shown}"
-
-
-def printable(key: str) -> str:
-    """Return a key or value as printable text of limited length, whatever it contains."""
-    return reprlib.repr(key)[1:-1] if len(key) > 100 or not key.isprintable() else key
 
 
 def is_switch(field: FieldInfo | None) -> bool:

@@ -169,3 +169,30 @@ def format_os_error(error: OSError) -> str:
     """Return an operating system's error as one line: the file, then the reason."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def sanitize(value: object) -> str:
+    r"""Return a value as one printable line, with control characters and undecodable bytes escaped.
+
+    >>> print(sanitize(b"caf\xe9\n.txt".decode("utf-8", "surrogateescape")))
+    caf\xe9\n.txt
+    """
+    return "".join(c if c.isprintable() else escape_character(c) for c in str(value))
+
+
+def escape_character(character: str) -> str:
+    """Return the escape sequence of a character, which Python and bash ($'...') both understand."""
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # the surrogate that Python uses for a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if 0x80 <= code < 0x100 else character.encode("unicode_escape").decode()
+
+
+def shorten(value: object, length: int = 100) -> str:
+    """Return a sanitized value; if it is longer than `length`, only its start and its end.
+
+    >>> shorten("abcdefghij", 4)
+    'ab...ij'
+    """
+    text, half = sanitize(value), length // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"

@@ -37,10 +37,10 @@ from attention import (
     unscaled,
 )
 from glyphgpt import runtime as runtimes
-from glyphgpt.cli import parse, printable, read_toml
+from glyphgpt.cli import parse, read_toml
 from glyphgpt.data.dataset import Dataset, load_dataset
 from glyphgpt.data.tokenizers import decode, start_token
-from glyphgpt.errors import UsageError, exit_on_error
+from glyphgpt.errors import UsageError, exit_on_error, shorten
 from glyphgpt.inference.generate import SamplingParams, generate
 from glyphgpt.runtime import Runtime, TorchLM
 from glyphgpt.settings import CountOrZero, Settings, SingleLine, TrainSettings
@@ -180,7 +180,7 @@ def main(settings: VariantSettings) -> None:
     names = settings.only.split(",") if settings.only else list(MODEL_VARIANTS)
     for name in names:
         if name not in MODEL_VARIANTS:
-            raise UsageError(f"no variant is named '{printable(name)}'; choose from {', '.join(MODEL_VARIANTS)}")
+            raise UsageError(f"no variant is named '{shorten(name)}'; choose from {', '.join(MODEL_VARIANTS)}")
     with runtimes.init_runtime("auto", "auto") as runtime:
         data_dir = Path(settings.data_dir)
         dataset = load_dataset(data_dir / "shakespeare_char", data_dir)
@@ -194,7 +194,7 @@ def main(settings: VariantSettings) -> None:
                     trainer = VariantTrainer(train_settings, dataset, runtime, variant)
                     trainer.train()
                 losses = f"{trainer.state.best_loss:.3f} | {trainer.generation_loss():.2f}"
-                text = printable(trainer.generate_text().replace("\n", "↵"))
+                text = shorten(trainer.generate_text().replace("\n", "↵"))
                 print(f"| {name} | {losses} | `{text}` |")
 
 
@@ -202,5 +202,5 @@ if __name__ == "__main__":
     with exit_on_error():
         SETTINGS, ARGUMENTS = parse(VariantSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
         if ARGUMENTS:
-            raise UsageError(f"unexpected argument '{printable(ARGUMENTS[0])}'; choose variants with --only=NAME,...")
+            raise UsageError(f"unexpected argument '{shorten(ARGUMENTS[0])}'; choose variants with --only=NAME,...")
         main(SETTINGS)

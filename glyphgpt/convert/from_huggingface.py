@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from glyphgpt.checkpoint import Arrays, Checkpoint
-from glyphgpt.cli import printable
 from glyphgpt.convert.common import make_checkpoint, output_path, read_merges, rename_weight, write_checkpoint
 from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
 from glyphgpt.convert.to_huggingface import (
@@ -25,7 +24,7 @@ from glyphgpt.convert.to_huggingface import (
     tokenizer_model,
 )
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.errors import UserError
+from glyphgpt.errors import UserError, shorten
 from glyphgpt.files import BEST, LAST
 from glyphgpt.settings import ConvertSettings, ModelConfig, Network
 
@@ -107,26 +106,24 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     hf_config = GPT2_DEFAULTS | read_json(path)
     for name, value in REQUIRED.items():
         if hf_config.get(name, value) != value:
-            raise UserError(f"{path}: {name} is {printable(str(hf_config[name]))}; only {value} can be converted")
+            raise UserError(f"{path}: {name} is {shorten(hf_config[name])}; only {value} can be converted")
     activation = hf_config["activation_function"]
     if activation not in list(OUR_ACTIVATIONS):  # a list, because the value may not be hashable
         supported = " and ".join(OUR_ACTIVATIONS)
-        raise UserError(
-            f"{path}: activation_function is {printable(str(activation))}; only {supported} can be converted"
-        )
+        raise UserError(f"{path}: activation_function is {shorten(activation)}; only {supported} can be converted")
     config = Network().model_dump() | {ours: hf_config[hf_name] for ours, hf_name in HF_NAMES.items()}
     try:
         config = ModelConfig.model_validate(config | {"activation": OUR_ACTIVATIONS[activation]}).model_dump()
     except ValidationError as error:
         problems = [
-            f"{HF_NAMES[str(problem['loc'][0])]} = {printable(repr(problem['input']))}"
+            f"{HF_NAMES[str(problem['loc'][0])]} = {shorten(repr(problem['input']))}"
             if problem["loc"]
             else str(problem["ctx"]["error"])  # from ModelConfig.check
             for problem in error.errors()
         ]
         raise UserError(f"{path}: cannot be converted: {', '.join(problems)}") from error
     if hf_config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{path}: n_inner is {printable(str(hf_config['n_inner']))}; only 4 x n_embd can be converted")
+        raise UserError(f"{path}: n_inner is {shorten(hf_config['n_inner'])}; only 4 x n_embd can be converted")
     return config
 
 
@@ -171,7 +168,7 @@ def read_weights(paths: list[Path]) -> Arrays:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path}: holds {printable(hf_name)}, which is not a weight of a GPT-2") from error
+            raise UserError(f"{path}: holds {shorten(hf_name)}, which is not a weight of a GPT-2") from error
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"{path}: damaged or truncated; download or save it again") from error
     return weights

@@ -19,10 +19,9 @@ from glyphgpt.checkpoint import Arrays, check_weights
 from glyphgpt.cli import NANOGPT_NAMES, command, resolve
 from glyphgpt.convert.common import make_checkpoint, output_path, rename_weight, write_checkpoint
 from glyphgpt.data.dataset import FORMAT, DatasetMeta, ShardWriter, SourceMeta, SplitMeta, write_meta
-from glyphgpt.data.sources import sanitize
 from glyphgpt.data.staging import dataset_dir, load_progress, staging_dir
 from glyphgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
-from glyphgpt.errors import UserError
+from glyphgpt.errors import UserError, sanitize
 from glyphgpt.files import write_atomic
 from glyphgpt.settings import ConvertSettings, Network, TrainSettings
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from glyphgpt.checkpoint import Arrays
-from glyphgpt.cli import printable
 from glyphgpt.convert.common import (
     add_missing_weights,
     bake_sinusoids,
@@ -24,7 +23,7 @@ from glyphgpt.convert.common import (
 )
 from glyphgpt.data.downloads import GPT2_MERGES, fetch
 from glyphgpt.data.tokenizers import Tokenizer
-from glyphgpt.errors import UserError, optional_import, warn
+from glyphgpt.errors import UserError, optional_import, shorten, warn
 from glyphgpt.files import atomic_path
 from glyphgpt.inference.loading import open_checkpoint
 from glyphgpt.inference.numpy_gpt import EPSILON
@@ -76,7 +75,7 @@ def export_gguf(path: Path, settings: ConvertSettings) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as unfinished:
         writer = GGUFWriter(unfinished, architecture)
-        writer.add_name(printable(checkpoint.path.resolve().parent.name))
+        writer.add_name(shorten(checkpoint.path.resolve().parent.name))
         add_network(writer, config, architecture)
         add_tokenizer(writer, tokenizer, data_dir)
         for name, tensor in tensors.items():

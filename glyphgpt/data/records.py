@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
 from typing import Any, BinaryIO
 
-from glyphgpt.data.sources import list_names, sanitize
-from glyphgpt.errors import UserError, optional_import
+from glyphgpt.data.sources import list_names
+from glyphgpt.errors import UserError, optional_import, sanitize
 
 BATCH_CHARACTERS = 1 << 18
 FIELDS_SHOWN = 10

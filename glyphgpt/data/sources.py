@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from glyphgpt.errors import UsageError
+from glyphgpt.errors import UsageError, sanitize, shorten
 
 STANDARD_INPUT = "standard input"
 STANDARD_INPUTS = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
@@ -183,32 +183,13 @@ def matches_part(name: str, part: str) -> bool:
     return fnmatch(name, part) and (part.startswith(".") or not name.startswith("."))
 
 
-def sanitize(name: str | Path) -> str:
-    r"""Return a name as one printable line, with control characters and undecodable bytes escaped.
-
-    >>> print(sanitize(b"caf\xe9\n.txt".decode("utf-8", "surrogateescape")))
-    caf\xe9\n.txt
-    """
-    return "".join(c if c.isprintable() else escape(c) for c in str(name))
-
-
-def escape(character: str) -> str:
-    """Return the escape sequence of a character, which Python and bash ($'...') both understand."""
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # the surrogate that Python uses for a byte that is not UTF-8
-        return f"\\x{code - 0xDC00:02x}"
-    return f"\\u{code:04x}" if 0x80 <= code < 0x100 else character.encode("unicode_escape").decode()
-
-
 def list_names(names: Sequence[str | Path], length: int = LIST_LENGTH) -> str:
     """Return the first names of a list, sanitized and shortened, and the number of the others.
 
     >>> list_names(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = [sanitize(name) for name in names[:length]]
-    half = MAX_NAME_LENGTH // 2
-    shown = [name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}...{name[-half:]}" for name in shown]
+    shown = [shorten(name, MAX_NAME_LENGTH) for name in names[:length]]
     return ", ".join(shown) + (f" and {len(names) - length:,} more" if len(names) > length else "")
 
 

@@ -27,8 +27,8 @@ from glyphgpt.data.formats import (
     suggest_encoding,
 )
 from glyphgpt.data.records import Documents, csv_rows, json_records, json_values, parquet_rows
-from glyphgpt.data.sources import STANDARD_INPUT, find_files, is_stream, sanitize
-from glyphgpt.errors import UsageError, UserError, warn, wrap_write_errors
+from glyphgpt.data.sources import STANDARD_INPUT, find_files, is_stream
+from glyphgpt.errors import UsageError, UserError, sanitize, warn, wrap_write_errors
 
 CHUNK_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"

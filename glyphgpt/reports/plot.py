@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from glyphgpt.cli import parse, printable
-from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
+from glyphgpt.cli import parse
+from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import, shorten
 from glyphgpt.files import PLOT, write_atomic
 from glyphgpt.settings import PlotSettings
 from glyphgpt.training.metrics import METRICS, Row, read_rows
@@ -62,7 +62,7 @@ def write_plot(runs: Sequence[Path], path: Path) -> None:
     panels = list(figure.subplots(2, 3).flat)
     for number, run in enumerate(runs):
         rows = read_metrics(run)
-        label = printable(str(run)).replace("$", r"\$")  # otherwise matplotlib reads a formula
+        label = shorten(run).replace("$", r"\$")  # otherwise matplotlib reads a formula
         for axes, (x, y) in zip(panels, PANELS, strict=True):
             plot_run(axes, rows, x, y, color=f"C{number}", label=label)
     for axes, (x, y) in zip(panels, PANELS, strict=True):

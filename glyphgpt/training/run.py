@@ -12,10 +12,10 @@ import tomli_w
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint, TrainState, load_checkpoint, read_metadata, save_checkpoint
-from glyphgpt.cli import command, printable
+from glyphgpt.cli import command
 from glyphgpt.data.batches import windows_per_epoch
 from glyphgpt.data.dataset import Dataset
-from glyphgpt.errors import BROKEN_PIPE_STATUS, UsageError, UserError, is_broken_pipe, warn
+from glyphgpt.errors import BROKEN_PIPE_STATUS, UsageError, UserError, is_broken_pipe, shorten, warn
 from glyphgpt.files import (
     BEST,
     CONFIG,
@@ -171,7 +171,7 @@ class Run:
         was, now = checkpoint.metadata.settings, self.settings.model_dump()
         decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # resuming is for training longer
         changed = [
-            f"{key} {printable(str(was.get(key)))} -> {value}"
+            f"{key} {shorten(was.get(key))} -> {value}"
             for key, value in now.items()
             if key in decisive and was.get(key) != value
         ]

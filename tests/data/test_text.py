@@ -33,9 +33,9 @@ from pyarrow import parquet
 from glyphgpt.data import text as texts
 from glyphgpt.data.formats import import_zstd
 from glyphgpt.data.records import Documents, csv_rows, json_records, json_values
-from glyphgpt.data.sources import find_files, list_names, sanitize, shell_word
+from glyphgpt.data.sources import find_files, list_names, shell_word
 from glyphgpt.data.text import TeeReader, Text, open_text, read_text
-from glyphgpt.errors import UsageError, UserError
+from glyphgpt.errors import UsageError, UserError, sanitize
 
 LINES = ["one", "zwei\ndrei", "", "\u2028quatre 🙂 \0"]
 
