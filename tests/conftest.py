@@ -23,7 +23,7 @@ from glyphgpt.checkpoint import load_checkpoint
 from glyphgpt.cli import parse
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
 from glyphgpt.errors import UserError
-from glyphgpt.files import LAST
+from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.settings import ModelConfig, PrepareSettings, TrainSettings
 from glyphgpt.training.torch_state import model_arrays
@@ -232,6 +232,12 @@ def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def count_rows(out_dir: Path) -> int:
+    """Return the number of rows in a run's metrics.jsonl so far."""
+    path = out_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def saved_step(out_dir: Path, name: str = LAST) -> int:
     """Return the step of a run's checkpoint."""
     return load_checkpoint(out_dir / name).metadata.state.step
@@ -241,6 +247,22 @@ def same_tensors(one: Path, other: Path, name: str = LAST) -> bool:
     """Return whether the checkpoints of that name in two runs hold the same tensors, bit for bit."""
     first, second = load_file(one / name), load_file(other / name)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Check that two runs have the same checkpoints, metrics and samples, bit for bit, except for times."""
+    for name in (BEST, LAST):
+        assert same_tensors(one, other, name)
+        first, second = (load_checkpoint(folder / name).metadata for folder in (one, other))
+        assert first.state.model_dump(exclude={"seconds"}) == second.state.model_dump(exclude={"seconds"})
+        assert first.val_loss == second.val_loss
+    assert rows_without_seconds(one) == rows_without_seconds(other)
+    assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+
+
+def rows_without_seconds(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl without times, which vary."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(out_dir)]
 
 
 @pytest.fixture(scope="session")
