@@ -113,7 +113,7 @@ def test_signal_at_the_last_step_does_not_interrupt_the_run(
 
 def test_signal_handlers_are_restored_after_training(data_dir: Path, tmp_path: Path) -> None:
     previous = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    train_with_signal(tiny_settings(data_dir, tmp_path), 3, signal.SIGTERM)
+    assert train_with_signal(tiny_settings(data_dir, tmp_path), 3, signal.SIGTERM) == 128 + signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == previous
 
 
@@ -278,18 +278,11 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 def test_compiled_run_on_two_threads_resumes_exactly(data_dir: Path, tmp_path: Path) -> None:
     """By default, compiled backward passes of embeddings add atomically, and runs differ after a few steps."""
-    network = {
-        **MODERN,
-        "n_layer": 1,
-        "n_embd": 32,
-        "block_size": 64,
-        "batch_size": 32,
-        "dtype": "auto",
-        "compile": True,
-    }
+    network = {**MODERN, "n_layer": 1, "n_embd": 32, "block_size": 64}
     schedule = {"schedule": "constant", "learning_rate": 0.01}  # independent of max_steps
+    hardware = {"batch_size": 32, "dtype": "auto", "compile": True}
     for name, steps in (("uninterrupted", 16), ("resumed", 6), ("resumed", 16)):
-        settings = tiny_settings(data_dir, tmp_path / name, **network, **schedule, max_steps=steps)
+        settings = tiny_settings(data_dir, tmp_path / name, **network, **schedule, **hardware, max_steps=steps)
         train.main(resuming(settings) if (tmp_path / name).exists() else settings)
     for name in (BEST, LAST):
         assert same_tensors(tmp_path / "uninterrupted", tmp_path / "resumed", name)
