@@ -19,7 +19,7 @@ from conftest import MODERN, ROOT, as_flags, count_rows, read_metrics, same_tens
 from faults import children
 from glyphgpt import runtime
 from glyphgpt.data.dataset import load_dataset
-from glyphgpt.errors import UsageError
+from glyphgpt.errors import UsageError, UserError, print_error
 from glyphgpt.files import BEST, LAST
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
@@ -47,7 +47,10 @@ def train_runs(rank: int, world_size: int, log: Path, runs: list[TrainSettings])
             store = dist.FileStore(f"{log}.store-{number}", world_size)  # type: ignore[attr-defined]
             rendezvous = store, rank, world_size
             patch.setattr(dist, "rendezvous", lambda _, rendezvous=rendezvous: iter([rendezvous]))
-            train.main(settings)
+            try:
+                train.main(settings)
+            except UserError as error:
+                os._exit(print_error(error))  # multiprocessing's own exit sometimes hangs after a lost process
     time.sleep(runtime.GLOO_SECONDS)
 
 
