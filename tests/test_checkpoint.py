@@ -120,22 +120,23 @@ def test_weight_shapes_are_those_of_the_model(network: dict[str, Any]) -> None:
     assert weight_shapes(config) == {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
+GPT2_CHANGES: list[dict[str, Any]] = [
+    {"n_embd": 32}, {"n_embd": 10**30}, {"n_embd": "16"}, {"n_embd": None}, {"n_embd": 16.0}, {"n_layer": 3},
+    {"n_layer": 1}, {"n_head": 0}, {"n_head": 3}, {"vocab_size": 12}, {"vocab_size": -1}, {"block_size": 9},
+    {"dropout": 2.0}, {"dropout": []}, {"tie_embeddings": False}, {"tie_embeddings": 1}, {"bias": False},
+    {"position": "rotary"}, {"position": "unknown"}, {"norm": "rmsnorm"}, {"extra": 1},
+]  # fmt: skip
+MODERN_CHANGES: list[dict[str, Any]] = [
+    {"n_embd": 10**30}, {"n_layer": 3}, {"n_head": 3}, {"vocab_size": 12}, {"norm": "layernorm"}, {"ngram": 2},
+    {"token_shift": False},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("network", "change"),
-    [
-        *(({}, change) for change in (
-            {"n_embd": 32}, {"n_embd": 10**30}, {"n_embd": "16"}, {"n_embd": None}, {"n_embd": 16.0},
-            {"n_layer": 3}, {"n_layer": 1}, {"n_head": 0}, {"n_head": 3}, {"vocab_size": 12}, {"vocab_size": -1},
-            {"block_size": 9}, {"dropout": 2.0}, {"dropout": []}, {"tie_embeddings": False}, {"tie_embeddings": 1},
-            {"bias": False}, {"position": "rotary"}, {"position": "unknown"}, {"norm": "rmsnorm"}, {"extra": 1},
-        )),
-        *((MODERN, change) for change in (
-            {"n_embd": 10**30}, {"n_layer": 3}, {"n_head": 3}, {"vocab_size": 12}, {"norm": "layernorm"},
-            {"ngram": 2}, {"token_shift": False},
-        )),
-    ],
+    [({}, change) for change in GPT2_CHANGES] + [(MODERN, change) for change in MODERN_CHANGES],
     ids=str,
-)  # fmt: skip
+)
 def test_config_that_does_not_match_the_weights_is_rejected(network: dict[str, Any], change: dict[str, Any]) -> None:
     model = tiny_model(**network)
     metadata = METADATA.model_copy(update={"model": {**asdict(model.config), **change}})
