@@ -17,7 +17,7 @@ END = 0
 
 
 class Chain:
-    """A model whose next token depends on the last one only, by a table of log-probabilities (V, V)."""
+    """A language model whose next token depends only on the previous one, by a table of log-probabilities (V, V)."""
 
     def __init__(self, table: Floats) -> None:
         self.table = table

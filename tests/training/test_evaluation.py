@@ -51,9 +51,9 @@ def loss_by_token(model: GPT, ids: list[int]) -> float:
 def test_loss_equals_that_of_a_loop(tokens: int) -> None:
     model, text = confident_model(), split(tokens)
     result = score(model, text)
-    wanted = loss_by_token(model, text.slice(0, tokens).tolist())
-    assert result.loss == pytest.approx(wanted, abs=1e-5)
-    assert result.perplexity == pytest.approx(math.exp(wanted), rel=1e-4)
+    expected = loss_by_token(model, text.slice(0, tokens).tolist())
+    assert result.loss == pytest.approx(expected, abs=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 12, 100])

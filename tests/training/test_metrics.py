@@ -122,13 +122,13 @@ def test_wandb_receives_settings_and_rows(tmp_path: Path, monkeypatch: pytest.Mo
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    settings = tiny_settings(tmp_path, tmp_path / "my_run", wandb=True, wandb_project="mine")
+    settings = tiny_settings(tmp_path, tmp_path / "my_run", wandb=True, wandb_project="project")
     (tmp_path / "my_run").mkdir()
     metrics = Metrics(settings)
     metrics.open(keep_steps=-1)
     metrics.write("val", 3, loss=1.5, perplexity=4.0)
     metrics.close()
-    assert calls == [("mine", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
+    assert calls == [("project", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
     assert read_metrics(tmp_path / "my_run") == [{"kind": "val", "step": 3, "loss": 1.5, "perplexity": 4.0}]
 
 

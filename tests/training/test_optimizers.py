@@ -43,9 +43,9 @@ def test_adamw_updates_equal_the_formulas() -> None:
     model = nn.Linear(3, 2).double()
     (optimizer,) = make_optimizers(model, settings)
     set_learning_rate([optimizer], 0.03)
-    wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    mean = {name: torch.zeros_like(value) for name, value in wanted.items()}
-    square = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    mean = {name: torch.zeros_like(value) for name, value in expected.items()}
+    square = {name: torch.zeros_like(value) for name, value in expected.items()}
     for t in (1, 2, 3):
         for name, parameter in model.named_parameters():
             gradient = torch.randn_like(parameter)
@@ -54,10 +54,10 @@ def test_adamw_updates_equal_the_formulas() -> None:
             square[name] = 0.95 * square[name] + 0.05 * gradient**2
             decay = 0.2 if name == "weight" else 0.0
             step = (mean[name] / (1 - 0.8**t)) / ((square[name] / (1 - 0.95**t)).sqrt() + 1e-8)
-            wanted[name] = wanted[name] - 0.03 * (step + decay * wanted[name])
+            expected[name] = expected[name] - 0.03 * (step + decay * expected[name])
         optimizer.step()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), wanted[name], atol=1e-13, rtol=0)
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-13, rtol=0)
 
 
 def test_set_learning_rate_scales_the_rate_of_ngram_tables() -> None:

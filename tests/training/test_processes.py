@@ -78,7 +78,7 @@ class Runs:
         return tiny_settings(self.data_dir, self.folder / f"{network}-{name}", max_steps=max_steps, **values)
 
     def settings_for(self, world_size: int, network: str) -> list[TrainSettings]:
-        """Return the settings of all runs that so many processes train in turn."""
+        """Return the settings of the runs that `world_size` processes train, in order."""
         if world_size == 1:
             return [self.settings(network, "one"), self.settings(network, "a", 3), self.settings(network, "b", 3)]
         kinds = ["ddp", "fsdp"]
@@ -98,7 +98,7 @@ class Runs:
         return tiny_settings(self.data_dir, self.folder / name, dtype="bfloat16", parallel="fsdp")
 
     def train(self, world_size: int) -> None:
-        """Train all runs of so many processes."""
+        """Train the runs of `world_size` processes, and record their output."""
         runs = [settings for network in NETWORKS for settings in self.settings_for(world_size, network)]
         if world_size == 2:
             runs += [self.bfloat16("bfloat16-two"), self.long("uninterrupted")]
@@ -124,7 +124,7 @@ def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def wait_for_rows(out_dir: Path, rows: int, is_running: Callable[[], bool]) -> None:
-    """Wait until a run has written so many rows of metrics, but at most two minutes."""
+    """Wait until a run has written `rows` rows of metrics, at most two minutes."""
     deadline = time.monotonic() + 120
     while count_rows(out_dir) < rows and is_running() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -157,7 +157,7 @@ def start_training(settings: TrainSettings) -> "subprocess.Popen[str]":
 
 
 def signal_after(rows: int, process: "subprocess.Popen[str]", out_dir: Path, number: signal.Signals) -> tuple[str, str]:
-    """Send a signal at a random moment after so many more rows of metrics; return standard output and error."""
+    """Send a signal at a random moment after `rows` more rows of metrics; return standard output and error."""
     target, deadline = count_rows(out_dir) + rows, time.monotonic() + 120
     while count_rows(out_dir) < target:
         assert process.poll() is None, process.communicate()
