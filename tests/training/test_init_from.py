@@ -1,4 +1,4 @@
-"""Training that starts with the weights of another run."""
+"""Training that begins with another run's weights."""
 
 import json
 import shutil
@@ -15,21 +15,21 @@ from glyphgpt.cli import parse
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.settings import TrainSettings
 
-NETWORK = ("n_layer", "n_head", "n_embd", "block_size", *MODERN)
+FORM = ("n_layer", "n_head", "n_embd", "block_size", *MODERN)
 
 
 def settings(data_dir: Path, out_dir: Path, named: str = "", **changes: Any) -> TrainSettings:
-    """Return settings that leave the network unset, except for the setting `named`."""
-    values = tiny_settings(data_dir, out_dir, **changes).model_dump(exclude_unset=True)
-    return TrainSettings.model_validate({key: v for key, v in values.items() if key not in NETWORK or key == named})
+    """Settings that say nothing of the network but what is named."""
+    chosen = tiny_settings(data_dir, out_dir, **changes).model_dump(exclude_unset=True)
+    return TrainSettings.model_validate({key: v for key, v in chosen.items() if key not in FORM or key == named})
 
 
-SINUSOIDAL = {"position": "sinusoidal", "init": "zero", "tie_embeddings": False}  # init changes the embedding scale
+WAVES = {"position": "sinusoidal", "init": "zero", "tie_embeddings": False}  # whose scale follows from init
 
 
-@pytest.mark.parametrize("network", [{}, MODERN, SINUSOIDAL], ids=["gpt2", "modern", "sinusoidal"])
-def test_first_loss_is_the_best_of_the_initial_run(data_dir: Path, tmp_path: Path, network: dict[str, object]) -> None:
-    train.main(tiny_settings(data_dir, tmp_path / "one", max_steps=40, learning_rate=0.01, **network))
+@pytest.mark.parametrize("form", [{}, MODERN, WAVES], ids=["gpt2", "modern", "waves"])
+def test_the_first_loss_is_the_best_of_that_run(data_dir: Path, tmp_path: Path, form: dict[str, object]) -> None:
+    train.main(tiny_settings(data_dir, tmp_path / "one", max_steps=40, learning_rate=0.01, **form))
     best = min(row["loss"] for row in read_metrics(tmp_path / "one") if row["kind"] == "val")
     train.main(settings(data_dir, tmp_path / "other", init_from=str(tmp_path / "one")))
     rows = [row["loss"] for row in read_metrics(tmp_path / "other") if row["kind"] == "val"]
@@ -39,20 +39,20 @@ def test_first_loss_is_the_best_of_the_initial_run(data_dir: Path, tmp_path: Pat
     assert saved["model.token_embedding.weight"].shape == (saved["model.token_embedding.weight"].size(0), 16)
 
 
-def test_resume_uses_the_runs_own_checkpoint(data_dir: Path, tmp_path: Path) -> None:
+def test_a_run_that_began_so_is_resumed_from_its_own_checkpoint(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one"))
-    changes = {"init_from": str(tmp_path / "one"), "schedule": "constant", "named": "block_size"}
-    for name, steps in (("uninterrupted", 20), ("resumed", 10)):
-        train.main(settings(data_dir, tmp_path / name, max_steps=steps, **changes))
+    began = {"init_from": str(tmp_path / "one"), "schedule": "constant", "named": "block_size"}
+    for name, steps in (("straight", 20), ("resumed", 10)):
+        train.main(settings(data_dir, tmp_path / name, max_steps=steps, **began))
     (tmp_path / "one" / "best.safetensors").unlink()
     words = [str(tmp_path / "resumed" / "config.toml"), "--resume", "--max_steps=20"]
     again, _ = parse(TrainSettings, words, "", "", files=True)
     train.main(again)
-    uninterrupted, resumed = (load_file(tmp_path / name / "last.safetensors") for name in ("uninterrupted", "resumed"))
-    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    straight, resumed = (load_file(tmp_path / name / "last.safetensors") for name in ("straight", "resumed"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_block_size_may_be_smaller(data_dir: Path, tmp_path: Path) -> None:
+def test_the_context_may_be_shorter(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one"))
     train.main(settings(data_dir, tmp_path / "two", named="block_size", block_size=8, init_from=str(tmp_path / "one")))
     one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("one", "two"))
@@ -60,7 +60,7 @@ def test_block_size_may_be_smaller(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("block_size", 17), ("n_layer", 3), ("norm", "rmsnorm")])
-def test_other_network_is_rejected(data_dir: Path, tmp_path: Path, name: str, value: object) -> None:
+def test_another_network_is_refused(data_dir: Path, tmp_path: Path, name: str, value: object) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one"))
     other = settings(data_dir, tmp_path / "two", named=name, init_from=str(tmp_path / "one"), **{name: value})
     with pytest.raises(UsageError, match=rf"^{name} = {value} differs from .*; leave it out$"):
@@ -68,17 +68,17 @@ def test_other_network_is_rejected(data_dir: Path, tmp_path: Path, name: str, va
     assert not (tmp_path / "two").exists()
 
 
-def test_other_vocabulary_and_missing_run_are_rejected(data_dir: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_and_a_missing_run_are_refused(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one"))
     prepare_text(some_text(3000) + "é", tmp_path / "data")
     with pytest.raises(UserError, match="have different vocabularies"):
         train.main(settings(tmp_path / "data", tmp_path / "two", init_from=str(tmp_path / "one")))
     with pytest.raises(UserError, match=r"no such checkpoint$"):
-        train.main(settings(data_dir, tmp_path / "two", init_from=str(tmp_path / "missing")))
+        train.main(settings(data_dir, tmp_path / "two", init_from=str(tmp_path / "nothing")))
     assert not (tmp_path / "two").exists()
 
 
-def test_run_may_be_overwritten_from_its_own_weights(data_dir: Path, tmp_path: Path) -> None:
+def test_a_run_may_begin_anew_with_its_own_weights(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path, max_steps=40, learning_rate=0.01))
     best = min(row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "val")
     train.main(settings(data_dir, tmp_path, init_from=str(tmp_path), overwrite=True))
@@ -86,16 +86,16 @@ def test_run_may_be_overwritten_from_its_own_weights(data_dir: Path, tmp_path: P
     assert first["loss"] == pytest.approx(best, abs=1e-6)
 
 
-def test_resume_does_not_need_the_initial_run(data_dir: Path, tmp_path: Path) -> None:
+def test_resume_takes_the_network_from_the_run_and_not_from_what_it_began_with(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path / "one", **MODERN))
-    first = settings(data_dir, tmp_path / "other", init_from=str(tmp_path / "one"), max_steps=10)
-    train.main(first)
+    began = settings(data_dir, tmp_path / "other", init_from=str(tmp_path / "one"), max_steps=10)
+    train.main(began)
     shutil.rmtree(tmp_path / "one")
-    train.main(first.model_copy(update={"resume": True, "max_steps": 20}))
+    train.main(began.model_copy(update={"resume": True, "max_steps": 20}))
     assert read_metrics(tmp_path / "other")[-1]["step"] == 20
 
 
-def test_gpt2_names_of_nanogpt_are_explained(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nanogpts_names_of_gpt2_are_explained(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UsageError, match=r"^init_from = 'gpt2-xl' is nanoGPT's; .*openai-community/gpt2-xl --local-dir"
     ):
