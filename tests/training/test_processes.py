@@ -56,11 +56,10 @@ def train_runs(rank: int, world_size: int, log: Path, runs: list[TrainSettings])
 
 def start_processes(world_size: int, log: Path, runs: list[TrainSettings]) -> list[ForkServerProcess]:
     """Start processes that train these runs and write to `log`.out and `log`.err."""
-    processes = [
-        FORKS.Process(target=train_runs, args=(rank, world_size, log, runs), daemon=True) for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes = []
+    for rank in range(world_size):
+        processes.append(FORKS.Process(target=train_runs, args=(rank, world_size, log, runs), daemon=True))
+        processes[-1].start()
     return processes
 
 
