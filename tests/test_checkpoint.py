@@ -1,4 +1,4 @@
-"""Checkpoints: exact, verified, never executed, never half-written."""
+"""Checkpoints are exact, verified, never executed and never partially written."""
 
 import errno
 import hashlib
@@ -7,38 +7,37 @@ import os
 import pickle
 import random
 import stat
-import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
-from conftest import tiny_config, tiny_model
-from glyphgpt import checkpoint as checkpoints
+from conftest import MODERN, SWITCHES, tiny_config, tiny_model
 from glyphgpt.checkpoint import (
     Arrays,
     Checkpoint,
     Metadata,
     TrainState,
+    check_weights,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    weight_shapes,
 )
 from glyphgpt.errors import UserError
 from glyphgpt.files import BEST, LAST
-from glyphgpt.training.optimizers import AdamW, Muon, Optimizer, set_learning_rate
-from glyphgpt.training.torch_state import build_model, load_weights, model_arrays, optimizer_arrays, restore_optimizers
-from model import GPT
+from glyphgpt.settings import ModelConfig
+from glyphgpt.training.torch_state import model_arrays
 
-INFO = Metadata(
+METADATA = Metadata(
     model=asdict(tiny_config()),
     tokenizer={"kind": "char", "characters": '\x00\n "\\abé\u2028\ufeff中🙂'},
     settings={
@@ -53,255 +52,141 @@ INFO = Metadata(
     state=TrainState(step=10**12 - 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
     scaler={"scale": 65536.0, "growth_factor": 2.1},
 )
-SMALL = Checkpoint(
-    INFO, {"weight": np.array([[1.5, -2.0], [0.0, 3e-39]], dtype=np.float32), "bias": np.array([7, 8, 9])}
-)
+ARRAYS: Arrays = {"weight": np.array([[1.5, -2.0], [0.0, 3e-39]], dtype=np.float32), "bias": np.array([7, 8, 9])}
+SMALL = Checkpoint(METADATA, ARRAYS)
+NETWORKS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
+ONE_LINE = r"^.*\.safetensors: [^\n]*$"
+"""An error message of one line that names the file."""
 
 
-def seal(metadata: dict[str, str], tensors: dict[str, Any] | None = None, data: bytes = b"") -> bytes:
-    """Build a file as the format's description says, byte by byte, with a correct checksum."""
+def checkpoint_bytes(metadata: dict[str, str], tensors: dict[str, Any] | None = None, data: bytes = b"") -> bytes:
+    """Return the bytes of a file as the format's description says, with a correct checksum."""
     zeros = "0" * 64
     header = {"__metadata__": {"sha256": zeros, **metadata}, **(tensors or {})}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    whole = len(text).to_bytes(8, "little") + text + data
-    return whole.replace(zeros.encode(), hashlib.sha256(whole).hexdigest().encode(), 1)
+    content = len(text).to_bytes(8, "little") + text + data
+    return content.replace(zeros.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
 
 
-def assert_same(seen: Arrays, wanted: Arrays) -> None:
-    assert seen.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert seen[name].dtype == value.dtype and seen[name].shape == value.shape
-        assert seen[name].tobytes() == value.tobytes()
+def assert_same(arrays: Arrays, expected: Arrays) -> None:
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (arrays[name].dtype, arrays[name].shape) == (array.dtype, array.shape)
+        assert arrays[name].tobytes() == array.tobytes()
 
 
-def train(model: GPT, optimizers: list[Optimizer], steps: range) -> None:
-    for step in steps:
-        tokens = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(step))
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-
-
-def group(parameters: Iterable[nn.Parameter], weight_decay: float = 0.1) -> dict[str, Any]:
-    return {"params": list(parameters), "weight_decay": weight_decay, "lr_scale": 1.0, "lr": 0.01}
-
-
-def adamw(model: nn.Module) -> list[Optimizer]:
-    return [AdamW([group(model.parameters())], (0.9, 0.99))]
-
-
-def two_kinds(model: nn.Module) -> list[Optimizer]:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [Muon([group(matrices)]), AdamW([group(vectors[:3], 0.0), group([]), group(vectors[3:])], (0.9, 0.99))]
-
-
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    model = tiny_model()
-    optimizers = adamw(model)
-    train(model, optimizers, range(2))
-    before = Checkpoint(INFO, model_arrays(model), optimizer_arrays(model, optimizers))
-    save_checkpoint(before, tmp_path / LAST)
-    after = load_checkpoint(tmp_path / LAST)
-    assert after.metadata == INFO
-    assert after.path == tmp_path / LAST
-    assert_same(after.model, before.model)
-    assert_same(after.optimizer, before.optimizer)
-    assert len(after.optimizer) == 3 * len(before.model)  # AdamW: step and two means
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(METADATA, ARRAYS, {"AdamW.weight.step": np.array(3, np.float32)})
+    save_checkpoint(checkpoint, tmp_path / LAST)
+    loaded = load_checkpoint(tmp_path / LAST)
+    assert loaded.metadata == METADATA
+    assert loaded.path == tmp_path / LAST
+    assert_same(loaded.model, checkpoint.model)
+    assert_same(loaded.optimizer, checkpoint.optimizer)
     assert load_checkpoint(tmp_path / LAST, with_optimizer=False).optimizer == {}
 
 
-@pytest.mark.parametrize("bits", ["float32", "float64", "float16", "int64", "uint8", "bool"])
-def test_every_type_of_number_survives(tmp_path: Path, bits: str) -> None:
-    values = np.random.default_rng(0).normal(size=(3, 4)).astype(bits)
-    turned = values.T  # not contiguous
-    save_checkpoint(
-        Checkpoint(INFO, {"values": values, "turned": turned, "none": values[:0], "one": values[0, 0]}), tmp_path / BEST
-    )
-    assert_same(
-        load_checkpoint(tmp_path / BEST).model,
-        {"values": values, "turned": turned, "none": values[:0], "one": values[0, 0]},
-    )
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "uint8", "bool"])
+def test_every_dtype_and_layout_is_kept(tmp_path: Path, dtype: str) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 4)).astype(dtype)
+    arrays = {"values": values, "not contiguous": values.T, "empty": values[:0], "scalar": values[0, 0]}
+    save_checkpoint(Checkpoint(METADATA, arrays), tmp_path / BEST)
+    assert_same(load_checkpoint(tmp_path / BEST).model, arrays)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_losses_that_are_not_finite_come_back(tmp_path: Path, number: float) -> None:
-    info = INFO.model_copy(update={"val_loss": number, "state": TrainState(best_loss=number)})
-    save_checkpoint(Checkpoint(info, SMALL.model), tmp_path / LAST)
-    after = load_checkpoint(tmp_path / LAST).metadata
-    assert (after.val_loss, after.state.best_loss) == pytest.approx((number, number), nan_ok=True)
-
-
-def test_the_gradient_scaler_goes_on_from_its_state(tmp_path: Path) -> None:
-    first, second = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu")
-    info = Metadata.model_validate({**INFO.model_dump(), "scaler": first.state_dict()})
-    save_checkpoint(Checkpoint(info, SMALL.model), tmp_path / LAST)
-    second.load_state_dict(load_checkpoint(tmp_path / LAST).metadata.scaler)
-    assert second.state_dict() == first.state_dict()
-
-    model = nn.Linear(2, 1)
-    (optimizer,) = adamw(model)
-    second.scale(model(torch.ones(1, 2)).sum()).backward()
-    second.step(optimizer)  # type: ignore[arg-type]
-    second.update()
-    assert second.state_dict()["_growth_tracker"] == 1
-
-
-@pytest.mark.parametrize("make", [adamw, two_kinds])
-def test_training_goes_on_bit_for_bit(tmp_path: Path, make: Callable[[nn.Module], list[Optimizer]]) -> None:
-    straight = tiny_model(seed=1)
-    train(straight, make(straight), range(6))
-
-    first = tiny_model(seed=1)
-    optimizers = make(first)
-    train(first, optimizers, range(3))
-    save_checkpoint(Checkpoint(INFO, model_arrays(first), optimizer_arrays(first, optimizers)), tmp_path / LAST)
-
-    second = tiny_model(seed=2)
-    optimizers = make(second)
-    checkpoint = load_checkpoint(tmp_path / LAST)
-    load_weights(second, checkpoint)
-    restore_optimizers(second, optimizers, checkpoint)
-    train(second, optimizers, range(3, 6))
-    assert_same(model_arrays(second), model_arrays(straight))
-
-
-def test_restoring_keeps_the_settings_of_the_optimizer() -> None:
-    model = tiny_model()
-    saved = adamw(model)
-    train(model, saved, range(1))
-    checkpoint = Checkpoint(INFO, model_arrays(model), optimizer_arrays(model, saved))
-    optimizer = AdamW([group(model.parameters(), 0.25)], (0.5, 0.75))
-    set_learning_rate([optimizer], 0.5)
-    restore_optimizers(model, [optimizer], checkpoint)
-    (kept,) = optimizer.param_groups
-    assert (kept["lr"], kept["weight_decay"], optimizer.beta1, optimizer.beta2) == (0.5, 0.25, 0.5, 0.75)
-
-
-def test_optimizer_state_of_something_else_is_refused() -> None:
-    model = tiny_model()
-    other = two_kinds(model)
-    train(model, other, range(1))
-    checkpoint = Checkpoint(INFO, model_arrays(model), optimizer_arrays(model, other), Path("x/last"))
-    for state in (checkpoint, Checkpoint(INFO, model.state_dict(), {}, Path("x/last"))):
-        with pytest.raises(UserError, match=r"x/last: .*optimizer"):
-            restore_optimizers(model, adamw(model), state)
-
-
-@pytest.mark.parametrize("change", [lambda array: array.astype(np.float64), lambda array: array[None], np.int32])
-def test_optimizer_state_of_another_type_or_shape_is_refused(change: Callable[[Any], Any]) -> None:
-    model = tiny_model()
-    optimizer = adamw(model)
-    train(model, optimizer, range(1))
-    state = optimizer_arrays(model, optimizer)
-    name = next(name for name in state if name.endswith("exp_avg_sq"))
-    state[name] = change(state[name])
-    with pytest.raises(UserError, match=r"x/last: .*optimizer"):
-        restore_optimizers(model, adamw(model), Checkpoint(INFO, model_arrays(model), state, Path("x/last")))
-
-
-@pytest.mark.parametrize(
-    "change", [{"n_layer": 10**6}, {"ngram": 10**6}, {"block_size": 131_072, "position": "rotary"}], ids=str
-)
-def test_a_config_costs_nothing_that_its_weights_do_not_vouch_for(change: dict[str, Any]) -> None:
-    info = INFO.model_copy(update={"model": {**INFO.model, **change}})
-    checkpoint = Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best"))
-    tracemalloc.start()
-    with pytest.raises(UserError):
-        build_model(checkpoint)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10**6
+def test_losses_that_are_not_finite_are_kept(tmp_path: Path, number: float) -> None:
+    metadata = METADATA.model_copy(update={"val_loss": number, "state": TrainState(best_loss=number)})
+    save_checkpoint(Checkpoint(metadata, ARRAYS), tmp_path / LAST)
+    loaded = load_checkpoint(tmp_path / LAST).metadata
+    assert (loaded.val_loss, loaded.state.best_loss) == pytest.approx((number, number), nan_ok=True)
 
 
 @pytest.mark.parametrize(
     "change", [{"step": -1}, {"step": 10**13}, {"seconds": -1.0}, {"evaluations_since_best": -1}], ids=str
 )
-def test_a_progress_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    info = INFO.model_copy(update={"state": INFO.state.model_copy(update=change)})
-    save_checkpoint(Checkpoint(info, {}), tmp_path / BEST)
+def test_invalid_state_is_rejected(tmp_path: Path, change: dict[str, Any]) -> None:
+    metadata = METADATA.model_copy(update={"state": METADATA.state.model_copy(update=change)})
+    save_checkpoint(Checkpoint(metadata, {}), tmp_path / BEST)
     with pytest.raises(UserError, match="its header does not describe a model"):
         load_checkpoint(tmp_path / BEST)
 
 
-def test_the_model_alone_is_complete(tmp_path: Path) -> None:
-    model = tiny_model(seed=5)
-    save_checkpoint(Checkpoint(INFO, model_arrays(model)), tmp_path / BEST)
-    made = build_model(load_checkpoint(tmp_path / BEST))
-    assert made.config == model.config
-    assert_same(model_arrays(made), model_arrays(model))
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: "-".join(map(str, network.values())))
+def test_weight_shapes_are_those_of_the_model(network: dict[str, Any]) -> None:
+    model = tiny_model(**network)
+    config = ModelConfig(**asdict(model.config))
+    assert weight_shapes(config) == {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+GPT2_CHANGES: list[dict[str, Any]] = [
+    {"n_embd": 32}, {"n_embd": 10**30}, {"n_embd": "16"}, {"n_embd": None}, {"n_embd": 16.0}, {"n_layer": 3},
+    {"n_layer": 1}, {"n_head": 0}, {"n_head": 3}, {"vocab_size": 12}, {"vocab_size": -1}, {"block_size": 9},
+    {"dropout": 2.0}, {"dropout": []}, {"tie_embeddings": False}, {"tie_embeddings": 1}, {"bias": False},
+    {"position": "rotary"}, {"position": "unknown"}, {"norm": "rmsnorm"}, {"extra": 1},
+]  # fmt: skip
+MODERN_CHANGES: list[dict[str, Any]] = [
+    {"n_embd": 10**30}, {"n_layer": 3}, {"n_head": 3}, {"vocab_size": 12}, {"norm": "layernorm"}, {"ngram": 2},
+    {"token_shift": False},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"n_embd": 32},
-        {"n_layer": 3},
-        {"n_layer": 1},
-        {"n_head": 0},
-        {"n_head": 3},
-        {"vocab_size": 12},
-        {"vocab_size": -1},
-        {"block_size": 9},
-        {"n_embd": 10**30},
-        {"n_embd": "16"},
-        {"n_embd": None},
-        {"n_embd": 16.0},
-        {"dropout": 2.0},
-        {"dropout": []},
-        {"tie_embeddings": False},
-        {"tie_embeddings": 1},
-        {"bias": False},
-        {"position": "rotary"},
-        {"position": "elsewhere"},
-        {"norm": "rmsnorm"},
-    ],
+    ("network", "change"),
+    [({}, change) for change in GPT2_CHANGES] + [(MODERN, change) for change in MODERN_CHANGES],
     ids=str,
 )
-def test_a_config_that_does_not_fit_the_weights_is_refused(change: dict[str, Any]) -> None:
-    info = INFO.model_copy(update={"model": {**INFO.model, **change}})
+def test_config_that_does_not_match_the_weights_is_rejected(network: dict[str, Any], change: dict[str, Any]) -> None:
+    model = tiny_model(**network)
+    metadata = METADATA.model_copy(update={"model": {**asdict(model.config), **change}})
     with pytest.raises(UserError, match=r"^x/best: [^\n]*$"):
-        build_model(Checkpoint(info, model_arrays(tiny_model()), path=Path("x/best")))
+        _ = Checkpoint(metadata, model_arrays(model), path=Path("x/best")).config
 
 
-@pytest.mark.parametrize("key", INFO.model)
-def test_a_config_without_one_of_its_keys_is_refused(key: str) -> None:
-    config = {name: value for name, value in INFO.model.items() if name != key}
+@pytest.mark.parametrize("key", METADATA.model)
+def test_config_without_a_key_is_rejected(key: str) -> None:
+    config = {name: value for name, value in METADATA.model.items() if name != key}
     with pytest.raises(UserError):
-        build_model(Checkpoint(INFO.model_copy(update={"model": config}), model_arrays(tiny_model())))
+        _ = Checkpoint(METADATA.model_copy(update={"model": config}), model_arrays(tiny_model())).config
 
 
-def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
+def test_weights_of_another_dtype_are_rejected() -> None:
+    model = tiny_model()
+    weights = {name: array.astype(np.float16) for name, array in model_arrays(model).items()}
+    with pytest.raises(ValueError, match="float32"):
+        check_weights(asdict(model.config), weights)
+
+
+def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
     path = tmp_path / LAST
     save_checkpoint(SMALL, path)
-    whole = path.read_bytes()
-    random_bits = random.Random(0)
-    for place, byte in enumerate(whole):
-        for mask in (0xFF, 1 << random_bits.randrange(8)):
-            path.write_bytes(whole[:place] + bytes([byte ^ mask]) + whole[place + 1 :])
-            with pytest.raises(UserError, match=r"^.*last\.safetensors: [^\n]*$"):
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for offset, byte in enumerate(content):
+        for mask in (0xFF, 1 << rng.randrange(8)):
+            path.write_bytes(content[:offset] + bytes([byte ^ mask]) + content[offset + 1 :])
+            with pytest.raises(UserError, match=ONE_LINE):
                 load_checkpoint(path)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     load_checkpoint(path)
 
 
-def test_a_cut_at_any_length_is_found(tmp_path: Path) -> None:
+def test_any_other_length_is_detected(tmp_path: Path) -> None:
     path = tmp_path / LAST
     save_checkpoint(SMALL, path)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"^.*last\.safetensors: [^\n]*$"):
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=ONE_LINE):
             load_checkpoint(path)
-    path.write_bytes(whole + b"\0")
+    path.write_bytes(content + b"\0")
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(path)
 
 
-class Trap:
-    """Creates a file when it is unpickled."""
+class CreatesFile:
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -312,14 +197,14 @@ class Trap:
 
 @pytest.mark.parametrize("kind", ["pickle", "zip"])
 def test_pickles_are_never_executed(tmp_path: Path, kind: str) -> None:
-    path, sprung = tmp_path / BEST, tmp_path / "sprung"
+    path, created = tmp_path / BEST, tmp_path / "created"
     if kind == "pickle":
-        path.write_bytes(pickle.dumps(Trap(sprung)))
+        path.write_bytes(pickle.dumps(CreatesFile(created)))
     else:
-        torch.save({"model": Trap(sprung)}, path)
+        torch.save({"model": CreatesFile(created)}, path)
     with pytest.raises(UserError, match="not a checkpoint of glyphgpt"):
         load_checkpoint(path)
-    assert not sprung.exists()
+    assert not created.exists()
 
 
 @pytest.mark.parametrize(
@@ -333,10 +218,10 @@ def test_pickles_are_never_executed(tmp_path: Path, kind: str) -> None:
         (2).to_bytes(8, "little") + b"{}",
         (11).to_bytes(8, "little") + b'{"sha256":"',
         (15).to_bytes(8, "little") + b'{"sha256":"0"} ',
-        safetensors.torch.save({"weight": torch.zeros(3)}),
-        safetensors.torch.save({"weight": torch.zeros(3)}, {"sha256": "0" * 64}),
-        seal({}),
-        seal({}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        safetensors.numpy.save({"weight": np.zeros(3)}),
+        safetensors.numpy.save({"weight": np.zeros(3)}, {"sha256": "0" * 64}),
+        checkpoint_bytes({}),
+        checkpoint_bytes({}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
     ],
     ids=[
         "empty",
@@ -349,29 +234,29 @@ def test_pickles_are_never_executed(tmp_path: Path, kind: str) -> None:
         "short checksum",
         "foreign",
         "foreign with a wrong checksum",
-        "sealed without info",
-        "sealed tensor without info",
+        "no metadata of glyphgpt",
+        "a tensor without metadata of glyphgpt",
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / BEST
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"^.*best\.safetensors: [^\n]*$"):
+    with pytest.raises(UserError, match=ONE_LINE):
         load_checkpoint(path)
 
 
-def test_a_folder_or_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such checkpoint$"):
-        load_checkpoint(tmp_path / "nowhere")
+def test_missing_file_and_folder_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing: no such checkpoint$"):
+        load_checkpoint(tmp_path / "missing")
     with pytest.raises(UserError, match=r"cannot be read: \S"):
         load_checkpoint(tmp_path)
 
 
-def test_the_format_is_as_described(tmp_path: Path) -> None:
+def test_format_is_as_documented(tmp_path: Path) -> None:
     path = tmp_path / BEST
     tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    path.write_bytes(seal({"glyphgpt": INFO.model_dump_json()}, {"model.x": tensor}, b"\0\0\x80\x3f"))
-    assert load_checkpoint(path).metadata == INFO
+    path.write_bytes(checkpoint_bytes({"glyphgpt": METADATA.model_dump_json()}, {"model.x": tensor}, b"\0\0\x80\x3f"))
+    assert load_checkpoint(path).metadata == METADATA
     assert_same(load_checkpoint(path).model, {"x": np.array([1.0], dtype=np.float32)})
 
 
@@ -391,15 +276,15 @@ def test_the_format_is_as_described(tmp_path: Path) -> None:
     ],
     ids=lambda tensors: str(*tensors.values()),
 )
-def test_impossible_tensors_are_refused(tmp_path: Path, tensors: dict[str, Any]) -> None:
+def test_invalid_tensors_are_rejected(tmp_path: Path, tensors: dict[str, Any]) -> None:
     path = tmp_path / BEST
-    path.write_bytes(seal({"glyphgpt": INFO.model_dump_json()}, tensors, bytes(4)))
-    with pytest.raises(UserError, match=r"^.*best\.safetensors: [^\n]*$"):
+    path.write_bytes(checkpoint_bytes({"glyphgpt": METADATA.model_dump_json()}, tensors, bytes(4)))
+    with pytest.raises(UserError, match=ONE_LINE):
         load_checkpoint(path)
 
 
-def info_with(**changes: object) -> str:
-    return json.dumps({**INFO.model_dump(), **changes})
+def metadata_with(**changes: object) -> str:
+    return json.dumps({**METADATA.model_dump(), **changes})
 
 
 @pytest.mark.parametrize(
@@ -413,51 +298,51 @@ def info_with(**changes: object) -> str:
         '{"format": 1}',
         "{" * 100_000,
         "[" * 100_000 + "]" * 100_000,
-        info_with(format="1"),
-        info_with(format=None),
-        info_with(format=True),
-        info_with(model=[]),
-        info_with(model={"n_layer": 1}, extra=1),
-        info_with(tokenizer="char"),
-        info_with(state={"step": "3"}),
-        info_with(state={"step": 1.5}),
-        info_with(state={"steps": 1}),
-        info_with(scaler={"scale": "big"}),
-        info_with(val_loss="low"),
-        info_with(state=None),
-        info_with(data=None),
-        info_with().replace(str(INFO.state.step), "9" * 5000),
+        metadata_with(format="1"),
+        metadata_with(format=None),
+        metadata_with(format=True),
+        metadata_with(model=[]),
+        metadata_with(model={"n_layer": 1}, extra=1),
+        metadata_with(tokenizer="char"),
+        metadata_with(state={"step": "3"}),
+        metadata_with(state={"step": 1.5}),
+        metadata_with(state={"steps": 1}),
+        metadata_with(scaler={"scale": "big"}),
+        metadata_with(val_loss="low"),
+        metadata_with(state=None),
+        metadata_with(data=None),
+        metadata_with().replace(str(METADATA.state.step), "9" * 5000),
         *(
-            json.dumps({k: v for k, v in INFO.model_dump().items() if k not in (key, "format")})
+            json.dumps({k: v for k, v in METADATA.model_dump().items() if k not in (key, "format")})
             for key in ("data", "state")
         ),
     ],
     ids=lambda text: text[:30],
 )
-def test_hostile_info_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_metadata_is_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / BEST
-    path.write_bytes(seal({"glyphgpt": text}))
-    with pytest.raises(UserError, match=r"^.*best\.safetensors: [^\n]*$"):
+    path.write_bytes(checkpoint_bytes({"glyphgpt": text}))
+    with pytest.raises(UserError, match=ONE_LINE):
         load_checkpoint(path)
 
 
 @pytest.mark.parametrize("depth", [50, 400, 900, 5000])
-def test_deep_nesting_is_no_crash(tmp_path: Path, depth: int) -> None:
+def test_deeply_nested_metadata_is_rejected(tmp_path: Path, depth: int) -> None:
     path = tmp_path / BEST
-    deep = '{"a":' * depth + "1" + "}" * depth
-    path.write_bytes(seal({"glyphgpt": info_with(model="DEEP").replace('"DEEP"', deep)}))
+    nested = '{"a":' * depth + "1" + "}" * depth
+    path.write_bytes(checkpoint_bytes({"glyphgpt": metadata_with(model="NESTED").replace('"NESTED"', nested)}))
     with pytest.raises(UserError):
-        build_model(load_checkpoint(path))
+        _ = load_checkpoint(path).config
 
 
-def test_a_newer_format_says_to_update(tmp_path: Path) -> None:
-    save_checkpoint(Checkpoint(INFO.model_copy(update={"format": 99}), SMALL.model), tmp_path / BEST)
+def test_newer_format_asks_for_an_update(tmp_path: Path) -> None:
+    save_checkpoint(Checkpoint(METADATA.model_copy(update={"format": 99}), ARRAYS), tmp_path / BEST)
     with pytest.raises(UserError, match=r"format 99\); update glyphgpt"):
         load_checkpoint(tmp_path / BEST)
 
 
-def test_a_newer_format_may_hold_anything(tmp_path: Path) -> None:
-    (tmp_path / BEST).write_bytes(seal({"glyphgpt": '{"format": 2, "new": {}}'}))
+def test_newer_format_may_have_other_metadata(tmp_path: Path) -> None:
+    (tmp_path / BEST).write_bytes(checkpoint_bytes({"glyphgpt": '{"format": 2, "new": {}}'}))
     with pytest.raises(UserError, match="update glyphgpt"):
         load_checkpoint(tmp_path / BEST)
 
@@ -468,7 +353,7 @@ def full_disk_for_safetensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", fail)
+        patch.setattr("glyphgpt.checkpoint.save_file", fail)
         yield
 
 
@@ -493,65 +378,65 @@ def small_file_limit(_: pytest.MonkeyPatch) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("trouble", [full_disk_for_safetensors, full_disk_at_flush, small_file_limit])
-@pytest.mark.parametrize("replacing", [True, False])
-def test_a_failed_write_leaves_things_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Any, replacing: bool
+@pytest.mark.parametrize("fault", [full_disk_for_safetensors, full_disk_at_flush, small_file_limit])
+@pytest.mark.parametrize("exists", [True, False])
+def test_failed_write_leaves_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, exists: bool
 ) -> None:
     path = tmp_path / LAST
-    if replacing:
+    if exists:
         save_checkpoint(SMALL, path)
-    newer = Checkpoint(INFO.model_copy(update={"data": "another"}), {"weight": np.ones(1000)})
-    with pytest.raises(UserError, match=r"^.*last\.safetensors: could not be written: [^\n]*$"), trouble(monkeypatch):
+    newer = Checkpoint(METADATA.model_copy(update={"data": "another"}), {"weight": np.ones(1000)})
+    with pytest.raises(UserError, match=r"^.*last\.safetensors: could not be written: [^\n]*$"), fault(monkeypatch):
         save_checkpoint(newer, path)
-    assert [file.name for file in tmp_path.iterdir()] == ([LAST] if replacing else [])
-    if replacing:
-        assert load_checkpoint(path).metadata == INFO
+    assert [file.name for file in tmp_path.iterdir()] == ([LAST] if exists else [])
+    if exists:
+        assert load_checkpoint(path).metadata == METADATA
     save_checkpoint(newer, path)
     assert load_checkpoint(path).metadata == newer.metadata
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone.*last\.safetensors: could not be written"):
-        save_checkpoint(SMALL, tmp_path / "gone" / LAST)
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing.*last\.safetensors: could not be written"):
+        save_checkpoint(SMALL, tmp_path / "missing" / LAST)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
-def test_a_folder_that_cannot_be_synced_is_no_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network file systems answer EINVAL; the file is complete and in place by then."""
+def test_failed_folder_sync_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems return EINVAL. The file is complete and in place by then."""
     sync = os.fsync
 
-    def refuse_folders(handle: int) -> None:
+    def fail_for_folders(handle: int) -> None:
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         sync(handle)
 
-    monkeypatch.setattr(os, "fsync", refuse_folders)
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
     save_checkpoint(SMALL, tmp_path / LAST)
-    assert load_checkpoint(tmp_path / LAST).metadata == INFO
+    assert load_checkpoint(tmp_path / LAST).metadata == METADATA
 
 
-def test_the_file_is_flushed_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, seen = os.fsync, []
+def test_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, renamed = os.fsync, []
 
-    def watch(handle: int) -> None:
-        seen.append((tmp_path / LAST).exists())
+    def record(handle: int) -> None:
+        renamed.append((tmp_path / LAST).exists())
         sync(handle)
 
-    monkeypatch.setattr(os, "fsync", watch)
+    monkeypatch.setattr(os, "fsync", record)
     save_checkpoint(SMALL, tmp_path / LAST)
-    assert seen[0] is False
+    assert renamed[0] is False
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="permissions exist on POSIX only")
 @pytest.mark.parametrize(("folder", "file"), [(0o700, 0o600), (0o750, 0o640), (0o755, 0o644), (0o775, 0o664)])
-def test_files_are_as_open_as_their_folder(tmp_path: Path, folder: int, file: int) -> None:
+def test_files_have_the_permissions_of_their_folder(tmp_path: Path, folder: int, file: int) -> None:
     tmp_path.chmod(folder)
     save_checkpoint(SMALL, tmp_path / LAST)
     assert stat.S_IMODE((tmp_path / LAST).stat().st_mode) == file
 
 
-def test_find_prefers_the_best(tmp_path: Path) -> None:
+def test_find_checkpoint_prefers_the_best(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint in this folder; train first"):
         find_checkpoint(tmp_path)
     (tmp_path / LAST).touch()
@@ -559,4 +444,4 @@ def test_find_prefers_the_best(tmp_path: Path) -> None:
     (tmp_path / BEST).touch()
     assert find_checkpoint(tmp_path) == tmp_path / BEST
     assert find_checkpoint(tmp_path / LAST) == tmp_path / LAST
-    assert find_checkpoint(tmp_path / "else.safetensors") == tmp_path / "else.safetensors"
+    assert find_checkpoint(tmp_path / "other.safetensors") == tmp_path / "other.safetensors"

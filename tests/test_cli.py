@@ -1,9 +1,7 @@
-"""Settings: files and flags become typed values, or one clear line for each problem."""
+"""Files and flags become typed settings, or one line for each problem."""
 
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,9 @@ from typing import Any
 import pytest
 import tomli_w
 from hypothesis import example, given
-from hypothesis import settings as tries
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, script
 from glyphgpt.cli import NANOGPT_NAMES, help_text, parse, resolve
 from glyphgpt.errors import UsageError
 from glyphgpt.settings import (
@@ -30,7 +27,6 @@ from glyphgpt.settings import (
 )
 
 CLASSES: list[type[Settings]] = [TrainSettings, SampleSettings, PrepareSettings]
-SCRIPTS = ["prepare.py", "train.py", "sample.py"]
 
 
 def read(settings_class: type[Settings], *words: str) -> Any:
@@ -54,7 +50,7 @@ def write_toml(folder: Path, text: str, name: str = "some.toml") -> str:
     return str(path)
 
 
-def test_later_files_win_over_earlier_ones_and_flags_over_all(folder: Path) -> None:
+def test_later_files_override_earlier_ones_and_flags_override_files(folder: Path) -> None:
     first = write_toml(folder, "n_layer = 5\nn_head = 5\nn_embd = 500\n", "first.toml")
     second = write_toml(folder, "n_layer = 6\nn_embd = 600\n", "second.toml")
     settings = read(TrainSettings, "--n_layer=7", first, second)
@@ -66,7 +62,7 @@ def test_later_files_win_over_earlier_ones_and_flags_over_all(folder: Path) -> N
     [["--n_layer=7"], ["--n_layer", "7"], ["--n-layer=7"], ["--n-layer", "7"], ["--n_layer=3", "--n_layer=7"]],
     ids=" ".join,
 )
-def test_ways_to_write_a_flag(words: list[str]) -> None:
+def test_flag_syntax(words: list[str]) -> None:
     assert read(TrainSettings, *words).n_layer == 7
 
 
@@ -83,7 +79,7 @@ def test_ways_to_write_a_flag(words: list[str]) -> None:
     ],
     ids=str,
 )
-def test_ways_to_write_a_switch(words: list[str], value: bool) -> None:
+def test_switch_syntax(words: list[str], value: bool) -> None:
     assert read(TrainSettings, *words).resume is value
 
 
@@ -92,32 +88,32 @@ def test_ways_to_write_a_switch(words: list[str], value: bool) -> None:
     [([], "auto"), (["--compile", "auto"], "auto"), (["--compile"], True), (["--compile", "false"], False)],
     ids=str,
 )
-def test_compile_is_a_switch_and_a_word(words: list[str], value: object) -> None:
+def test_compile_accepts_auto_and_works_as_a_switch(words: list[str], value: object) -> None:
     assert read(TrainSettings, *words).compile == value
 
 
 @pytest.mark.parametrize("switch", ["--resume", "--compile"])
-def test_a_bare_switch_leaves_the_file_behind_it_alone(folder: Path, switch: str) -> None:
+def test_file_after_a_bare_switch_is_not_its_value(folder: Path, switch: str) -> None:
     file = write_toml(folder, "n_layer = 9")
     settings = read(TrainSettings, switch, file)
     assert (settings.model_dump()[switch[2:]], settings.n_layer) == (True, 9)
 
 
-def test_stop_may_be_given_several_times() -> None:
+def test_stop_may_be_repeated() -> None:
     assert read(SampleSettings, "--stop=a=b", "--stop", "\n", "--stop=").stop == ("a=b", "\n", "")
 
 
-def test_values_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:
+def test_values_may_start_with_a_dash_or_contain_an_equals_sign() -> None:
     assert read(SampleSettings, "--prompt", "- a=b").prompt == "- a=b"
     assert read(SampleSettings, "--prompt=--resume").prompt == "--resume"
 
 
-def test_plain_words_are_given_back_in_order() -> None:
+def test_plain_words_are_returned_in_order() -> None:
     assert parse(PrepareSettings, ["a.txt", "--name", "b", "-", "c"], "", "", files=False)[1] == ["a.txt", "-", "c"]
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("words", "message"),
     [
         (["--n_layers=3"], "unknown key --n_layers; did you mean 'n_layer'?"),
         (["--n-layers=3"], "unknown key --n_layers; did you mean 'n_layer'?"),
@@ -142,12 +138,12 @@ def test_plain_words_are_given_back_in_order() -> None:
     ],
     ids=str,
 )
-def test_what_is_said_of_a_wrong_flag(words: list[str], line: str) -> None:
-    assert problems(TrainSettings, *words) == [f"command line: {line}"]
+def test_messages_for_wrong_flags(words: list[str], message: str) -> None:
+    assert problems(TrainSettings, *words) == [f"command line: {message}"]
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("words", "message"),
     [
         (["--start=x"], "unknown key --start; nanoGPT's 'start' is 'prompt' here"),
         (["--top_p=0"], "--top_p must be a number, above 0, at most 1, not '0'"),
@@ -156,23 +152,23 @@ def test_what_is_said_of_a_wrong_flag(words: list[str], line: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_said_of_a_wrong_flag_for_sampling(words: list[str], line: str) -> None:
-    assert problems(SampleSettings, *words) == [f"command line: {line}"]
+def test_messages_for_wrong_flags_of_sampling(words: list[str], message: str) -> None:
+    assert problems(SampleSettings, *words) == [f"command line: {message}"]
 
 
 @pytest.mark.parametrize("settings_class", [TrainSettings, SampleSettings])
-def test_a_seed_that_torch_cannot_hold_is_told_at_once(settings_class: type[Settings]) -> None:
+def test_seed_must_fit_torchs_generator(settings_class: type[Settings]) -> None:
     assert read(settings_class, f"--seed={2**63 - 1}").seed == 2**63 - 1
     [line] = problems(settings_class, f"--seed={2**63}")
     assert line.startswith("command line: --seed must be a whole number, at least 0")
 
 
-def test_every_name_of_nanogpt_leads_to_a_setting() -> None:
+def test_every_nanogpt_name_maps_to_a_setting() -> None:
     assert set(NANOGPT_NAMES.values()) <= {*TrainSettings.model_fields, *SampleSettings.model_fields}
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "message"),
     [
         ('n_layer = "6"', "'n_layer' must be a whole number, at least 1, not '6'"),
         ("n_layer = 6.0", "'n_layer' must be a whole number, at least 1, not 6.0"),
@@ -191,18 +187,18 @@ def test_every_name_of_nanogpt_leads_to_a_setting() -> None:
     ],
     ids=str,
 )
-def test_what_is_said_of_a_wrong_value_in_a_file(folder: Path, text: str, line: str) -> None:
+def test_messages_for_wrong_values_in_a_file(folder: Path, text: str, message: str) -> None:
     file = write_toml(folder, text)
-    assert problems(TrainSettings, file) == [f"{file}: {line}"]
+    assert problems(TrainSettings, file) == [f"{file}: {message}"]
 
 
-def test_a_whole_number_will_do_for_a_number(folder: Path) -> None:
+def test_integer_is_accepted_as_a_float(folder: Path) -> None:
     value = read(TrainSettings, write_toml(folder, "learning_rate = 1")).learning_rate
     assert isinstance(value, float)
     assert value == 1.0
 
 
-def test_all_problems_are_told_at_once_each_with_its_source(folder: Path) -> None:
+def test_all_problems_are_reported_with_their_sources(folder: Path) -> None:
     first = write_toml(folder, "n_layers = 6\ndropout = 2.0", "first.toml")
     second = write_toml(folder, 'batch_size = "12"', "second.toml")
     assert sorted(problems(TrainSettings, first, second, "--patience=x", "--eval_interval=3", "--dtype")) == sorted(
@@ -218,14 +214,14 @@ def test_all_problems_are_told_at_once_each_with_its_source(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["n_layer 6", "n_layer = six", "a = 1\na = 2", "n_layer = 6 n_head = 2"])
-def test_a_file_that_is_not_toml(folder: Path, text: str) -> None:
+def test_file_that_is_not_toml(folder: Path, text: str) -> None:
     file = write_toml(folder, text)
     with pytest.raises(tomllib.TOMLDecodeError) as reason:
         tomllib.loads(text)
     assert problems(TrainSettings, file) == [f"{file}: not a TOML file: {reason.value}"]
 
 
-def test_a_file_that_is_not_utf_8(folder: Path) -> None:
+def test_file_that_is_not_utf_8(folder: Path) -> None:
     file = folder / "latin.toml"
     file.write_bytes(b'dataset = "caf\xe9"')
     [line] = problems(TrainSettings, str(file))
@@ -235,21 +231,21 @@ def test_a_file_that_is_not_utf_8(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["n_layer = " + "[" * 5000 + "]" * 5000, "n_layer = " + "9" * 5000, "dropout = 0x" + "f" * 5000],
-    ids=["deep", "many digits", "many hexadecimal digits"],
+    ids=["deep nesting", "many digits", "many hexadecimal digits"],
 )
-def test_a_file_of_extremes(folder: Path, text: str) -> None:
+def test_extreme_values_in_a_file_are_rejected(folder: Path, text: str) -> None:
     file = write_toml(folder, text)
     assert problems(TrainSettings, file)[0].startswith(f"{file}: ")
 
 
-def test_a_file_that_is_missing_and_a_folder(folder: Path) -> None:
+def test_missing_file_and_folder_that_is_not_a_run(folder: Path) -> None:
     missing = folder / "missing.toml"
     line = f"{missing}: cannot read this settings file: No such file or directory"
     assert problems(TrainSettings, str(missing)) == [line]
     assert problems(TrainSettings, str(folder)) == [f"{folder}: not the folder of a run; it has no config.toml"]
 
 
-def test_a_python_config_is_never_executed(folder: Path) -> None:
+def test_python_config_is_never_executed(folder: Path) -> None:
     marker = folder / "executed"
     config = write_toml(folder, f"open({str(marker)!r}, 'w')\nn_layer = 6\n", "config.py")
     assert problems(TrainSettings, config) == [
@@ -260,7 +256,7 @@ def test_a_python_config_is_never_executed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "lines"),
+    ("words", "messages"),
     [
         (["--n_embd=10", "--n_head=4"], ["n_embd = 10 is not a multiple of n_head = 4"]),
         (
@@ -281,12 +277,12 @@ def test_a_python_config_is_never_executed(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_training_settings_that_do_not_go_together(words: list[str], lines: list[str]) -> None:
-    assert problems(TrainSettings, *words) == lines
+def test_conflicting_training_settings(words: list[str], messages: list[str]) -> None:
+    assert problems(TrainSettings, *words) == messages
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("words", "message"),
     [
         (["--prompt=a", "--prompt_file=b"], "prompt and prompt_file contradict each other; choose one"),
         (["--interactive", "--num_samples=2"], "interactive shows one sample at a time; leave num_samples out"),
@@ -298,17 +294,17 @@ def test_training_settings_that_do_not_go_together(words: list[str], lines: list
     ],
     ids=str,
 )
-def test_sampling_settings_that_do_not_go_together(words: list[str], line: str) -> None:
-    assert problems(SampleSettings, *words) == [line]
+def test_conflicting_sampling_settings(words: list[str], message: str) -> None:
+    assert problems(SampleSettings, *words) == [message]
 
 
-def test_values_of_different_sources_are_checked_together(folder: Path) -> None:
+def test_conflicts_between_sources_are_detected(folder: Path) -> None:
     file = write_toml(folder, "n_head = 3")
     assert read(TrainSettings, file, "--n_embd=9").n_embd == 9
     assert problems(TrainSettings, file, "--n_embd=10") == ["n_embd = 10 is not a multiple of n_head = 3"]
 
 
-@tries(deadline=None, max_examples=40)
+@hypothesis_settings(deadline=None, max_examples=40)
 @given(
     st.fixed_dictionaries(
         {
@@ -322,14 +318,14 @@ def test_values_of_different_sources_are_checked_together(folder: Path) -> None:
         }
     )
 )
-def test_saved_settings_come_back(folder: Path, values: dict[str, Any]) -> None:
+def test_saved_settings_can_be_read_again(folder: Path, values: dict[str, Any]) -> None:
     settings = TrainSettings.model_validate(values)
     saved = write_toml(folder, tomli_w.dumps(settings.model_dump(exclude=set(Mode.model_fields))))
     assert read(TrainSettings, saved) == settings
 
 
 @pytest.mark.parametrize("settings_class", CLASSES)
-def test_every_setting_is_told_in_the_help_with_its_default_and_meaning(settings_class: type[Settings]) -> None:
+def test_help_shows_every_setting_with_its_meaning_and_default(settings_class: type[Settings]) -> None:
     entries = re.split(r"^  --", help_text(settings_class, "usage", "description"), flags=re.MULTILINE)[1:]
     shown = {entry.split()[0]: "".join(entry.split()) for entry in entries}
     assert shown.keys() == settings_class.model_fields.keys()
@@ -341,7 +337,7 @@ def test_every_setting_is_told_in_the_help_with_its_default_and_meaning(settings
             assert f"default{default})" in shown[key]
 
 
-def test_help_words_an_entry_as_one_would_say_it() -> None:
+def test_help_shows_types_bounds_and_headings() -> None:
     shown = " ".join(help_text(TrainSettings, "usage", "description").split())
     assert "--n_layer INT Number of blocks. (at least 1; default 4)" in shown
     assert "--compile auto|true|false Compile the model with torch.compile" in shown
@@ -356,67 +352,38 @@ def test_help_words_an_entry_as_one_would_say_it() -> None:
         assert heading in shown
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_of_a_script(name: str) -> None:
-    done = script(name, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: python {name} ")
-    assert "--data_dir TEXT" in done.stdout
-
-
 @pytest.mark.parametrize("words", [["-h"], ["--help"], ["--n_layers=3", "--help"]], ids=" ".join)
-def test_help_comes_before_all_checks(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+def test_help_is_shown_before_any_check(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
         read(TrainSettings, *words)
-    assert end.value.code == 0
+    assert exit_info.value.code == 0
     assert capsys.readouterr().out.startswith("usage: usage\n\ndescription\n")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_and_mistakes_do_not_wait_for_torch(name: str) -> None:
-    code = f"""
-import runpy, sys
-for word in ("--help", "--n_layers=3"):
-    sys.argv = [{name!r}, word]
-    try:
-        runpy.run_path({name!r}, run_name="__main__")
-    except SystemExit as end:
-        print(word, end.code, "torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "--help 0 False\n" in done.stdout
-    assert done.stdout.endswith("--n_layers=3 2 False\n")
-
-
-def test_a_mistake_is_one_line_and_status_2() -> None:
-    done = script("train.py", "--n_layers=3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: command line: unknown key --n_layers; did you mean 'n_layer'?\n"
-
-
-def as_a_shell_passes_it(word: bytes) -> str:
+def as_argument(word: bytes) -> str:
+    """Return bytes as Python receives them in sys.argv."""
     return os.fsdecode(word.replace(b"\0", b""))
 
 
 KEYS = st.sampled_from(sorted({key for each in CLASSES for key in each.model_fields} | NANOGPT_NAMES.keys()))
 WORDS = st.one_of(
-    st.binary(max_size=12).map(as_a_shell_passes_it),
+    st.binary(max_size=12).map(as_argument),
     st.builds("--{}".format, KEYS),
-    st.builds("--{}={}".format, KEYS, st.binary(max_size=12).map(as_a_shell_passes_it)),
-    st.builds("--{}".format, st.binary(max_size=12).map(as_a_shell_passes_it)),
+    st.builds("--{}={}".format, KEYS, st.binary(max_size=12).map(as_argument)),
+    st.builds("--{}".format, st.binary(max_size=12).map(as_argument)),
     st.sampled_from(["-", "--", "--=", "-h", "true", "auto", "0", "1e3", ".py", "x/.py", "--stop"]),
 )
 
 
-@tries(deadline=None, max_examples=150)
+@hypothesis_settings(deadline=None, max_examples=150)
 @given(st.sampled_from(CLASSES), st.lists(WORDS, max_size=5))
 @example(TrainSettings, ["--\udcff=1"])
 @example(SampleSettings, ["--stop", "--stop"])
-def test_any_command_line_is_taken_or_told_what_is_wrong(settings_class: type[Settings], words: list[str]) -> None:
+def test_any_command_line_is_accepted_or_a_usage_error(settings_class: type[Settings], words: list[str]) -> None:
     try:
         assert isinstance(read(settings_class, *words), settings_class)
-    except SystemExit as end:
-        assert end.code == 0
+    except SystemExit as error:
+        assert error.code == 0
         assert {"-h", "--help"} & set(words)
     except UsageError as error:
         assert str(error)
@@ -429,9 +396,9 @@ TOML = st.one_of(
 )
 
 
-@tries(deadline=None, max_examples=150)
+@hypothesis_settings(deadline=None, max_examples=150)
 @given(text=TOML)
-def test_any_file_is_taken_or_told_what_is_wrong(folder: Path, text: str) -> None:
+def test_any_file_is_accepted_or_a_usage_error(folder: Path, text: str) -> None:
     file = write_toml(folder, text)
     try:
         assert isinstance(read(TrainSettings, file), TrainSettings)
@@ -440,19 +407,19 @@ def test_any_file_is_taken_or_told_what_is_wrong(folder: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["a\0b", "two\nlines", "\x1b[31m", "\udcff"])
-def test_a_name_that_could_be_no_line_is_refused(name: str) -> None:
+def test_unprintable_text_is_rejected(name: str) -> None:
     with pytest.raises(UsageError, match=r"^x\.toml: 'out_dir' must be printable text, not [^\n]*$"):
         resolve(TrainSettings, [("x.toml", {"out_dir": name})])
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_embd", "batch_size", "max_steps", "ngram_rows", "eval_every"])
-def test_numbers_beyond_any_machine_are_refused(key: str) -> None:
+def test_huge_sizes_are_rejected(key: str) -> None:
     with pytest.raises(UsageError, match=rf"--{key} must be a whole number, at least [01], not such a large number$"):
         resolve(TrainSettings, [("command line", {key: "9" * 30})])
 
 
 def path_settings() -> list[tuple[type[Settings], str]]:
-    """Every setting of every script whose help or name says that it is a file or folder."""
+    """Return every setting of every script that names a file or folder."""
     classes = (TrainSettings, SampleSettings, PrepareSettings, ConvertSettings, PlotSettings, ReportSettings)
     words = ("dir", "out", "file", "meta", "reference", "init_from", "score", "dataset", "vocabulary")
     return [
@@ -464,19 +431,19 @@ def path_settings() -> list[tuple[type[Settings], str]]:
 
 
 @pytest.mark.parametrize(("settings_class", "key"), path_settings())
-def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(
+def test_tilde_is_expanded_in_every_path(
     settings_class: type[Settings], key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/jane")
-    name, others = "x", []
+    name, other_flags = "x", []
     if key == "out" and settings_class is SampleSettings:
-        name, others = "x.png", ["--attention=text"]
-    assert getattr(read(settings_class, f"--{key}=~/{name}", *others), key) == f"/home/jane/{name}"
+        name, other_flags = "x.png", ["--attention=text"]
+    assert getattr(read(settings_class, f"--{key}=~/{name}", *other_flags), key) == f"/home/jane/{name}"
     if settings_class is TrainSettings:
         assert getattr(read(settings_class, write_toml(folder, f'{key} = "~/x"')), key) == "/home/jane/x"
     assert parse(settings_class, ["~/a/*.txt"], "", "", files=False)[1] == ["/home/jane/a/*.txt"]
 
 
-def test_a_settings_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
-    """As PowerShell writes them."""
+def test_settings_file_may_start_with_a_byte_order_mark(folder: Path) -> None:
+    """PowerShell writes such files."""
     assert read(TrainSettings, write_toml(folder, "\ufeffmax_steps = 7")).max_steps == 7

@@ -1,4 +1,4 @@
-"""One clear line and an exit status."""
+"""Errors are one line each and an exit status; closed and broken streams are handled."""
 
 import errno
 import os
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, as_flags, read_metrics, tiny_settings
-from glyphgpt import checkpoint as checkpoints
+from conftest import ROOT, as_flags, read_metrics, saved_step, tiny_settings
 from glyphgpt.errors import UsageError, UserError, exit_on_error, format_os_error, optional_import, print_error, warn
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "words"),
+    ("error", "status", "message"),
     [
         (UserError("no such thing"), 1, "error: no such thing\n"),
         (UserError("first\nsecond"), 1, "error: first\nerror: second\n"),
@@ -28,17 +27,17 @@ from glyphgpt.errors import UsageError, UserError, exit_on_error, format_os_erro
     ],
     ids=repr,
 )
-def test_errors_become_lines_and_a_status(
-    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, words: str
+def test_errors_become_lines_and_an_exit_status(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, message: str
 ) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_error():
-        print("so far", end="")
+        print("output", end="")
         raise error
     assert caught.value.code == status
-    assert capsys.readouterr() == ("so far", words)
+    assert capsys.readouterr() == ("output", message)
 
 
-def test_an_exit_keeps_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_system_exit_keeps_its_status(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_error():
         raise SystemExit(7)
     assert caught.value.code == 7
@@ -46,26 +45,26 @@ def test_an_exit_keeps_its_status(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), AssertionError("bug")], ids=repr)
-def test_bugs_pass(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
+def test_other_exceptions_propagate(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, exit_on_error():
         raise error
     assert caught.value is error
     assert capsys.readouterr().err == ""
 
 
-def test_without_errors_nothing_happens(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_on_error_does_nothing_without_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with exit_on_error():
         print("fine")
     assert capsys.readouterr() == ("fine\n", "")
 
 
-def test_report_and_warn_write_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_error_and_warn_write_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert print_error(UsageError("one\ntwo")) == 2
     warn("careful")
     assert capsys.readouterr() == ("", "error: one\nerror: two\nwarning: careful\n")
 
 
-def test_an_os_error_is_one_line() -> None:
+def test_os_error_is_one_line() -> None:
     try:
         (ROOT / "nowhere" / "x").read_text()
     except OSError as error:
@@ -73,7 +72,7 @@ def test_an_os_error_is_one_line() -> None:
 
 
 def run(code: str, *, close_output: bool = False, encoding: str = "utf-8") -> tuple[int, str]:
-    """Run lines inside exit_on_error in a process of their own; return its status and standard error."""
+    """Run code inside exit_on_error in a new process; return its exit status and standard error."""
     lines = "\n".join(f"    {line}" for line in code.splitlines())
     process = subprocess.Popen(
         [sys.executable, "-c", f"from glyphgpt.errors import *\nwith exit_on_error():\n{lines}"],
@@ -92,48 +91,48 @@ def run(code: str, *, close_output: bool = False, encoding: str = "utf-8") -> tu
 
 
 @pytest.mark.parametrize("text", ["'x'", "'x' * 10**6", "'x', flush=True"])
-def test_a_reader_that_has_seen_enough_ends_the_script_as_in_other_programs(text: str) -> None:
+def test_broken_pipe_ends_the_script_with_sigpipe_status(text: str) -> None:
     assert run(f"print({text})", close_output=True) == (141, "")
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "words"),
+    ("code", "status", "message"),
     [("raise UserError('disk on fire')", 1, "error: disk on fire\n"), ("raise SystemExit(7)", 7, "")],
 )
-def test_the_end_is_told_even_when_nobody_reads_the_output(code: str, status: int, words: str) -> None:
-    assert run(f"print('x', end='')\n{code}", close_output=True) == (status, words)
+def test_error_is_printed_after_a_broken_pipe(code: str, status: int, message: str) -> None:
+    assert run(f"print('x', end='')\n{code}", close_output=True) == (status, message)
 
 
-def lines_after(lines: str, start: str = "") -> tuple[int, str]:
-    """Run lines after what exit_on_error ended in, in a process of their own; return its status and standard error."""
-    begin = "import atexit, signal\nfrom glyphgpt.errors import *\ndef ctrl_c(): signal.raise_signal(2)"
-    code = f"{begin}\n{start}\nwith exit_on_error():\n    pass\n{lines}"
+def run_after(code: str, before: str = "") -> tuple[int, str]:
+    """Run code after an exit_on_error block in a new process; return its exit status and standard error."""
+    imports = "import atexit, signal\nfrom glyphgpt.errors import *\ndef ctrl_c(): signal.raise_signal(2)"
+    code = f"{imports}\n{before}\nwith exit_on_error():\n    pass\n{code}"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT, check=False)
     return done.returncode, done.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="statuses of signals are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="exit statuses of signals exist on POSIX only")
 @pytest.mark.parametrize(
-    ("lines", "start", "status"),
+    ("code", "before", "status"),
     [
         ("ctrl_c()", "", -2),
         ("atexit.register(ctrl_c)", "", -2),
         ("with exit_on_error():\n    ctrl_c()", "", 130),
         ("ctrl_c()", "signal.signal(signal.SIGINT, signal.SIG_IGN)", 0),
     ],
-    ids=["while importing", "while clearing up", "in the next part", "of a background job"],
+    ids=["outside", "at exit", "in another block", "ignored in a background job"],
 )
-def test_ctrl_c_leaves_no_traceback(lines: str, start: str, status: int) -> None:
-    assert lines_after(lines, start) == (status, "")
+def test_ctrl_c_leaves_no_traceback(code: str, before: str, status: int) -> None:
+    assert run_after(code, before) == (status, "")
 
 
-def test_any_character_can_be_shown_on_any_console() -> None:
+def test_any_character_can_be_printed_on_any_console() -> None:
     assert run("print('中🙂\\ud800')\nwarn('中\\ud800')", encoding="ascii") == (0, "warning: 中\\ud800\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-@pytest.mark.parametrize("words", [["--help"], ["shakespeare_char", "--name=x"]], ids=["help", "refusal"])
-def test_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
+@pytest.mark.parametrize("words", [["--help"], ["shakespeare_char", "--name=x"]], ids=["help", "error"])
+def test_unwritable_output_is_one_line(words: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, str(ROOT / "prepare.py"), *words],
@@ -144,17 +143,14 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     assert done.stderr.count("\n") == 1
 
 
-CLOSED = [(0,), (1,), (2,), (0, 1, 2)]
+@pytest.mark.skipif(os.name != "posix", reason="closes file descriptors")
+@pytest.mark.parametrize("descriptors", [(0,), (1,), (2,), (0, 1, 2)])
+def test_scripts_work_with_closed_streams(descriptors: tuple[int, ...], data_dir: Path, tmp_path: Path) -> None:
+    """Daemons and some schedulers start processes with closed streams, as <&- >&- 2>&- does in a shell."""
 
-
-@pytest.mark.skipif(os.name != "posix", reason="closes streams by their numbers")
-@pytest.mark.parametrize("numbers", CLOSED)
-def test_scripts_work_with_closed_streams(numbers: tuple[int, ...], data_dir: Path, tmp_path: Path) -> None:
-    """Daemons and some schedulers start processes so (<&- >&- 2>&- in a shell)."""
-
-    def shut() -> None:
-        for number in numbers:
-            os.close(number)
+    def close_streams() -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     flags = as_flags(tiny_settings(data_dir, tmp_path / "run", max_steps=2))
     (tmp_path / "a.txt").write_text("to be or not to be, that is the question", encoding="utf-8")
@@ -165,23 +161,23 @@ def test_scripts_work_with_closed_streams(numbers: tuple[int, ...], data_dir: Pa
         ["sample.py", str(tmp_path / "run"), "--interactive", "--device=cpu"],
         ["train.py", "--help"],
     ):
-        if words[-2:] != ["--interactive", "--device=cpu"] or 0 in numbers:
+        if words[-2:] != ["--interactive", "--device=cpu"] or 0 in descriptors:
             done = subprocess.run(
-                [sys.executable, str(ROOT / words[0]), *words[1:]], preexec_fn=shut, cwd=ROOT, check=False,
+                [sys.executable, str(ROOT / words[0]), *words[1:]], preexec_fn=close_streams, cwd=ROOT, check=False,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             assert (done.returncode, "Traceback" in done.stderr) == (0, False), (words, done.stderr)
     assert (tmp_path / "a" / "meta.json").exists()
-    assert checkpoints.load_checkpoint(tmp_path / "run" / "last.safetensors").metadata.state.step == 2
+    assert saved_step(tmp_path / "run") == 2
 
 
-def test_files_never_get_the_number_of_a_closed_stream() -> None:
+def test_files_never_get_the_descriptor_of_a_closed_stream() -> None:
     code = "import os; from glyphgpt.errors import *; open_standard_streams(); print(os.open('/dev/null', 0) > 2)"
     command = ["bash", "-c", f'"{sys.executable}" -c "{code}" 2>&- <&-']
     assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout == "True\n"
 
 
-def test_a_training_whose_reader_has_gone_saves_and_ends(data_dir: Path, tmp_path: Path) -> None:
+def test_training_saves_and_stops_after_a_broken_pipe(data_dir: Path, tmp_path: Path) -> None:
     settings = tiny_settings(data_dir, tmp_path, max_steps=3000, eval_every=10, save_every=0)
     command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
@@ -191,21 +187,17 @@ def test_a_training_whose_reader_has_gone_saves_and_ends(data_dir: Path, tmp_pat
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
-    step = checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step
-    assert read_metrics(tmp_path)[-1]["step"] == step > 0
+    assert read_metrics(tmp_path)[-1]["step"] == saved_step(tmp_path) > 0
 
 
-def test_no_more_threads_is_one_line() -> None:
-    status, said = run('raise RuntimeError("can\'t start new thread")')
-    assert (status, said) == (
-        1,
-        "error: the system allows no more threads or processes; raise its limit (ulimit -u)\n",
-    )
-    assert "Traceback" in run('raise RuntimeError("a fault of ours")')[1]
+def test_thread_limit_is_one_line() -> None:
+    message = "error: the system allows no more threads or processes; raise its limit (ulimit -u)\n"
+    assert run('raise RuntimeError("can\'t start new thread")') == (1, message)
+    assert "Traceback" in run('raise RuntimeError("another error")')[1]
 
 
 @pytest.mark.parametrize("error", [ImportError("bad binary"), ValueError("numpy.dtype size changed"), OSError("libx")])
-def test_a_package_that_is_broken_is_not_called_missing(error: Exception) -> None:
+def test_broken_package_is_not_reported_as_missing(error: Exception) -> None:
     with (
         pytest.raises(UsageError, match=rf"^it needs pyarrow, which is installed but .*\({error}\); reinstall it"),
         optional_import("pyarrow", "it"),
@@ -213,7 +205,7 @@ def test_a_package_that_is_broken_is_not_called_missing(error: Exception) -> Non
         raise error
 
 
-def test_a_package_that_lacks_another_one_is_not_called_missing() -> None:
+def test_package_with_a_missing_dependency_is_not_reported_as_missing() -> None:
     reason = r"^it needs wandb, which is installed but .*\(No module named 'xxhash'\)"
     with pytest.raises(UsageError, match=reason), optional_import("wandb", "it"):
         raise ModuleNotFoundError("No module named 'xxhash'", name="xxhash")

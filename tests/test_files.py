@@ -1,12 +1,10 @@
-"""A run's folder: one training at a time, and files that are never there in part."""
+"""Locks, atomic writes, and the replacement of several files together."""
 
 import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +14,7 @@ from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import LOCK, fsync_dir, locked, replace_files, write_atomic
 
 
-def test_a_folder_is_made_and_locked_for_others(tmp_path: Path) -> None:
+def test_locked_creates_the_folder_and_excludes_others(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "run"
     with locked(folder, "x"):
         assert folder.is_dir()
@@ -26,31 +24,31 @@ def test_a_folder_is_made_and_locked_for_others(tmp_path: Path) -> None:
         pass
 
 
-def test_another_training_is_refused_and_touches_nothing(data_dir: Path, tmp_path: Path) -> None:
+def test_second_training_in_a_folder_is_rejected_and_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
     settings = tiny_settings(data_dir, tmp_path, max_steps=2)
     train.main(settings)
     with locked(tmp_path, "x"):
         before = contents(tmp_path)
-        refusal = f"{tmp_path}: in use by another process; wait until it ends, or use --out_dir=ANOTHER"
+        message = f"{tmp_path}: in use by another process; wait until it ends, or use --out_dir=ANOTHER"
         done = script("train.py", *as_flags(settings), "--resume")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: {refusal}")
+        assert done.stderr.startswith(f"error: {message}")
         for changes in ({"resume": True}, {"overwrite": True}, {}):
-            with pytest.raises(UsageError, match=f"^{refusal}"):
+            with pytest.raises(UsageError, match=f"^{message}"):
                 train.main(settings.model_copy(update=changes))
         assert contents(tmp_path) == before
 
 
-def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
-    hold = "import os, sys; from pathlib import Path; from glyphgpt.files import locked\n"
-    hold += "with locked(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", hold, str(tmp_path)], check=False)
+def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from glyphgpt.files import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert (tmp_path / LOCK).exists()
     with locked(tmp_path, "x"):
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=rf"^{tmp_path / 'file'}.*: could not be written: "),
@@ -60,14 +58,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["replace", "unlink"])
-def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     write_atomic(tmp_path / "a", b"first")
 
     def fail(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "replace", fail)
-    if call == "unlink":  # what is left then does no harm
+    if call == "unlink":  # a leftover temporary file does no harm
         monkeypatch.setattr(os, "unlink", fail)
     with pytest.raises(
         UserError, match=rf"^{tmp_path / 'a'}: could not be written: No space left on device; the previous file"
@@ -79,7 +77,7 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: 
     assert contents(tmp_path) == {"a": b"third"}
 
 
-LOCK_ONCE_MORE = """
+LOCK_WITHOUT_FLOCK = """
 import errno, fcntl, sys
 from pathlib import Path
 from glyphgpt.errors import exit_on_error
@@ -95,9 +93,9 @@ with exit_on_error(), locked(Path(sys.argv[1]), "another"):
 """
 
 
-def test_a_file_system_without_flock_is_locked_another_way(tmp_path: Path) -> None:
+def test_locked_works_on_a_file_system_without_flock(tmp_path: Path) -> None:
     def lock() -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", LOCK_ONCE_MORE, str(tmp_path)]
+        command = [sys.executable, "-c", LOCK_WITHOUT_FLOCK, str(tmp_path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, **pipes, text=True, cwd=ROOT)  # type: ignore[call-overload]
 
@@ -109,14 +107,14 @@ def test_a_file_system_without_flock_is_locked_another_way(tmp_path: Path) -> No
     )
     first.kill()
     first.communicate()
-    assert lock().communicate() == ("locked\n", ""), "a process that was killed holds no lock"
+    assert lock().communicate() == ("locked\n", ""), "a killed process holds no lock"
 
 
-class Refusal:
-    """Has a call of the system fail, as file systems without it do."""
+class FailingCall:
+    """A system call that always fails, as on a file system that does not support it."""
 
-    def __init__(self, really: Callable[..., Any], error: int) -> None:
-        self.really, self.error, self.calls = really, error, 0
+    def __init__(self, error: int) -> None:
+        self.error, self.calls = error, 0
 
     def __call__(self, *_: object, **__: object) -> None:
         self.calls += 1
@@ -127,30 +125,28 @@ class Refusal:
     ("call", "error"),
     [("chmod", errno.EPERM), ("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP)],
 )
-def test_what_a_file_system_lacks_does_not_stop_the_work(
+def test_unsupported_system_calls_do_not_stop_training(
     call: str, error: int, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusal = Refusal(getattr(os, call), error)
-    monkeypatch.setattr(os, call, refusal)
+    failing = FailingCall(error)
+    monkeypatch.setattr(os, call, failing)
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
-    assert refusal.calls
+    assert failing.calls
     train.main(tiny_settings(data_dir, tmp_path, max_steps=3, resume=True))
 
 
-def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "open", Refusal(os.open, errno.EACCES))
+def test_fsync_dir_ignores_folders_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", FailingCall(errno.EACCES))
     fsync_dir(tmp_path)
 
 
-def test_data_that_could_not_be_written_to_the_disk_is_a_failure(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", Refusal(os.fsync, errno.EIO))
+def test_failed_flush_is_an_error(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", FailingCall(errno.EIO))
     with pytest.raises(UserError, match="could not be written: Input/output error"):
         train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
 
 
-def test_new_files_take_their_places_together_and_others_stay(tmp_path: Path) -> None:
+def test_replace_files_replaces_all_at_the_end_and_keeps_others(tmp_path: Path) -> None:
     for name in ("a", "old page", "notes"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     with replace_files(tmp_path, stale=("old page", "no such page")) as new:

@@ -1,4 +1,4 @@
-"""The whole program on a CUDA GPU: train, resume, sample; skipped where there is none."""
+"""Training, resuming, sampling and beam search on CUDA GPUs; skipped without one."""
 
 from pathlib import Path
 
@@ -8,8 +8,7 @@ import torch
 
 import sample
 import train
-from conftest import MODERN, ROOT, as_flags, decoder_of, read_metrics, tiny_model, tiny_settings, torchrun
-from glyphgpt import checkpoint as checkpoints
+from conftest import MODERN, ROOT, as_flags, decoder_of, random_model, read_metrics, saved_step, tiny_settings, torchrun
 from glyphgpt.inference.beam_search import beam_search
 from glyphgpt.runtime import TorchLM, init_runtime
 from glyphgpt.settings import SampleSettings, TrainSettings
@@ -18,36 +17,34 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
-def test_the_gpu_is_taken_under_each_of_its_names(device: str) -> None:
+def test_gpu_is_selected_by_each_of_its_names(device: str) -> None:
     with init_runtime(device, "auto") as runtime:
         assert runtime.device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_train_resume_and_sample(dtype: str, data_dir: Path, tmp_path: Path) -> None:
-    form = {"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "dropout": 0.1, "dtype": dtype}
-    settings = {"device": "cuda", "compile": False, "learning_rate": 0.01, "max_steps": 40, **form}
+    network = {"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "dropout": 0.1}
+    settings = {"device": "cuda", "dtype": dtype, "compile": False, "learning_rate": 0.01, "max_steps": 40, **network}
     train.main(tiny_settings(data_dir, tmp_path, **settings))
     train.main(tiny_settings(data_dir, tmp_path, **{**settings, "max_steps": 60, "resume": True}))
     losses = [row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "val"]
     assert losses[-1] < losses[0] - 0.5
-    assert checkpoints.load_checkpoint(tmp_path / "last.safetensors").metadata.state.step == 60
+    assert saved_step(tmp_path) == 60
     sample.main(SampleSettings(device="cuda", num_samples=3, max_new_tokens=40), str(tmp_path))
 
 
-def test_beam_search_finds_the_same_ways_as_on_the_cpu() -> None:
-    model = tiny_model(**MODERN)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
+def test_beam_search_finds_the_same_hypotheses_as_on_the_cpu() -> None:
+    model = random_model(**MODERN)
     prompts = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     with init_runtime("cuda", "float32") as runtime:
         on_gpu = TorchLM(model.to(runtime.device), runtime)
-        found = beam_search(on_gpu, prompts, end=0, beam=3, max_new_tokens=5)
+        by_torch = beam_search(on_gpu, prompts, end=0, beam=3, max_new_tokens=5)
     by_numpy = beam_search(decoder_of(model.cpu()), prompts, end=0, beam=3, max_new_tokens=5)
-    assert [way.tolist() for way in found] == [way.tolist() for way in by_numpy]
+    assert [tokens.tolist() for tokens in by_torch] == [tokens.tolist() for tokens in by_numpy]
 
 
-def test_a_compiled_run_follows_an_eager_one(data_dir: Path, tmp_path: Path) -> None:
+def test_compiled_run_has_the_losses_of_an_eager_one(data_dir: Path, tmp_path: Path) -> None:
     for name in ("eager", "compiled"):
         settings = {"device": "cuda", "dtype": "float32", "compile": name == "compiled"}
         train.main(tiny_settings(data_dir, tmp_path / name, **settings))
@@ -55,22 +52,22 @@ def test_a_compiled_run_follows_an_eager_one(data_dir: Path, tmp_path: Path) -> 
     assert compiled == pytest.approx(eager, abs=1e-2)
 
 
-def test_activations_computed_anew_change_nothing_but_the_memory(data_dir: Path, tmp_path: Path) -> None:
+def test_activation_checkpointing_saves_memory_and_keeps_the_losses(data_dir: Path, tmp_path: Path) -> None:
     peaks = []
     for recompute in (False, True):
         torch.cuda.reset_peak_memory_stats()
-        more = {"n_layer": 12, "batch_size": 64, "dropout": 0.1, "activation_checkpointing": recompute}
-        settings = {"device": "cuda", "dtype": "float32", "compile": False, **more}
+        network = {"n_layer": 12, "batch_size": 64, "dropout": 0.1, "activation_checkpointing": recompute}
+        settings = {"device": "cuda", "dtype": "float32", "compile": False, **network}
         train.main(tiny_settings(data_dir, tmp_path / str(recompute), **settings))
         peaks.append(torch.cuda.max_memory_allocated())
-    kept, recomputed = ([row["loss"] for row in read_metrics(tmp_path / str(name))] for name in (False, True))
-    assert recomputed == pytest.approx(kept, abs=1e-5)
+    stored, recomputed = ([row["loss"] for row in read_metrics(tmp_path / str(name))] for name in (False, True))
+    assert recomputed == pytest.approx(stored, abs=1e-5)
     assert peaks[1] < peaks[0]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_gpus_follow_one(parallel: str, data_dir: Path, tmp_path: Path) -> None:
+def test_two_gpus_have_the_losses_of_one(parallel: str, data_dir: Path, tmp_path: Path) -> None:
     def settings(name: str) -> TrainSettings:
         return tiny_settings(
             data_dir, tmp_path / name, device="cuda", dtype="bfloat16", compile=False, parallel=parallel

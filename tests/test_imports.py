@@ -1,4 +1,4 @@
-"""Who imports whom, and what nobody does, read from the syntax trees."""
+"""Rules on imports and on calls that could run foreign code, checked in the syntax trees."""
 
 import ast
 from collections.abc import Iterator
@@ -24,16 +24,16 @@ FORBIDDEN_KEYWORDS = {"shell", "allow_pickle"}
 
 
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield what runs when the module is imported."""
+    """Yield the nodes that run when the module is imported."""
     for node in ast.iter_child_nodes(tree):
-        for_types_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if not (for_types_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+        type_checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (type_checking or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
             yield node
             yield from outside_functions(node)
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:
-    """Return the modules that import statements name, `from a import b` giving both a and a.b."""
+    """Return the modules that import statements name; `from a import b` names both a and a.b."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -44,52 +44,53 @@ def imported(nodes: Iterator[ast.AST]) -> set[str]:
     return names
 
 
-def ours(nodes: Iterator[ast.AST]) -> set[str]:
+def own_imports(nodes: Iterator[ast.AST]) -> set[str]:
+    """Return the imported modules that are scripts or belong to the package."""
     return imported(nodes) & TREES.keys()
 
 
-ANYWHERE = {name: ours(ast.walk(tree)) for name, tree in TREES.items()}
-AT_ONCE = {name: ours(outside_functions(tree)) for name, tree in TREES.items()}
+ALL_IMPORTS = {name: own_imports(ast.walk(tree)) for name, tree in TREES.items()}
+IMPORT_TIME = {name: own_imports(outside_functions(tree)) for name, tree in TREES.items()}
 
 
-def test_the_files_are_those_of_the_design() -> None:
+def test_modules_are_found() -> None:
     assert {*SCRIPTS, "model", "glyphgpt.settings", "glyphgpt.cli", "glyphgpt.data.dataset"} < TREES.keys()
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_imports_point_one_way(name: str) -> None:
-    """Scripts import the model and the package; the package imports the model in functions only, and no script."""
+def test_import_directions(name: str) -> None:
+    """Scripts import the model and the package; the package imports no script, and the model in functions only."""
     allowed = {module for module in TREES if module.partition(".")[0] == "glyphgpt"}
     if name == "model":
         allowed = set()
     elif name in SCRIPTS:
         allowed |= {"model"}
-    assert AT_ONCE[name] <= allowed
-    assert ANYWHERE[name] <= allowed | ({"model"} if name.startswith("glyphgpt.") else set())
+    assert IMPORT_TIME[name] <= allowed
+    assert ALL_IMPORTS[name] <= allowed | ({"model"} if name.startswith("glyphgpt.") else set())
     assert not [module for module in imported(ast.walk(TREES[name])) if module.startswith(".")]
 
 
-def test_prepare_does_not_know_the_model() -> None:
-    assert "model" not in ANYWHERE["prepare"]
+def test_prepare_does_not_import_the_model() -> None:
+    assert "model" not in ALL_IMPORTS["prepare"]
 
 
-def test_there_are_no_circles() -> None:
-    parents = {name: modules - {"glyphgpt"} for name, modules in ANYWHERE.items()}
-    assert set(TopologicalSorter(parents).static_order()) >= TREES.keys() - {"glyphgpt"}
+def test_no_import_cycles() -> None:
+    dependencies = {name: modules - {"glyphgpt"} for name, modules in ALL_IMPORTS.items()}
+    assert set(TopologicalSorter(dependencies).static_order()) >= TREES.keys() - {"glyphgpt"}
 
 
-def test_preparing_does_not_import_torch() -> None:
+def test_prepare_does_not_import_torch() -> None:
     reached, new = set(), {"prepare"}
     while new:
         reached |= new
-        new = set().union(*(AT_ONCE[name] for name in new)) - reached
+        new = set().union(*(IMPORT_TIME[name] for name in new)) - reached
     assert {"glyphgpt.data.recipes", "glyphgpt.data.tokenizers", "glyphgpt.errors"} < reached
     for name in reached:
         assert not [m for m in imported(outside_functions(TREES[name])) if m.partition(".")[0] == "torch"]
 
 
-def dangers(tree: ast.AST) -> set[str]:
-    """Find what could run code that a file or a user brings along."""
+def find_dangers(tree: ast.AST) -> set[str]:
+    """Return the modules, functions and keywords in a syntax tree that could run foreign code."""
     found = {module.partition(".")[0] for module in imported(ast.walk(tree))} & FORBIDDEN_MODULES
     found |= imported(ast.walk(tree)) & FORBIDDEN_FUNCTIONS
     for node in ast.walk(tree):
@@ -103,13 +104,13 @@ def dangers(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", [*FILES.values(), *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_runs_code_from_outside(path: Path) -> None:
+def test_no_module_runs_foreign_code(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     allowed = {"torch.load"} if path == FILES["glyphgpt.convert.nanogpt"] else set()
-    assert dangers(tree) == allowed
+    assert find_dangers(tree) == allowed
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         if ast.unparse(call.func) == "torch.load":
-            assert ast.unparse(call).endswith("weights_only=True)"), "torch's loader takes plain data only"
+            assert ast.unparse(call).endswith("weights_only=True)"), "torch.load must not unpickle objects"
 
 
 @pytest.mark.parametrize(
@@ -129,12 +130,12 @@ def test_nothing_runs_code_from_outside(path: Path) -> None:
         ("np.load(path, allow_pickle=True)", "allow_pickle"),
     ],
 )
-def test_dangers_are_found(code: str, danger: str) -> None:
-    assert dangers(ast.parse(code)) == {danger}
+def test_find_dangers(code: str, danger: str) -> None:
+    assert find_dangers(ast.parse(code)) == {danger}
 
 
 @pytest.mark.parametrize(
     "code", ["model.eval()", "torch.compile(model)", "np.load(path, allow_pickle=False)", "run(words, shell=False)"]
 )
-def test_the_harmless_is_left_alone(code: str) -> None:
-    assert dangers(ast.parse(code)) == set()
+def test_find_dangers_ignores_harmless_calls(code: str) -> None:
+    assert find_dangers(ast.parse(code)) == set()

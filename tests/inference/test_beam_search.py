@@ -1,14 +1,14 @@
-"""Beam search, against what can be worked out by hand."""
+"""Beam search, compared with slow exhaustive and uncached searches."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import MODERN, decoder_of, tiny_model
+from conftest import MODERN, decoder_of, random_model
 from glyphgpt.inference.beam_search import beam_search, log_softmax
 from glyphgpt.inference.generate import Floats, Ids, LanguageModel
 from glyphgpt.runtime import TorchLM, init_runtime
@@ -17,13 +17,13 @@ END = 0
 
 
 class Chain:
-    """A model whose next token depends on the last one only, by a table of log-probabilities (V, V)."""
+    """A language model whose next token depends only on the previous one, by a table of log-probabilities (V, V)."""
 
     def __init__(self, table: Floats) -> None:
         self.table = table
 
     class Cache:
-        """Checks that rows move with their ways: remembers the tokens that each row has seen."""
+        """The tokens of each row so far, so that wrongly ordered rows change the result."""
 
         def __init__(self, batch: int) -> None:
             self.seen = np.empty((batch, 0), np.int64)
@@ -44,100 +44,97 @@ def chain(*rows: list[float]) -> Chain:
         return Chain(np.log(np.array(rows)))
 
 
-def ways(model: Any, *prompts: list[int], beam: int, most: int = 10) -> list[list[int]]:
-    found = beam_search(model, np.array(prompts), end=END, beam=beam, max_new_tokens=most)
-    return [way.tolist() for way in found]
+def search(model: Any, *prompts: list[int], beam: int, max_new_tokens: int = 10) -> list[list[int]]:
+    hypotheses = beam_search(model, np.array(prompts), end=END, beam=beam, max_new_tokens=max_new_tokens)
+    return [hypothesis.tolist() for hypothesis in hypotheses]
 
 
-# From 1, the likeliest token is 2, after which nothing is likely; 3 is less likely, and then the end is certain.
+# After 1, token 2 is the most probable, but after 2 no token is probable. After 3, which is less probable, the end is
+# certain.
 GARDEN_PATH = chain([1, 0, 0, 0], [0, 0, 0.6, 0.4], [0.3, 0.35, 0.35, 0], [1, 0, 0, 0])
 
 
-def test_greedy_takes_the_likeliest_token_and_a_beam_looks_further() -> None:
-    assert ways(GARDEN_PATH, [1], beam=1, most=3) == [[2, 1, 2]]
-    assert ways(GARDEN_PATH, [1], beam=2) == [[3]]
+def test_beam_finds_a_better_hypothesis_than_greedy_decoding() -> None:
+    assert search(GARDEN_PATH, [1], beam=1, max_new_tokens=3) == [[2, 1, 2]]
+    assert search(GARDEN_PATH, [1], beam=2) == [[3]]
 
 
-def test_what_is_not_ended_is_cut() -> None:
+def test_max_new_tokens_limits_the_length() -> None:
     endless = chain([1, 0], [0, 1])
-    assert ways(endless, [1], beam=1, most=5) == [[1] * 5]
-    assert ways(endless, [1], beam=1, most=0) == [[]]
+    assert search(endless, [1], beam=1, max_new_tokens=5) == [[1] * 5]
+    assert search(endless, [1], beam=1, max_new_tokens=0) == [[]]
 
 
-def test_an_end_at_once_leaves_nothing() -> None:
-    assert ways(chain([1, 0], [1, 0]), [1], beam=2) == [[]]
+def test_immediate_end_gives_an_empty_result() -> None:
+    assert search(chain([1, 0], [1, 0]), [1], beam=2) == [[]]
 
 
 def tables(size: int = 4) -> st.SearchStrategy[Floats]:
-    numbers = st.lists(st.integers(-5, 5), min_size=size * size, max_size=size * size)  # whose ties are exact
+    numbers = st.lists(
+        st.integers(-5, 5), min_size=size * size, max_size=size * size
+    )  # small integers, so that ties are exact
     return numbers.map(lambda values: np.array(values, float).reshape(size, size))
 
 
-def score(table: Floats, prompt: list[int], way: list[int]) -> float:
-    """Mean log-probability per token of a way with its end."""
-    path = [prompt[-1], *way, END]
-    chances = log_softmax(table)
-    return float(np.mean([chances[one, other] for one, other in pairwise(path)]))
+def score(table: Floats, prompt: list[int], hypothesis: list[int]) -> float:
+    """Return the mean log-probability per token of a hypothesis that ends."""
+    log_probs = log_softmax(table)
+    return float(np.mean([log_probs[pair] for pair in pairwise([prompt[-1], *hypothesis, END])]))
 
 
 @given(tables(), st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(1, 6))
-def test_prompts_do_not_disturb_each_other(table: Floats, firsts: list[int], beam: int) -> None:
-    together = ways(Chain(table), *([first] for first in firsts), beam=beam)
-    assert together == [ways(Chain(table), [first], beam=beam)[0] for first in firsts]
+def test_prompts_of_a_batch_are_independent(table: Floats, tokens: list[int], beam: int) -> None:
+    batch = search(Chain(table), *([token] for token in tokens), beam=beam)
+    assert batch == [search(Chain(table), [token], beam=beam)[0] for token in tokens]
 
 
 @given(tables(), st.integers(0, 3))
-def test_a_beam_of_all_ways_finds_the_best_of_them(table: Floats, first: int) -> None:
-    [found] = ways(Chain(table), [first], beam=64, most=3)
-    two = [[one, other] for one in (1, 2, 3) for other in (1, 2, 3)]
-    ended = [way for way in [[], [1], [2], [3], *two] if way == found]
-    if ended:  # no way of the same length or shorter that ended would have been better
-        best = max(score(table, [first], way) for way in [[], [1], [2], [3], *two] if len(way) <= len(found))
-        assert score(table, [first], found) >= best - 1e-9
+def test_wide_beam_finds_the_best_hypothesis(table: Floats, first: int) -> None:
+    [result] = search(Chain(table), [first], beam=64, max_new_tokens=3)
+    finished = [list(tokens) for length in range(3) for tokens in product((1, 2, 3), repeat=length)]
+    if result in finished:  # then no finished hypothesis of this length or shorter is better
+        best = max(score(table, [first], other) for other in finished if len(other) <= len(result))
+        assert score(table, [first], result) >= best - 1e-9
 
 
 @given(tables(), st.integers(0, 3))
-def test_a_beam_of_one_is_greedy(table: Floats, first: int) -> None:
+def test_beam_of_one_is_greedy_decoding(table: Floats, first: int) -> None:
     greedy: list[int] = []
     while len(greedy) < 10 and (token := int(table[([first, *greedy])[-1]].argmax())) != END:
         greedy.append(token)
-    assert ways(Chain(table), [first], beam=1) == [greedy]
+    assert search(Chain(table), [first], beam=1) == [greedy]
 
 
-def by_hand(model: LanguageModel, prompt: list[int], beam: int, most: int) -> list[int]:
-    """Search with the whole text read anew for every way, so that no cache can be mixed up."""
-    kept: list[tuple[list[int], float]] = [([], 0.0)]
-    for _ in range(most):
+def uncached_search(model: LanguageModel, prompt: list[int], beam: int, max_new_tokens: int) -> list[int]:
+    """Search as `beam_search` does, but process the whole text again for every hypothesis instead of using a cache."""
+    hypotheses: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(max_new_tokens):
         longer = []
-        for way, total in kept:
-            if way[-1:] == [END]:
-                longer.append((way, total))
+        for tokens, total in hypotheses:
+            if tokens[-1:] == [END]:
+                longer.append((tokens, total))
                 continue
-            chances = log_softmax(model.next_logits(np.array([prompt + way]), model.new_cache(1)))[0]
-            longer += [([*way, token], total + float(chance)) for token, chance in enumerate(chances)]
-        kept = sorted(longer, key=lambda found: -found[1] / len(found[0]))[:beam]
-        if kept[0][0][-1] == END:
+            log_probs = log_softmax(model.next_logits(np.array([prompt + tokens]), model.new_cache(1)))[0]
+            longer += [([*tokens, token], total + float(log_prob)) for token, log_prob in enumerate(log_probs)]
+        hypotheses = sorted(longer, key=lambda hypothesis: -hypothesis[1] / len(hypothesis[0]))[:beam]
+        if hypotheses[0][0][-1] == END:
             break
-    best = kept[0][0]
+    best = hypotheses[0][0]
     return best[:-1] if best[-1:] == [END] else best
 
 
-def test_caches_follow_their_ways() -> None:
-    model = tiny_model(tie_embeddings=False)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
+def test_cache_rows_follow_their_hypotheses() -> None:
+    model = decoder_of(random_model(std=0.5, tie_embeddings=False))
     prompts = [[first, second] for first in range(11) for second in range(11)]
-    decoder = decoder_of(model)
-    assert ways(decoder, *prompts, beam=4, most=6) == [by_hand(decoder, prompt, 4, 6) for prompt in prompts]
+    expected = [uncached_search(model, prompt, 4, 6) for prompt in prompts]
+    assert search(model, *prompts, beam=4, max_new_tokens=6) == expected
 
 
-def test_decoder_and_torch_find_the_same_ways() -> None:
-    for form in ({"tie_embeddings": False}, MODERN):
-        model = tiny_model(**form)
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.3)
-        prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 1, 5]]
-        with init_runtime("cpu", "float32") as runtime:
-            by_torch = ways(TorchLM(model, runtime), *prompts, beam=3, most=5)
-        assert ways(decoder_of(model), *prompts, beam=3, most=5) == by_torch
-        assert len({tuple(way) for way in by_torch}) > 1
+@pytest.mark.parametrize("network", [{"tie_embeddings": False}, MODERN], ids=["gpt2", "modern"])
+def test_numpy_and_torch_models_find_the_same_hypotheses(network: dict[str, Any]) -> None:
+    model = random_model(**network)
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 1, 5]]
+    with init_runtime("cpu", "float32") as runtime:
+        by_torch = search(TorchLM(model, runtime), *prompts, beam=3, max_new_tokens=5)
+    assert search(decoder_of(model), *prompts, beam=3, max_new_tokens=5) == by_torch
+    assert len(set(map(tuple, by_torch))) > 1

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the optional trackers."""
+"""Rows of metrics and samples, and the optional trackers."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from glyphgpt.errors import UsageError, UserError
 from glyphgpt.training.metrics import METRICS, SAMPLES, JsonlWriter, Metrics, check_trackers, read_rows
 
 
-def test_rows_are_written_at_once(tmp_path: Path) -> None:
+def test_rows_are_written_immediately(tmp_path: Path) -> None:
     metrics = Metrics(tiny_settings(tmp_path, tmp_path))
     metrics.open(keep_steps=-1)
     metrics.write("val", 0, loss=2.5)
@@ -27,14 +27,14 @@ def test_rows_are_written_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_null(tmp_path: Path, number: float) -> None:
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path, number: float) -> None:
     file = JsonlWriter(tmp_path / METRICS, keep_steps=-1)
     file.write({"kind": "train", "step": 1, "grad_norm": number})
     file.close()
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 1, "grad_norm": None}]
 
 
-KEPT = [
+VALID_ROWS = [
     b'{"kind": "val", "step": 0, "loss": 2.50}\n',
     b'{"kind":"train",  "step": 3, "note": "\xc3\xbc"}\n',
     b'{"kind": "train", "step": 5}\n',
@@ -54,24 +54,34 @@ KEPT = [
         b'[1]\n"step"\n{"kind": "train"}\n',
         b'{"kind": "train", "step": "4"}\n{"kind": "train", "step": null}\n',
     ],
-    ids=["nothing", "later rows", "cut", "no end of line", "zeros", "no UTF-8", "empty", "no steps", "no numbers"],
+    ids=[
+        "nothing",
+        "later rows",
+        "partial row",
+        "no line end",
+        "zeros",
+        "not UTF-8",
+        "empty line",
+        "no step",
+        "bad step",
+    ],
 )
-def test_reopening_keeps_whole_rows_up_to_the_step(tmp_path: Path, after: bytes) -> None:
-    (tmp_path / METRICS).write_bytes(b"".join(KEPT) + after)
+def test_reopening_keeps_complete_rows_up_to_the_step(tmp_path: Path, after: bytes) -> None:
+    (tmp_path / METRICS).write_bytes(b"".join(VALID_ROWS) + after)
     file = JsonlWriter(tmp_path / METRICS, keep_steps=5)
     file.write({"kind": "train", "step": 6})
     file.close()
-    assert (tmp_path / METRICS).read_bytes() == b"".join([*KEPT, b'{"kind": "train", "step": 6}\n'])
+    assert (tmp_path / METRICS).read_bytes() == b"".join([*VALID_ROWS, b'{"kind": "train", "step": 6}\n'])
     assert [file.name for file in tmp_path.iterdir()] == [METRICS]
 
 
-def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
-    (tmp_path / METRICS).write_bytes(b"".join(KEPT))
+def test_new_run_drops_all_rows(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_bytes(b"".join(VALID_ROWS))
     JsonlWriter(tmp_path / METRICS, keep_steps=-1).close()
     assert (tmp_path / METRICS).read_bytes() == b""
 
 
-def test_a_silent_process_writes_nothing(tmp_path: Path) -> None:
+def test_silent_process_writes_nothing(tmp_path: Path) -> None:
     metrics = Metrics(tiny_settings(tmp_path, tmp_path), silent=True)
     metrics.open(keep_steps=-1)
     metrics.write("val", 0, loss=2.5)
@@ -80,20 +90,20 @@ def test_a_silent_process_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_are_read_but_for_a_last_one_that_was_cut(tmp_path: Path) -> None:
+def test_reading_ignores_a_partial_last_row(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1, "text": "a\u2028b", "loss": NaN}\n{"step": 2}\n{"step": 3}', "utf-8")
     assert read_rows(tmp_path / METRICS, dict) == [{"step": 1, "text": "a\u2028b", "loss": None}, {"step": 2}]
 
 
 @pytest.mark.parametrize("content", [b"\xff\n", b"{\n", b"\n", b"7\n", b"[" * 10**5 + b"\n"])
-def test_rows_that_are_none_name_their_file(tmp_path: Path, content: bytes) -> None:
+def test_invalid_rows_are_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / METRICS).write_bytes(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl: not as train.py writes it$"):
         read_rows(tmp_path / METRICS, dict)
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_names_the_command(
+def test_missing_tracker_names_the_install_command(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -103,26 +113,26 @@ def test_a_tracker_that_is_not_installed_names_the_command(
     check_trackers(tiny_settings(tmp_path, tmp_path))
 
 
-def test_weights_and_biases_gets_settings_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    run = SimpleNamespace(id="abc", log=lambda row, step: told.append((step, row)), finish=lambda: told.append("end"))
+def test_wandb_receives_settings_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = SimpleNamespace(id="abc", log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("end"))
 
-    def init(**about: Any) -> SimpleNamespace:
-        told.append((about["project"], about["name"], about["config"]["n_embd"]))
+    def init(**options: Any) -> SimpleNamespace:
+        calls.append((options["project"], options["name"], options["config"]["n_embd"]))
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    settings = tiny_settings(tmp_path, tmp_path / "my_run", wandb=True, wandb_project="mine")
+    settings = tiny_settings(tmp_path, tmp_path / "my_run", wandb=True, wandb_project="project")
     (tmp_path / "my_run").mkdir()
     metrics = Metrics(settings)
     metrics.open(keep_steps=-1)
     metrics.write("val", 3, loss=1.5, perplexity=4.0)
     metrics.close()
-    assert told == [("mine", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
+    assert calls == [("project", "my_run", 16), (3, {"val/loss": 1.5, "val/perplexity": 4.0}), "end"]
     assert read_metrics(tmp_path / "my_run") == [{"kind": "val", "step": 3, "loss": 1.5, "perplexity": 4.0}]
 
 
-def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+def test_tensorboard_receives_every_number(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
@@ -139,12 +149,12 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, **run: Any) -> list[dict[str, Any]]:
-    """Put a package in the place of wandb; return what runs are started with."""
+    """Replace the package wandb; return the list to which the options of each started run are appended."""
     started: list[dict[str, Any]] = []
 
-    def init(**about: Any) -> SimpleNamespace:
-        started.append(about)
-        return SimpleNamespace(**{"id": about["id"] or "fresh", "log": print, "finish": print, **run})
+    def init(**options: Any) -> SimpleNamespace:
+        started.append(options)
+        return SimpleNamespace(**{"id": options["id"] or "new", "log": print, "finish": print, **run})
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return started
@@ -154,33 +164,31 @@ def fail(*_: object, **__: object) -> None:
     raise RuntimeError("api_key not configured\nand more")
 
 
-def test_a_tracker_that_cannot_start_is_one_line_before_anything_is_touched(
+def test_tracker_that_cannot_start_is_an_error_before_any_file_changes(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
     before = contents(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
-    for how in ({"overwrite": True}, {"resume": True}):
+    for mode in ({"overwrite": True}, {"resume": True}):
         with pytest.raises(UserError, match=r"^Weights & Biases cannot start: api_key not configured; log in"):
-            train.main(tiny_settings(data_dir, tmp_path, max_steps=4, wandb=True, **how))
+            train.main(tiny_settings(data_dir, tmp_path, max_steps=4, wandb=True, **mode))
         assert contents(tmp_path) == before
 
 
-def test_a_resumed_run_continues_at_weights_and_biases_and_a_new_one_begins_there(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_keeps_its_wandb_id(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = fake_wandb(monkeypatch)
-    for steps, how in ((2, {}), (4, {"resume": True}), (2, {"overwrite": True})):
-        train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, wandb=True, **how))
-    assert [(about["id"], about["resume"]) for about in started] == [
+    for steps, mode in ((2, {}), (4, {"resume": True}), (2, {"overwrite": True})):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, wandb=True, **mode))
+    assert [(options["id"], options["resume"]) for options in started] == [
         (None, "allow"),
-        ("fresh", "allow"),
+        ("new", "allow"),
         (None, "allow"),
     ]
 
 
 @pytest.mark.parametrize("call", ["log", "finish"])
-def test_a_tracker_that_fails_later_costs_a_warning_only(
+def test_tracker_that_fails_later_only_causes_a_warning(
     call: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_wandb(monkeypatch, **{call: fail})

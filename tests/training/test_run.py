@@ -1,0 +1,359 @@
+"""A run's folder is never lost or mixed with another run, and a run resumes only with a network and data that fit."""
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import train
+from conftest import (
+    as_flags,
+    assert_same_run,
+    contents,
+    prepare_text,
+    read_metrics,
+    saved_step,
+    script,
+    some_text,
+    tiny_settings,
+)
+from glyphgpt.checkpoint import TrainState, load_checkpoint
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.files import BEST, CONFIG, LAST, LOCK, NEW, READY
+from glyphgpt.runtime import Runtime
+from glyphgpt.training.run import Run, outcome
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train 20 steps without interruption."""
+    out_dir = tmp_path_factory.mktemp("uninterrupted")
+    train.main(tiny_settings(data_dir, out_dir))
+    return out_dir
+
+
+# Starting a run in a folder
+
+
+def test_existing_run_is_not_replaced(uninterrupted: Path, data_dir: Path) -> None:
+    before = contents(uninterrupted)
+    done = script("train.py", *as_flags(tiny_settings(data_dir, uninterrupted, seed=2, n_layer=1)))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: {uninterrupted} already holds a run; add --resume to continue it, --overwrite to replace it, "
+        "or --out_dir=ANOTHER\n"
+    )
+    assert contents(uninterrupted) == before
+
+
+@pytest.mark.parametrize("name", [BEST, LAST])
+def test_single_checkpoint_counts_as_a_run(name: str, uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    with pytest.raises(UsageError, match="already holds a run"):
+        train.main(tiny_settings(data_dir, tmp_path))
+    assert contents(tmp_path) == {name: (uninterrupted / name).read_bytes(), LOCK: b""}
+
+
+def test_overwrite_replaces_only_the_run(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, n_layer=1, max_steps=50, seed=2))
+    (tmp_path / "notes.txt").write_text("notes", encoding="utf-8")
+    train.main(tiny_settings(data_dir, tmp_path, overwrite=True))
+    assert_same_run(uninterrupted, tmp_path)
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "notes"
+
+
+def test_rejected_settings_keep_the_run_to_be_overwritten(data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+    before = contents(tmp_path)
+    for changes in ({"block_size": 100_000}, {"device": "cuda:99"}, {"dataset": "none"}):
+        with pytest.raises(UserError):
+            train.main(tiny_settings(data_dir, tmp_path, overwrite=True, **changes))
+    assert contents(tmp_path) == before
+
+
+def test_out_dir_that_cannot_be_created_is_an_error(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    for out_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=rf"^{out_dir}: could not be written: [^\n]*$"):
+            train.main(tiny_settings(data_dir, out_dir))
+    assert contents(tmp_path) == {"file": b"text"}
+
+
+def test_split_shorter_than_a_window_is_rejected_with_the_largest_block_size(tmp_path: Path) -> None:
+    prepare_text(some_text(200), tmp_path)
+    with pytest.raises(UserError, match=r"180 training tokens .* lower block_size to at most 179"):
+        train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=180))
+    train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=179, max_steps=2))
+    assert saved_step(tmp_path / "run") == 2
+
+
+def test_short_validation_split_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_text(some_text(200), tmp_path)
+    train.main(tiny_settings(tmp_path, tmp_path / "run", block_size=20))
+    assert "warning: the validation split has only 20 tokens" in capsys.readouterr().err
+    assert saved_step(tmp_path / "run") == 20
+    train.main(tiny_settings(tmp_path, tmp_path / "shorter", block_size=19))
+    assert "warning" not in capsys.readouterr().err
+
+
+# Failures while saving
+
+
+def fail_at(call: int, function: Callable[..., object]) -> Callable[..., object]:
+    """Return the function with one failing call, which finds the disk full."""
+    calls = 0
+
+    def fail_once(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*arguments)
+
+    return fail_once
+
+
+@pytest.mark.parametrize("save", [3, 4, 5, 6], ids=["best at 10", "last at 10", "best at 20", "last at 20"])
+@pytest.mark.parametrize("function", ["save_file", "fsync"])
+def test_run_resumes_from_the_previous_checkpoint_after_a_full_disk(
+    function: str, save: int, uninterrupted: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(data_dir, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        if function == "save_file":
+            patch.setattr("glyphgpt.checkpoint.save_file", fail_at(save, save_file))
+        else:  # each save calls it for the file and for its folder
+            patch.setattr(os, "fsync", fail_at(2 * save - 1, os.fsync))
+        with pytest.raises(UserError, match=r"^.*could not be written: No space left on device; .*$") as caught:
+            train.main(settings)
+    assert caught.value.status == 1
+    previous, failed = (save - 3) // 2 * 10, (save - 1) // 2 * 10
+    assert saved_step(tmp_path, BEST) == (failed if save % 2 == 0 else previous)
+    assert saved_step(tmp_path, LAST) == previous
+    assert list(tmp_path.glob("*.unfinished")) == []
+    train.main(settings.model_copy(update={"resume": True}))
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_partial_write_keeps_the_previous_checkpoint(data_dir: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    settings = tiny_settings(data_dir, tmp_path / "run", max_steps=10, schedule="constant")
+    train.main(settings)
+    last = tmp_path / "run" / LAST
+    before = last.read_bytes()
+    longer = settings.model_copy(update={"resume": True, "max_steps": 20})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"^{last}: could not be written: [^\n]*$"):
+            train.main(longer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last.read_bytes() == before
+    train.main(longer)
+    train.main(tiny_settings(data_dir, tmp_path / "uninterrupted", schedule="constant"))
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
+
+
+def fail(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "glyphgpt.training.run.Metrics",  # a tracker that cannot start
+        "train.Trainer.make_forward",
+        "train.evaluate",
+        "train.Trainer.sample",
+        "glyphgpt.checkpoint.save_file",
+        "glyphgpt.checkpoint.fsync_file",
+        "glyphgpt.training.run.Run.write_config",
+        "glyphgpt.training.run.Metrics.write_held",
+        "glyphgpt.files.finish_replacement",
+    ],
+)
+def test_run_stays_complete_if_overwriting_fails(
+    function: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, report=True, max_steps=2))
+    before = contents(tmp_path)
+    monkeypatch.setattr(function, fail)
+    with pytest.raises((UserError, OSError)):
+        train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=1))
+    monkeypatch.undo()
+    assert {name: content for name, content in before.items() if name != LOCK}.items() <= contents(tmp_path).items()
+    assert not (tmp_path / NEW).exists()
+    train.main(tiny_settings(data_dir, tmp_path, resume=True, max_steps=3))
+    assert [row["step"] for row in read_metrics(tmp_path)][-2:] == [3, 3]
+
+
+def test_run_killed_during_replacement_is_completed(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupt the replacement before each of its renames in turn."""
+    settings = tiny_settings(data_dir, tmp_path, max_steps=2, overwrite=True)
+    original, finished = Path.replace, False
+    for renames in range(100):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=4, report=True, overwrite=True, seed=7))
+        remaining = iter(range(renames))
+
+        def replace(path: Path, target: Path, remaining: "Iterator[int]" = remaining) -> Path:
+            if path.parent.name == READY and next(remaining, None) is None:
+                raise KeyboardInterrupt
+            return original(path, target)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", replace)
+            train.main(settings)
+            finished = True
+        if finished:
+            break
+        train.main(settings.model_copy(update={"overwrite": False, "resume": True}))
+        assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 2]
+        assert load_checkpoint(tmp_path / BEST).metadata.settings["seed"] == settings.seed
+        assert contents(tmp_path).keys() == {LOCK, BEST, CONFIG, LAST, "metrics.jsonl", "samples.jsonl"}
+    assert renames == 5, "one rename for each new file"
+
+
+# Checks before resuming
+
+
+def test_resume_without_a_run_is_an_error(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^.*: no run to resume here; leave --resume out to start a new one$"):
+        train.main(tiny_settings(data_dir, tmp_path / "missing", resume=True))
+    assert not (tmp_path / "missing").exists()
+
+
+def test_damaged_checkpoint_is_not_resumed(data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+    content = bytearray((tmp_path / LAST).read_bytes())
+    content[-100] ^= 1
+    (tmp_path / LAST).write_bytes(content)
+    with pytest.raises(UserError, match=r"^.*last\.safetensors: damaged.*$"):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=4, resume=True))
+    assert (tmp_path / LAST).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "value"), [("n_layer", 2, 3), ("norm", "layernorm", "rmsnorm"), ("block_size", 16, 8)]
+)
+def test_other_network_is_rejected(name: str, saved: object, value: object, data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+    before = contents(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^.*last\.safetensors: {name} is {saved} there, but {value} in the settings$"
+    ):
+        train.main(tiny_settings(data_dir, tmp_path, resume=True, **{name: value}))
+    assert contents(tmp_path) == before
+
+
+def test_other_vocabulary_is_rejected(tmp_path: Path) -> None:
+    prepare_text(some_text(2000), tmp_path)
+    train.main(tiny_settings(tmp_path, tmp_path / "run", max_steps=2))
+    prepare_text(some_text(2000).replace("k", "q"), tmp_path, name="other")
+    with pytest.raises(UserError, match=r"^.*vocabular.*$") as caught:
+        train.main(tiny_settings(tmp_path, tmp_path / "run", max_steps=4, resume=True, dataset="other"))
+    assert str(tmp_path / "run" / LAST) in str(caught.value)
+    assert str(tmp_path / "other") in str(caught.value)
+
+
+def test_changed_text_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_text(some_text(2000), tmp_path)
+    train.main(tiny_settings(tmp_path, tmp_path / "run", max_steps=5))
+    prepare_text(some_text(2000, seed=1), tmp_path, overwrite=True)
+    capsys.readouterr()
+    train.main(tiny_settings(tmp_path, tmp_path / "run", resume=True))
+    assert f"warning: {tmp_path / 'small'} has changed since the run began" in capsys.readouterr().err
+    assert saved_step(tmp_path / "run") == 20
+
+
+def test_changed_settings_are_a_warning(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=3))
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=4, resume=True))
+    assert "warning" not in capsys.readouterr().err
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=5, seed=7, dropout=0.2, batch_size=2, resume=True))
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: settings have changed since the run began: ")
+    for change in ("seed 1337 -> 7", "dropout 0.0 -> 0.2", "batch_size 4 -> 2"):
+        assert change in warning
+    assert saved_step(tmp_path) == 5
+
+
+def test_dtype_may_change(data_dir: Path, tmp_path: Path) -> None:
+    for steps, dtype in ((2, "float32"), (4, "float16"), (6, "bfloat16")):
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=steps, dtype=dtype, resume=steps > 2))
+    assert saved_step(tmp_path) == 6
+
+
+def test_finished_run_is_not_changed(data_dir: Path, tmp_path: Path) -> None:
+    train.main(tiny_settings(data_dir, tmp_path))
+    before = contents(tmp_path)
+    train.main(tiny_settings(data_dir, tmp_path, resume=True))
+    assert contents(tmp_path) == before
+
+
+def test_only_the_torchrun_job_of_a_run_resumes_it_without_a_flag(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=10))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    for _ in range(2):  # torchrun restarts a job that failed; the restart fails as well
+        with pytest.raises(UsageError, match="already holds a run"):
+            train.main(tiny_settings(data_dir, tmp_path))
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=10, overwrite=True))
+    train.main(tiny_settings(data_dir, tmp_path, overwrite=True))
+    assert [row["step"] for row in read_metrics(tmp_path) if row["kind"] == "val"] == [0, 10, 20]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train.main(tiny_settings(data_dir, tmp_path))
+
+
+# Messages
+
+
+def test_first_line_describes_the_run(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=0, gradient_accumulation_steps=3))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{tmp_path}: 6,880 parameters on cpu, float32; 192 tokens a step, 0 steps")
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "state", "text", "flag"),
+    [
+        (2000, TrainState(step=2000), "all 2,000 steps done", " --max_steps=4000"),
+        (0, TrainState(), "all 0 steps done", " --max_steps=1000"),
+        (
+            2000,
+            TrainState(step=1500, evaluations_since_best=3),
+            "stopped early at step 1,500: no better loss in 3 evaluations",
+            " --patience=0",
+        ),
+        (2000, TrainState(step=1500, evaluations_since_best=2), "interrupted at step 1,500 of 2,000", ""),
+    ],
+)
+def test_outcome(max_steps: int, state: TrainState, text: str, flag: str, tmp_path: Path) -> None:
+    result = outcome(tiny_settings(tmp_path, tmp_path, max_steps=max_steps, patience=3), state, tmp_path)
+    assert (result.text, result.resume) == (text, f"python train.py --resume {tmp_path}{flag}")
+
+
+def test_last_lines_of_a_finished_and_of_an_interrupted_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tiny_settings(tmp_path, tmp_path, max_steps=20), CPU)
+    run.log_end(TrainState(step=20, best_loss=1.5), None)
+    end, sample, resume = capsys.readouterr().out.splitlines()
+    assert end == "all 20 steps done; best validation loss 1.5000"
+    assert sample.endswith(f": python sample.py {tmp_path}")
+    assert resume.endswith(f": python train.py --resume {tmp_path} --max_steps=40")
+    run.log_end(TrainState(step=7), signal.SIGTERM)
+    assert (
+        capsys.readouterr().out
+        == f"interrupted at step 7 of 20 by SIGTERM, saved; resume it: python train.py --resume {tmp_path}\n"
+    )
