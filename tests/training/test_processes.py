@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 import train
 from conftest import MODERN, ROOT, as_flags, count_rows, read_metrics, same_tensors, saved_step, tiny_settings, torchrun
+from faults import child_pids
 from glyphgpt import runtime
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.errors import UsageError, UserError, print_error
 from glyphgpt.files import BEST, LAST
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
-from harness import FORKSERVER, child_pids
+from harness import FORKSERVER
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
