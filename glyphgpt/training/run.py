@@ -74,15 +74,15 @@ def out_of_patience(settings: TrainSettings, state: TrainState) -> bool:
 
 def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
     """Complete an interrupted replacement of files, and resume if torchrun has restarted the job of this run."""
-    folder, ours = Path(settings.out_dir), False
+    folder, same_job = Path(settings.out_dir), False
     if runtime.is_main:
         if (folder / READY).exists():
             with locked(folder, "--out_dir=ANOTHER"):
                 finish_replacement(folder)
         job = torchrun_id()
         with suppress(UserError):
-            ours = bool(job) and read_metadata(folder / LAST).torchrun == job
-    (restarted,) = runtime.sum(float(ours))  # the main process decides for all
+            same_job = bool(job) and read_metadata(folder / LAST).torchrun == job
+    (restarted,) = runtime.sum(float(same_job))  # the main process decides for all
     return settings.model_copy(update={"resume": True, "overwrite": False}) if restarted else settings
 
 
