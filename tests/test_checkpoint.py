@@ -445,3 +445,11 @@ def test_find_checkpoint_prefers_the_best(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == tmp_path / BEST
     assert find_checkpoint(tmp_path / LAST) == tmp_path / LAST
     assert find_checkpoint(tmp_path / "other.safetensors") == tmp_path / "other.safetensors"
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 10**6}, {"ngram": 10**6}], ids=str)
+def test_config_with_huge_counts_is_rejected_at_once(change: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes of a million blocks or tables would take seconds and gigabytes."""
+    monkeypatch.setattr("glyphgpt.checkpoint.weight_shapes", None)
+    with pytest.raises(ValueError, match="the weights are not those of the config"):
+        check_weights({**asdict(tiny_config()), **change}, model_arrays(tiny_model()))

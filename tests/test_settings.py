@@ -34,6 +34,24 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_head": 3},
+        {"n_embd": 6, "position": "rotary"},
+        {"n_embd": 7, "n_head": 1, "position": "sinusoidal"},
+        *({size: 0} for size in SIZES),
+    ],
+    ids=str,
+)
+def test_both_configs_refuse_sizes_that_do_not_fit(change: dict[str, Any]) -> None:
+    network = {**asdict(tiny_config()), **change}
+    with pytest.raises(ValueError):
+        GPTConfig(**network)
+    with pytest.raises(ValidationError):
+        ModelConfig.model_validate(network)
+
+
 @given(st.fixed_dictionaries({name: st.integers(-1, 12) for name in SIZES} | CHOICES))
 def test_both_configs_accept_the_same_networks(network: dict[str, Any]) -> None:
     network["dropout"] = 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from glyphgpt import startup
 
 SCRIPTS = ["prepare.py", "train.py", "sample.py"]
 
@@ -87,3 +88,15 @@ print([step() for _ in range(6)][-1])
 def test_freed_memory_is_kept() -> None:
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True, text=True, cwd=ROOT)
     assert int(done.stdout) < 5000  # otherwise the last step requests all of its 51,200 pages again
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_keep_freed_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / name), raising=False)
+    monkeypatch.setattr(startup, "keep_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(startup, "exit_on_ctrl_c", lambda: calls.append("ctrl-c"))
+    monkeypatch.setattr(startup, "parse_command_line", calls.append)
+    startup.start()
+    startup._parsed.clear()
+    assert calls == ["ctrl-c", "memory", name]
