@@ -241,7 +241,7 @@ class ReLUSquared(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square (Zhang & Sennrich 2019). It has no gain; a linear layer that follows can learn one."""
+    """Divide by the root mean square (Zhang & Sennrich 2019). It has no gain; a matrix that follows can learn one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the same shape."""
