@@ -81,7 +81,7 @@ def read_toml(path: str) -> Values:
     """Read one TOML file of settings.
 
     Raises:
-        UsageError: The file is missing, unreadable, or not TOML. For a Python config, it shows how to convert the file.
+        UsageError: The file is missing, unreadable, or not TOML. The error for a Python config names its converter.
     """
     if path.endswith(".py"):
         words = ["nanogpt-config", path, f"--out={Path(path).with_suffix('.toml')}"]

@@ -98,7 +98,7 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        failed = isinstance(sys.exc_info()[1], Exception)  # no pause: torchrun may end the process before it prints
+        failed = isinstance(sys.exc_info()[1], Exception)  # no pause, or torchrun may end this process before it prints
         if not gpu and not failed:
             time.sleep(GLOO_SECONDS)
 

@@ -1,4 +1,4 @@
-"""Evaluation: the loss over all tokens of a validation split, without sampling, so that it is reproducible."""
+"""Evaluation: the loss on a validation split, over the same tokens every time, so that it is reproducible."""
 
 import math
 from dataclasses import dataclass

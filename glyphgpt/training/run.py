@@ -230,7 +230,7 @@ class Run:
         The earlier run stays complete until all files of the new one can take its place.
 
         Raises:
-            UserError: A checkpoint could not be written; the previous file of that name is unchanged.
+            UserError: A file could not be written; the previous file of that name is unchanged.
         """
         if self.has_files:
             for name, checkpoint in checkpoints.items():
