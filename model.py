@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EXPLICIT_ATTENTION = 256  # longest context, in tokens, for which a CPU does not use fused attention
+EXPLICIT_ATTENTION = 256  # longest context, in tokens, for which a CPU computes attention without the fused kernel
 RMS_EPSILON = 1e-6
 
 
@@ -98,7 +98,7 @@ class LayerKVCache:
 
 
 class KVCache:
-    """What the model keeps of the tokens seen so far, so that it need not process them again."""
+    """The keys and values of every layer for the tokens seen so far, so that they are not computed again."""
 
     def __init__(self, config: GPTConfig) -> None:
         """Create an empty cache with room for block_size tokens."""
@@ -141,7 +141,7 @@ class NGramEmbedding(nn.Module):
 
 
 class TokenShift(nn.Module):
-    """Add a learned fraction of the previous token's embedding, per channel (RWKV, Peng et al. 2023)."""
+    """Add a learned fraction of the previous token's embedding, one for each channel (RWKV, Peng et al. 2023)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -222,8 +222,8 @@ class NoRotation(nn.Module):
 def position_waves(length: int, channels: int) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of t / 10000^(2i / channels) for position t and pair i, (length, channels / 2) each.
 
-    torch.polar computes them because the first call of torch.cos in a process is sometimes less exact, where MKL
-    computes it; a resumed run would then not have the same bits.
+    torch.polar computes them because, with MKL, the first call of torch.cos in a process is sometimes less exact, and a
+    resumed run would then not have the same bits.
     """
     pair = torch.arange(channels // 2, dtype=torch.float64)
     frequency = 10000.0 ** (-2 * pair / channels)
@@ -241,7 +241,7 @@ class ReLUSquared(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square (Zhang & Sennrich 2019). It has no gain: the matrices after it can learn one."""
+    """Divide by the root mean square (Zhang & Sennrich 2019). It has no gain; a matrix that follows can learn one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the same shape."""
@@ -371,14 +371,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lookback = config.ngram - 1 + config.token_shift  # earlier tokens that an embedding depends on
+        self.lookback = config.ngram - 1 + config.token_shift  # number of earlier tokens that an embedding depends on
         if config.init == "gpt2":
             self._init_gpt2()
         else:
             self._init_zero()
 
     def _init_gpt2(self) -> None:
-        """Draw weights from a normal distribution of std 0.02, less for outputs to the residual stream; zero biases."""
+        """Draw matrices from a normal distribution of std 0.02, less for writes to the residual stream; zero biases."""
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -388,9 +388,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def _init_zero(self) -> None:
-        """Set weights that write to the residual stream or the logits to zero: the network starts as its embedding.
+        """Zero the matrices that write to the residual stream or the logits, except the token embedding.
 
-        Zhang et al. 2019 (Fixup) and Yang et al. 2022 (muP, appendix D.2) found that this trains well.
+        Each block starts as the identity. Zhang et al. 2019 (Fixup) and Yang et al. 2022 (muP, appendix D.2) found that
+        this trains well.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("token_embedding"):

@@ -12,7 +12,7 @@ The last part (val_fraction) is the validation split, and the rest the training 
 the same text. An interrupted preparation resumes when the same command is run again.
 """
 
-import glyphgpt.startup  # first: answers --help and mistakes before the other imports
+import glyphgpt.startup  # first: handles --help and usage errors before the other imports
 
 import hashlib
 import json
@@ -100,7 +100,7 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     vocabulary = load_tokenizer(settings) if settings.vocabulary else None
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
-    is_gpt2 = settings.tokenizer == "gpt2"  # whose vocabulary has a token between documents
+    is_gpt2 = settings.tokenizer == "gpt2"  # its vocabulary has a token that separates documents
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         text = open_text(words, staging.parent, settings.encoding, field=settings.text_field, keep_documents=is_gpt2)
         meta = prepare(text, staging, settings, recipe="", vocabulary=vocabulary)
@@ -164,7 +164,7 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
     """
     learns_vocabulary = settings.tokenizer == "char" and not vocabulary
     digest, learned, unknown, characters = hashlib.sha256(), CharacterSet(), Counter[str](), 0
-    warnings: defaultdict[str, dict[str, None]] = defaultdict(dict)  # with the names of the files, each once
+    warnings: defaultdict[str, dict[str, None]] = defaultdict(dict)  # warning -> ordered set of file names
     with progress_bar("counting", text) as bar, BackgroundWorker() as hasher:
 
         def on_chunk(chunk: bytes) -> None:
@@ -257,7 +257,7 @@ def check_characters(text: Text, characters: int, unknown: Counter[str], setting
 
 
 def find_short_split(train: SplitMeta, val: SplitMeta) -> str:
-    """Return a message about a split that is too short to predict a token, or ""."""
+    """Return a message if one of the splits is too short to predict a token, otherwise ""."""
     for purpose, split in (("training", train), ("validation", val)):
         if split.tokens < 2:
             total = train.characters + val.characters

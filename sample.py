@@ -6,11 +6,11 @@
     python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared dataset
     python sample.py out/quick --attention="To be, or not" --out=attention.html
 
-A checkpoint contains its vocabulary (except GPT-2's, which is downloaded once), so one file is enough. The
-context grows to the model's block_size tokens; then its older half is dropped, and it grows again.
+A checkpoint contains its vocabulary (except GPT-2's, which is downloaded once), so one file is enough. The context
+grows to the model's block_size tokens. Then its older half is dropped, and it grows again.
 """
 
-import glyphgpt.startup  # first: answers --help and mistakes before the other imports
+import glyphgpt.startup  # first: handles --help and usage errors before the other imports
 
 import re
 import sys
@@ -29,11 +29,11 @@ from glyphgpt.inference.generate import LanguageModel, SamplingParams, TextStrea
 from glyphgpt.inference.loading import language_model, open_checkpoint, torch_model
 from glyphgpt.settings import SampleSettings
 
-LARGE_PAGE = 10**7  # attention weights, about 27 MB
+LARGE_PAGE = 10**7  # attention weights, about 27 MB of HTML
 
 
 def main(settings: SampleSettings, *words: str) -> None:
-    """Load a checkpoint, and sample, score, or show attention, as the settings ask.
+    """Load a checkpoint, then sample, score a text, or write attention weights, as the settings ask.
 
     Raises:
         UsageError: The command line does not name exactly one run or checkpoint.
@@ -104,9 +104,9 @@ def write_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: Samp
         if not 1 <= len(tokens) <= config.block_size:
             length = f"{len(tokens):,} {attention_maps.UNITS[tokenizer.kind]}s"
             raise UserError(f"the text has {length}; this model's context is 1 to {config.block_size:,}")
-        numbers = config.n_layer * config.n_head * len(tokens) ** 2 // 2
-        if numbers > LARGE_PAGE and path.suffix.lower() == ".html":
-            warn(f"{numbers:,} attention weights make a page that browsers open slowly; use a shorter text")
+        weights = config.n_layer * config.n_head * len(tokens) ** 2 // 2
+        if weights > LARGE_PAGE and path.suffix.lower() == ".html":
+            warn(f"{weights:,} attention weights make a page that browsers open slowly; use a shorter text")
         maps = attention_maps.compute_maps(model, tokenizer, tokens)
         attention_maps.write_maps(maps, path, str(checkpoint.path))
     print(f"{path}: written")
@@ -181,7 +181,7 @@ class Sampler:
         return np.array(tokens, dtype=np.int64)
 
     def generate(self, prompt: Tokens, seed: int) -> Iterator[list[int]]:
-        """Yield the next token of every sample, in turn."""
+        """Yield lists with the next token of every sample."""
         tokens = generate(
             self.model,
             prompt.astype(np.int64),
@@ -215,4 +215,4 @@ def unescape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    glyphgpt.startup.run("sample.py", main, broken_pipe_status=0)  # a reader that has gone has seen enough
+    glyphgpt.startup.run("sample.py", main, broken_pipe_status=0)  # `| head` is not an error

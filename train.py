@@ -8,7 +8,7 @@
 Writes {last,best}.safetensors, {metrics,samples}.jsonl, config.toml and report.html to out_dir.
 """
 
-import glyphgpt.startup  # first: answers --help and mistakes before torch is imported
+import glyphgpt.startup  # first: handles --help and usage errors before torch is imported
 
 import math
 import signal
@@ -65,18 +65,22 @@ def main(settings: TrainSettings, *_configs: str) -> None:
 
 
 class Trainer:
-    """A model, its optimizers, its data, and how far the run has come."""
+    """A model, its optimizers, its data, and the progress of the run."""
 
     def __init__(
         self, settings: TrainSettings, dataset: Dataset, runtime: Runtime, init_model: GPT | None = None
     ) -> None:
-        """Build everything for a new run, with the weights of `init_model` if there is one."""
+        """Build everything for a new run, with the weights of `init_model` if there is one.
+
+        Raises:
+            UsageError: The processes cannot share a batch evenly, or cannot shard a model in float16.
+        """
         self.settings, self.dataset, self.runtime = settings, dataset, runtime
-        self.sequences = settings.batch_size * settings.gradient_accumulation_steps
-        if self.sequences % runtime.world_size:
+        self.sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        if self.sequences_per_step % runtime.world_size:
             raise UsageError(
-                f"{runtime.world_size} processes cannot share {self.sequences} sequences evenly; change batch_size "
-                f"or gradient_accumulation_steps so that their product is a multiple of {runtime.world_size}"
+                f"{runtime.world_size} processes cannot share {self.sequences_per_step} sequences evenly; change "
+                f"batch_size or gradient_accumulation_steps so that their product is a multiple of {runtime.world_size}"
             )
         torch.manual_seed(settings.seed)
         network = settings.model_dump(include={field.name for field in fields(GPTConfig)})
@@ -93,7 +97,7 @@ class Trainer:
         if self.sharded and runtime.dtype == torch.float16:
             raise UsageError("parallel = 'fsdp' does not support float16; use --dtype=bfloat16 or float32")
         if self.sharded:
-            shard_model(self.model, runtime)  # before the move to the device, which is then one block at a time
+            shard_model(self.model, runtime)  # moves the model to the GPU block by block, as it may not fit whole
         self.model.to(runtime.device)
         self.parameters = list(self.model.parameters())
         muon_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
@@ -150,13 +154,13 @@ class Trainer:
         return batch
 
     def batch_starts(self, step: int) -> NDArray[np.int64]:
-        """Return the positions in the text at which this process's sequences of an update start."""
-        count = self.sequences // self.runtime.world_size
-        first = step * self.sequences + self.runtime.rank * count
+        """Return where in the training tokens this process's sequences of an update start."""
+        count = self.sequences_per_step // self.runtime.world_size
+        first = step * self.sequences_per_step + self.runtime.rank * count
         return window_starts(self.dataset.train.tokens, self.settings.block_size, self.settings.seed, first, count)
 
     def step(self, batch: Tensor) -> StepMetrics:
-        """Update the weights with the gradients of a batch; stop training if any process was asked to.
+        """Update the weights with the gradients of a batch; set `stopping` if any process received a signal.
 
         Raises:
             UserError: The loss or the gradients are not finite. The weights are unchanged.
@@ -271,12 +275,12 @@ class Trainer:
         """Load weights, optimizer state and progress from a checkpoint.
 
         Raises:
-            UserError: It is of another network, vocabulary or optimizer.
+            UserError: The checkpoint is of another network, vocabulary or optimizer.
         """
         self.run.check_resumable(checkpoint, ModelConfig(**asdict(self.config)), self.dataset)
         load_weights(self.model, checkpoint)
         restore_optimizers(self.model, self.optimizers, checkpoint)
-        if checkpoint.metadata.scaler:  # empty if the run has been in another precision
+        if checkpoint.metadata.scaler:  # empty unless the run used float16
             self.scaler.load_state_dict(checkpoint.metadata.scaler)
         self.state = checkpoint.metadata.state
 

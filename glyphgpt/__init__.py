@@ -1,1 +1,1 @@
-"""What prepare.py, train.py and sample.py share, one plain idea to a module."""
+"""The package that prepare.py, train.py and sample.py share."""

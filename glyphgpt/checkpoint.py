@@ -102,7 +102,7 @@ class Checkpoint:
 def check_weights(config: dict[str, Any], weights: Arrays) -> ModelConfig:
     """Return a network's config after checking that the weights have its names, shapes and dtype.
 
-    Both may come from a stranger: until they match, nothing takes time or memory in proportion to the config's numbers.
+    Neither is trusted: until they match, time and memory do not depend on the config's numbers.
 
     Raises:
         ValueError: The config is not valid, or the weights do not match it.
@@ -141,7 +141,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint and its digest, flush it to the disk, and rename it into place.
 
     Raises:
-        UserError: It could not be written; the file that was at `path` is unchanged.
+        UserError: The checkpoint could not be written; the file that was at `path` is unchanged.
     """
     tensors = {f"model.{name}": value for name, value in checkpoint.model.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
@@ -162,7 +162,7 @@ def write_safetensors(path: Path, tensors: Arrays, header: dict[str, str]) -> No
     """Write a safetensors file with the permissions of its folder.
 
     Raises:
-        OSError: It could not be written.
+        OSError: The file could not be written.
     """
     try:
         save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, path, header)

@@ -1,4 +1,4 @@
-"""The command line: TOML files and flags to settings, help, and commands for messages.
+"""The command line: read settings from TOML files and flags, print help, and format commands for messages.
 
 Settings come from the defaults, then from files from left to right, then from flags; later values win. Nothing is
 executed, and all problems are reported at once.
@@ -31,7 +31,7 @@ COMMAND_LINE = "command line"
 ROOT = Path(__file__).parent.parent
 """The folder of the scripts."""
 LARGE_BOUND = 10**6
-"""Bounds from here on only keep the arithmetic in range; help and messages do not show them."""
+"""Bounds of this size only keep the arithmetic in range; help and messages do not show them."""
 
 NANOGPT_NAMES = {
     "always_save_checkpoint": "save_every",
@@ -81,7 +81,7 @@ def read_toml(path: str) -> Values:
     """Read one TOML file of settings.
 
     Raises:
-        UsageError: It is missing, unreadable, or not TOML. For a Python config, the message says how to convert it.
+        UsageError: The file is missing, unreadable, or not TOML. The error for a Python config names its converter.
     """
     if path.endswith(".py"):
         words = ["nanogpt-config", path, f"--out={Path(path).with_suffix('.toml')}"]
@@ -98,8 +98,8 @@ def read_toml(path: str) -> Values:
 def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
     """Read a settings file, or the config.toml of a run's folder; return its path and its values.
 
-    A config.toml beside a checkpoint, or any with `resume`, is that of a run. Its out_dir is the folder that it is in,
-    from wherever that has been moved or copied.
+    A config.toml beside a checkpoint, or any config.toml if `resume`, belongs to a run. Its out_dir becomes its folder,
+    which may have been moved or copied.
 
     Raises:
         UsageError: The file cannot be read, or the folder holds no run.
@@ -111,14 +111,14 @@ def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
             raise UsageError(f"{word}: not the folder of a run; it has no {CONFIG}")
     values = read_toml(str(path))
     if path.name == CONFIG and (resume or any((path.parent / name).exists() for name in (BEST, LAST))):
-        values = relocated(values, path.parent)
+        values = relocate(values, path.parent)
     return str(path), values
 
 
-def relocated(values: Values, folder: Path) -> Values:
+def relocate(values: Values, folder: Path) -> Values:
     """Return the settings of the run that is in `folder` now.
 
-    If data_dir does not exist any more, it is looked for at the same path relative to the run: both may have moved.
+    If data_dir no longer exists, it is looked up at the same path relative to the run: both may have moved.
     """
     data_dir, out_dir = values.get("data_dir"), values.get("out_dir")
     if isinstance(data_dir, str) and isinstance(out_dir, str) and not Path(data_dir).exists():
@@ -138,13 +138,13 @@ def command(script: str, *words: str | Path) -> str:
 
 
 def from_here(path: Path) -> str:
-    """Return a path relative to the working directory, if it is inside it."""
+    """Return a path, made relative to the working directory if it is inside that directory."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S:
-    """Return the settings from (name, values) sources, of which later ones win.
+    """Merge (name, values) sources into settings; later sources win.
 
     Raises:
         UsageError: Some values are not valid; one line per problem, with its source.
@@ -153,7 +153,7 @@ def resolve(settings_class: type[S], sources: Sequence[tuple[str, Values]]) -> S
     merged: Values = {}
     for source, given in sources:
         values = {shorten(key): value for key, value in given.items()}
-        if source != COMMAND_LINE:  # a file describes a run; whether to resume or replace one is said each time
+        if source != COMMAND_LINE:  # a file describes a run, not whether to resume or replace it
             modes = [key for key in values if key in Mode.model_fields]
             problems += [f"{source}: '{key}' is for the command line only: --{key}" for key in modes]
         try:  # flags are text to convert; TOML values have types, which must match
@@ -237,7 +237,7 @@ def type_name(annotation: Any) -> str:
 
 
 def groups(settings_class: type[Settings]) -> Iterator[tuple[str, Mapping[str, FieldInfo]]]:
-    """Yield each heading of a settings class, with its settings."""
+    """Yield each heading of a settings class in the help, and its settings by name."""
     for group in reversed(settings_class.__mro__):
         own = [key for key in inspect.get_annotations(group) if key in settings_class.model_fields]
         if own:

@@ -32,8 +32,8 @@ def exit_on_error(broken_pipe_status: int = BROKEN_PIPE_STATUS) -> Iterator[None
     `broken_pipe_status` is the exit status after the reader of the output, `head` for example, has gone.
     """
     open_standard_streams()
-    modes = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
-    for stream, errors in modes.items():  # Windows consoles default to other encodings
+    handlers = {sys.stdin: "surrogateescape", sys.stdout: "backslashreplace", sys.stderr: "backslashreplace"}
+    for stream, errors in handlers.items():  # Windows consoles default to other encodings
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors, line_buffering=True)  # logs grow line by line
     status: int | str | None
@@ -96,7 +96,7 @@ def has_reader(stream: Any) -> bool:
 
 
 def discard_output(stream: Any) -> None:
-    """Connect a stream that cannot be written to the null device, so that Python's final flush does not fail."""
+    """Connect a broken output stream to the null device, so that Python's final flush does not fail."""
     with suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -122,7 +122,7 @@ def raise_on_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def wrap_write_errors(path: Path, note: str = "") -> Iterator[None]:
-    """Name the file that could not be written, followed by `note`.
+    """Turn a failed write into an error that names the file, followed by `note`.
 
     Raises:
         UserError: An OSError occurred in this context.
@@ -148,7 +148,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def optional_import(package: str, purpose: str, module: str = "") -> Iterator[None]:
-    """Turn a failed import of an optional package into one line; `module` is its name in Python if it differs.
+    """Turn a failed import of an optional package into a one-line error; `module` is its import name if it differs.
 
     Raises:
         UsageError: The package that `purpose` needs is not installed, or its installation is broken.
@@ -189,7 +189,7 @@ def escape_character(character: str) -> str:
 
 
 def shorten(value: object, length: int = 100) -> str:
-    """Return a sanitized value; if it is longer than `length`, only its start and its end.
+    """Return a sanitized value; if it is longer than `length`, return only its start and its end.
 
     >>> shorten("abcdefghij", 4)
     'ab...ij'

@@ -21,9 +21,9 @@ PLOT = "metrics.png"
 
 LOCK = ".lock"
 NEW, READY = ".new", ".ready"
-"""Subfolders of a folder whose files are being replaced: of unfinished new files, and of finished ones."""
+"""Subfolders of a folder whose files are being replaced: NEW holds unfinished new files, READY finished ones."""
 STALE = ".stale"
-"""Suffix of an empty file among the new files. It marks a file to delete."""
+"""Suffix of an empty file in these subfolders: `NAME.stale` marks the file NAME for deletion."""
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def swap_dirs(folder: Path, new: Path, old: Path) -> None:
-    """Move `new` to `folder`, and what was there to `old`; move it back if the second rename fails."""
+    """Move `folder` to `old` if it exists, then `new` to `folder`; if the second move fails, undo the first."""
     try:
         if folder.exists():
             folder.rename(old)
@@ -95,7 +95,7 @@ def finish_replacement(folder: Path) -> None:
     ready = folder / READY
     for file in sorted(ready.glob("*")):
         if file.name.endswith(STALE):
-            with suppress(OSError):  # missing, or a folder of that name: no reason to lose the new files
+            with suppress(OSError):  # if it is missing or is a folder, the new files still replace the others
                 (folder / file.name.removesuffix(STALE)).unlink()
             file.unlink()
         else:
@@ -105,7 +105,7 @@ def finish_replacement(folder: Path) -> None:
 
 
 def copy_mode(source: Path, target: Path) -> None:
-    """Give a file or folder the permissions of another; some file systems have none."""
+    """Copy the permissions of a file or folder to another, where the file system has permissions."""
     with suppress(OSError):
         target.chmod(source.stat().st_mode & (0o777 if target.is_dir() else 0o666))
 

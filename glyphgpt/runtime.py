@@ -1,4 +1,4 @@
-"""What a script runs on: device, precision, compilation and processes; and requests to stop."""
+"""The runtime of a script: device, precision, compilation, processes, and requests to stop."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ Python is shutting down by then, they abort the process ("terminate called witho
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device and precision of the computation, and the rank of this process among all."""
+    """Device and precision of the computation, and the rank of this process among all processes of the run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -98,7 +98,7 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        failed = isinstance(sys.exc_info()[1], Exception)  # print the error before torchrun ends this process
+        failed = isinstance(sys.exc_info()[1], Exception)  # no pause, or torchrun may end this process before it prints
         if not gpu and not failed:
             time.sleep(GLOO_SECONDS)
 
@@ -161,10 +161,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
-    """Return the compiled model, or the model itself if it is not to be compiled or, with a warning, if that fails.
+    """Return the compiled model, or `model` itself if `choice` rules compilation out or, with a warning, if it fails.
 
     The compiled model shares its weights with `model`, which stays uncompiled for evaluation, whose shapes would have
     to be compiled again. A forward and backward pass on `example` tests it; the gradients are cleared afterwards.
+
+    Raises:
+        UserError: The compilation of a sharded model failed.
     """
     if choice is False or (choice == "auto" and runtime.device.type != "cuda"):
         return model
@@ -173,9 +176,9 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
         compiled = torch.compile(model, options=CPU_OPTIONS if runtime.device.type == "cpu" else None)
         with runtime.autocast():
             compiled(*example).backward()
-    except torch.OutOfMemoryError:  # not the compiler's fault
+    except torch.OutOfMemoryError:  # compilation did not cause it
         raise
-    except Exception as error:  # whatever breaks inside the compiler, training works without it
+    except Exception as error:  # training works without the compiler, whatever fails in it
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if hasattr(model, "unshard"):  # a sharded model: other processes wait inside the same pass
             raise UserError(f"torch.compile failed ({reason[0][:200]}); add --compile=False") from error
@@ -218,11 +221,11 @@ class StopRequest:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._take) for number in numbers}
+        previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def stop_on_broken_pipe(self) -> None:
@@ -230,7 +233,7 @@ class StopRequest:
         self.broken_pipe = True
         self.signal = self.signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
 
-    def _take(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers and torchrun may both send it

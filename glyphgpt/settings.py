@@ -28,7 +28,7 @@ PATHS = ("data_dir", "out_dir", "init_from")
 
 
 class Settings(BaseModel):
-    """Typed, immutable settings. They do not know where their values came from."""
+    """Typed, immutable settings, independent of where their values come from."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
@@ -105,9 +105,9 @@ class Network(Settings):
 
 
 class ModelConfig(Network):
-    """A network as a checkpoint describes it: every field of `Network`, none left out, and the vocabulary size.
+    """A network as a checkpoint describes it: every field of `Network` explicitly, and the vocabulary size.
 
-    It equals model.py's GPTConfig, for code that does not import torch.
+    It has the fields of model.py's GPTConfig, for code that does not import torch.
     """
 
     model_config = ConfigDict(strict=True)
@@ -116,7 +116,7 @@ class ModelConfig(Network):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """Refuse a config that is incomplete or whose sizes do not fit together."""
+        """Check that the config is complete and that its sizes fit together; otherwise raise ValueError."""
         if missing := type(self).model_fields.keys() - self.model_fields_set:
             raise ValueError(f"missing: {', '.join(sorted(missing))}")
         for conflict in self.conflicts():
@@ -219,7 +219,7 @@ class Mode(Settings):
     """Print a summary of the model, its shapes, parameters and operations, and exit."""
 
 
-class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  # pydantic takes the last first
+class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  # the last base's fields come first
     """Settings of train.py."""
 
     def conflicts(self) -> Iterator[str]:

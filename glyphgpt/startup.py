@@ -1,7 +1,7 @@
 """The start of a script. `import glyphgpt.startup` is its first import, and `run` its last line.
 
 Importing torch takes a second or two. This module is imported before it and reads the command line at once, if one of
-the scripts is the main program, so that help and mistakes are answered within half a second.
+the scripts is the main program, so that help and usage errors appear within half a second.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def parse_command_line(script: str) -> tuple[Any, list[str]]:
     Raises:
         UsageError: The command line is wrong; one line per problem.
     """
-    from glyphgpt import cli, settings  # noqa: PLC0415  (slow; until then Ctrl-C has to be set up)
+    from glyphgpt import cli, settings  # noqa: PLC0415  (slow; `start` sets up Ctrl-C first)
 
     classes = {
         "prepare.py": settings.PrepareSettings,

@@ -1,1 +1,1 @@
-"""From a checkpoint to text: load a model, sample, and search."""
+"""Inference: load a checkpoint's model, sample text from it, and translate with it."""

@@ -27,7 +27,7 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled. Each parameter restricts the tokens that those before it have left."""
+    """How tokens are sampled. top_k, top_p and min_p filter the tokens in this order."""
 
     temperature: float = 1.0
     """Divides the logits; 0 picks the most probable token."""
@@ -49,7 +49,7 @@ class SamplingParams:
             probs /= probs.sum(-1, keepdims=True)
             order = np.argsort(-probs, axis=-1, kind="stable")
             ordered = np.take_along_axis(probs, order, axis=-1)
-            reached = ordered.cumsum(-1) - ordered >= self.top_p  # before this token
+            reached = ordered.cumsum(-1) - ordered >= self.top_p  # by the tokens before this one
             np.put_along_axis(probs, order, np.where(reached, 0, ordered), axis=-1)
         if self.min_p > 0:
             probs[probs < self.min_p * probs.max(-1, keepdims=True)] = 0
@@ -61,7 +61,7 @@ class SamplingParams:
         Each token draws an exponentially distributed time with a rate proportional to its probability, and the first
         wins (the Gumbel-max trick of Maddison et al. 2014, in another form).
         """
-        if self.temperature < 1e-6:  # the limit, before numbers overflow
+        if self.temperature < 1e-6:  # the limit for 0, where the division below would overflow
             return logits.argmax(-1)
         times = rng.standard_exponential(logits.shape) + 1e-300  # above 0, so that a probability of 0 never wins
         return (self.probs(logits) / times).argmax(-1)

@@ -1,4 +1,4 @@
-"""Load a trained model for inference. On a CPU this does without torch, whose import takes longer than most samples."""
+"""Load a trained model for inference. A CPU samples without torch, whose import takes longer than most samples."""
 
 import ctypes
 import os
@@ -66,7 +66,7 @@ def torch_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) ->
 
 
 def has_gpu_driver() -> bool:
-    """Return whether CUDA's driver is installed, which takes less time to find out than importing torch."""
+    """Return whether CUDA's driver is installed. This check is faster than importing torch."""
     try:
         ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:

@@ -25,19 +25,19 @@ class NumpyKVCache:
     def __init__(self, config: ModelConfig, batch: int) -> None:
         """Create an empty cache with room for block_size tokens."""
         shape = (config.n_layer, batch, 2, config.n_head, config.block_size, config.head_size)
-        self.memory = np.empty(shape, np.float32)  # (L, B, 2, H, S, D)
+        self.keys_values = np.empty(shape, np.float32)  # (layers, B, 2, H, block_size, D)
         self.last_tokens = np.empty((batch, 0), np.int64)
         self.length = 0
 
     def reorder(self, rows: list[int]) -> None:
         """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
-        seen = self.memory[..., : self.length, :]
+        seen = self.keys_values[..., : self.length, :]
         if len(rows) == seen.shape[1]:
             moved = [target for target, row in enumerate(rows) if target != row]
             seen[:, moved] = seen[:, [rows[target] for target in moved]]
         else:
-            self.memory = np.empty((len(seen), len(rows), *self.memory.shape[2:]), np.float32)
-            self.memory[..., : self.length, :] = seen[:, rows]
+            self.keys_values = np.empty((len(seen), len(rows), *self.keys_values.shape[2:]), np.float32)
+            self.keys_values[..., : self.length, :] = seen[:, rows]
         self.last_tokens = self.last_tokens[rows]
 
 
@@ -45,7 +45,7 @@ class NumpyGPT:
     """A network for decoding, built from the config and the weights of a checkpoint."""
 
     def __init__(self, config: ModelConfig, weights: Arrays) -> None:
-        """Prepare the weights for decoding; they match the config (`Checkpoint.config` has checked that)."""
+        """Prepare the weights for decoding. They must match the config, which `Checkpoint.config` checks."""
         self.config = config
         self.lookback = config.ngram - 1 + config.token_shift
         self.embedding = weights["token_embedding.weight"]
@@ -67,10 +67,10 @@ class NumpyGPT:
         x = self._embed(tokens, cache).reshape(-1, self.config.n_embd)  # (B T, C)
         rotation = position_waves(start, S, self.config.head_size) if self.config.position == "rotary" else None
         mask = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
-        for block, memory in zip(self.blocks, cache.memory[:, :, :, :, :S], strict=True):
+        for block, keys_values in zip(self.blocks, cache.keys_values[:, :, :, :, :S], strict=True):
             # The last block computes only the last of T tokens, whose logits are wanted.
             keep = slice(T - 1, None, T) if block is self.blocks[-1] else slice(None)
-            x = x[keep] + block.attention(x, keep, memory, rotation, mask)
+            x = x[keep] + block.attention(x, keep, keys_values, rotation, mask)
             x += block.mlp(x)
         cache.length = S
         return self.head(x)
@@ -123,24 +123,24 @@ class Block:
         self.activation = {"relu2": relu2, "gelu": gelu, "gelu_erf": gelu_erf}[config.activation]
 
     def attention(
-        self, x: Array, keep: slice, memory: Array, rotation: tuple[Array, Array] | None, mask: Array | None
+        self, x: Array, keep: slice, keys_values: Array, rotation: tuple[Array, Array] | None, mask: Array | None
     ) -> Array:
         """Return the output of attention for the rows `keep` of x (B T, C): all, or the last token of each sequence.
 
-        The keys and values of all rows are written to the last T positions of memory (B, 2, H, S, D).
+        The keys and values of all rows are written to the last T positions of keys_values (B, 2, H, S, D).
         """
-        B, _, H, _, D = memory.shape
+        B, _, H, _, D = keys_values.shape
         T = len(x) // B
         qkv = self.qkv(x).reshape(B, T, 3, H, D).transpose(0, 2, 3, 1, 4)  # (B, 3, H, T, D)
         if self.qk_norm:
             qkv[:, :2] = rms_norm(qkv[:, :2], scale=self.qk_scale)
         if rotation:
             qkv[:, :2] = rotate(qkv[:, :2], *rotation)
-        memory[:, :, :, -T:] = qkv[:, 1:]
-        scores = qkv[:, 0, :, keep] @ memory[:, 0].swapaxes(2, 3)  # (B, H, T or 1, S)
+        keys_values[:, :, :, -T:] = qkv[:, 1:]
+        scores = qkv[:, 0, :, keep] @ keys_values[:, 0].swapaxes(2, 3)  # (B, H, T or 1, S)
         if mask is not None:
             scores += mask[keep]
-        return self.out((softmax(scores) @ memory[:, 1]).swapaxes(1, 2).reshape(-1, H * D))
+        return self.out((softmax(scores) @ keys_values[:, 1]).swapaxes(1, 2).reshape(-1, H * D))
 
     def mlp(self, x: Array) -> Array:
         """Return the output of the MLP for x (N, C)."""

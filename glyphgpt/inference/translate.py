@@ -124,7 +124,7 @@ class Translator:
 
 
 def read_references(path: str, count: int) -> list[str]:
-    """Read the reference translations of `count` lines, and make sure that the score can be computed.
+    """Read the reference translations of `count` lines, and check that sacrebleu is installed.
 
     Raises:
         UserError: The number of lines is not `count`, or sacrebleu is not installed.

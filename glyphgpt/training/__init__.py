@@ -1,1 +1,1 @@
-"""What train.py builds on: the run's folder, optimizers, schedule, several processes, evaluation, and metrics."""
+"""The parts of train.py: the run's folder, optimizers, schedule, several processes, evaluation, and metrics."""

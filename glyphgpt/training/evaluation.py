@@ -1,4 +1,4 @@
-"""The loss on a validation split: every token once, so that the number is the same every time."""
+"""Evaluation: the loss on a validation split, over the same tokens every time, so that it is reproducible."""
 
 import math
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ def evaluate(
 ) -> Score:
     """Return the score on consecutive blocks of block_size tokens, which predict every token but the first once.
 
+    Processes share the blocks. Each calls the model equally often, as a sharded model requires.
+
     Args:
         batch_size: Batch size of training. Without gradients four times as many sequences fit, and are faster, except
             with a large vocabulary, whose logits take most of the memory.
         max_tokens: If above 0, use only this many tokens from the start of the split.
-
-    Processes share the blocks. Each calls the model equally often, as a sharded model requires.
     """
     tokens = min(windows.split.tokens, max_tokens or windows.split.tokens)
     blocks, rest = divmod(tokens - 1, block_size)
@@ -93,7 +93,7 @@ def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Check that a checkpoint and a dataset have the same tokenizer.
 
     Raises:
-        UserError: They differ.
+        UserError: The tokenizers differ.
     """
     if checkpoint.metadata.tokenizer != dataset.meta.tokenizer:
         raise UserError(

@@ -19,9 +19,10 @@ NANOGPT_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # nanoGPT's i
 
 
 def load_init_model(settings: TrainSettings, dataset: Dataset) -> tuple[TrainSettings, "GPT | None"]:
-    """Return the settings with the network of the model to start from, and that model.
+    """Return the settings with the network of the model that `init_from` names, and that model.
 
-    There is none without init_from. A resumed run has its own weights and takes only the network.
+    Without `init_from`, return the settings unchanged and None. For a resumed run, return the settings with the network
+    of its last checkpoint and None; its weights are loaded later.
 
     Raises:
         UsageError: The settings contradict that model's network, or name a model as nanoGPT does.

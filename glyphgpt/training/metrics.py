@@ -53,7 +53,7 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of a row that could not be written, which has been reported
+        with suppress(OSError):  # a row could not be written; `write` has reported that
             self._file.close()
 
 
@@ -174,7 +174,7 @@ class Metrics:
     """
 
     def __init__(self, settings: TrainSettings, *, wandb_id: str = "", silent: bool = False) -> None:
-        """Start Weights & Biases, the only tracker that can fail to start. Write nothing; if `silent`, do nothing.
+        """Start Weights & Biases, the only tracker that can fail to start. Write no file; if `silent`, do nothing.
 
         Raises:
             UserError: Weights & Biases cannot start.
@@ -208,13 +208,13 @@ class Metrics:
             self._trackers.append(tensorboard)
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Write one row, and log it to the trackers; one that fails is not used any more."""
+        """Write one row, and log it to the trackers; drop a tracker that fails."""
         row = {"kind": kind, "step": step, **values}
         self._write(METRICS, row)
         for tracker in list(self._trackers):
             try:
                 tracker.write(row)
-            except Exception as error:  # of a server or a full disk: no reason to stop training
+            except Exception as error:  # a server or a full disk must not stop training
                 self._trackers.remove(tracker)
                 warn(f"{type(tracker).__name__} failed and is not used any more: {error}")
 

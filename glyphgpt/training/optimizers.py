@@ -18,9 +18,9 @@ NGRAM_LR_SCALE = 4.0
 
 
 class Optimizer(ABC):
-    """Parameter groups, and a state for each parameter.
+    """Base class of the optimizers: parameter groups, and a state for each parameter.
 
-    It replaces torch.optim.Optimizer, which imports torch's compiler and so adds two seconds to every start.
+    It replaces torch.optim.Optimizer, whose constructor imports torch's compiler and adds two seconds to every start.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -102,10 +102,10 @@ class Muon(Optimizer):
         for parameter, direction in zip(parameters, ahead, strict=True):
             by_shape[parameter.shape].append((parameter, gather(direction, parameter)))
         for shape, pairs in by_shape.items():
-            together = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
+            updates = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            changes = [scatter(change, parameter) for change, (parameter, _) in zip(together, pairs, strict=True)]
-            torch._foreach_add_([local(parameter) for parameter, _ in pairs], changes, alpha=-rate)
+            parts = [scatter(update, parameter) for update, (parameter, _) in zip(updates, pairs, strict=True)]
+            torch._foreach_add_([local(parameter) for parameter, _ in pairs], parts, alpha=-rate)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,7 +154,7 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale gradients down to a norm of at most `limit` (0: leave them), and return the norm before that."""
+    """Scale gradients down to a norm of at most `limit`, or not at all if it is 0; return the norm before scaling."""
     norm = full(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
     if limit and norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -33,7 +33,7 @@ from glyphgpt.settings import PATHS, Mode, ModelConfig, Optimization, TrainSetti
 from glyphgpt.training.evaluation import Score, check_vocabulary
 from glyphgpt.training.metrics import Metrics
 
-LOG_SECONDS = 15  # longest silence where no progress bar is shown
+LOG_SECONDS = 15  # longest time between log lines if no progress bar is shown
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSett
 
 
 def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
-    """Compare the lengths of the splits with block_size.
+    """Check that the training split fills a window; warn if the validation split does not.
 
     Raises:
         UserError: The training split is shorter than one window.
@@ -169,7 +169,7 @@ class Run:
             if saved != wanted:
                 raise UserError(f"{checkpoint.path}: {name} is {saved} there, but {wanted} in the settings")
         was, now = checkpoint.metadata.settings, self.settings.model_dump()
-        decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # resuming is for training longer
+        decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # a run may be resumed with more steps
         changed = [
             f"{key} {shorten(was.get(key))} -> {value}"
             for key, value in now.items()
@@ -194,7 +194,7 @@ class Run:
 
     @contextmanager
     def recording(self, state: TrainState) -> Iterator[None]:
-        """Open the metrics and the progress bar, and take signals as requests to stop."""
+        """Open the metrics and the progress bar, and handle signals as requests to stop."""
         self.start_time = time.perf_counter() - state.seconds
         hidden = None if self.runtime.is_main else True  # None hides the bar where there is no terminal
         self.bar = tqdm(total=self.settings.max_steps, initial=state.step, unit="step", disable=hidden)
@@ -230,7 +230,7 @@ class Run:
         The earlier run stays complete until all files of the new one can take its place.
 
         Raises:
-            UserError: They could not be written; the previous files are unchanged.
+            UserError: A file could not be written; the previous file of that name is unchanged.
         """
         if self.has_files:
             for name, checkpoint in checkpoints.items():
@@ -252,7 +252,7 @@ class Run:
             write_atomic(folder / CONFIG, tomli_w.dumps(settings | absolute).encode())
 
     def log(self, text: str) -> None:
-        """Print without breaking the progress bar. If nobody reads the output any more, request a stop."""
+        """Print a text above the progress bar. If nobody reads the output any more, request a stop."""
         self.log_time = time.perf_counter()
         if self.runtime.is_main:
             try:

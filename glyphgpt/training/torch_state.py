@@ -1,6 +1,6 @@
-"""Weights and optimizer state as arrays by name, for checkpoints, and back into torch.
+"""Weights and optimizer state: from torch to arrays by name, for checkpoints, and back.
 
-A model may be sharded over processes (`glyphgpt/training/distributed.py`); its checkpoints are the same as any other's.
+A model may be sharded over processes (`glyphgpt/training/distributed.py`); its checkpoints do not depend on that.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ def build_model(checkpoint: Checkpoint) -> "GPT":
     Raises:
         UserError: The config and the weights do not belong together, or some weights are not finite.
     """
-    from model import GPT, GPTConfig  # noqa: PLC0415  (no module of the package imports model.py when it is imported)
+    from model import GPT, GPTConfig  # noqa: PLC0415  (the package imports model.py only inside functions)
 
     model = GPT(GPTConfig(**checkpoint.config.model_dump()))
     load_weights(model, checkpoint)
@@ -52,7 +52,7 @@ def build_model(checkpoint: Checkpoint) -> "GPT":
 
 
 def optimizer_arrays(model: nn.Module, optimizers: list[Optimizer], *, keep: bool = True) -> Arrays:
-    """Return the optimizers' state as OPTIMIZER.PARAMETER.KEY, which is empty before the first step.
+    """Return the optimizers' state by names OPTIMIZER.PARAMETER.KEY; it is empty before the first step.
 
     On a CPU the arrays share memory with the state. All processes of a sharded model must call it, even those that do
     not keep the result.
