@@ -1,4 +1,4 @@
-"""What the converters share: output paths, new checkpoints, and weights and vocabularies in other programs' formats."""
+"""Shared code of the converters: output paths, new checkpoints, and other programs' weights and vocabularies."""
 
 import re
 from pathlib import Path
@@ -46,7 +46,7 @@ def write_checkpoint(checkpoint: Checkpoint, out: Path) -> str:
 
 
 def rename_weight(name: str, names: dict[str, str]) -> str:
-    """Return another program's name of a weight; `names` maps the modules and the list of blocks.
+    """Translate the name of a weight; `names` maps the names of modules and of the list of blocks.
 
     >>> rename_weight("blocks.3.mlp.up.weight", {"blocks": "h", "mlp.up": "mlp.c_fc"})
     'h.3.mlp.c_fc.weight'

@@ -44,7 +44,7 @@ REQUIRED: dict[str, Any] = {
     "model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
-"""Values that our network needs."""
+"""The only values of these keys that our network can compute."""
 OUR_ACTIVATIONS = {hf_name: ours for ours, hf_name in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu"}
 HF_NAMES = {
     "vocab_size": "vocab_size", "block_size": "n_positions", "n_embd": "n_embd", "n_layer": "n_layer",
@@ -194,7 +194,7 @@ def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
 
 
 def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_dir: Path) -> Iterator[Tokenizer]:
-    """Yield the tokenizers that may have a vocabulary. A model without tokenizer files may use GPT-2's."""
+    """Yield our tokenizers that may match a vocabulary. A model without tokenizer files may use GPT-2's."""
     if vocab_size == GPT2Tokenizer.vocab_size:
         yield GPT2Tokenizer(data_dir)
     if vocabulary and vocab_size == ByteTokenizer.vocab_size:

@@ -73,7 +73,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, or holds anything else.
     """
-    import torch  # noqa: PLC0415  (datasets and configs do without)
+    import torch  # noqa: PLC0415  (datasets and configs do not need it)
 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,11 +217,11 @@ def convert_split(path: Path, folder: Path, tokenizer: Tokenizer, digest: Any) -
     Raises:
         UserError: The file has an odd size or fewer than two ids, or an id is not in the vocabulary.
     """
-    writer = ShardWriter(folder, path.stem, tokenizer.vocab_size, 10**8)
+    writer = ShardWriter(folder, path.stem, tokenizer.vocab_size, shard_tokens=10**8)
     size = path.stat().st_size
     if size % 2 or size < 4:
         raise UserError(f"{path}: {size:,} bytes are not two or more ids of 16 bits")
-    character_counts = np.array([count_characters(tokenizer.token_bytes(t)) for t in range(tokenizer.vocab_size)])
+    character_counts = np.array([count_character_starts(tokenizer.token_bytes(t)) for t in range(tokenizer.vocab_size)])
     characters = 0
     all_ids = np.memmap(path, dtype="<u2", mode="r")
     for start in range(0, len(all_ids), CHUNK_TOKENS):
@@ -236,7 +236,7 @@ def convert_split(path: Path, folder: Path, tokenizer: Tokenizer, digest: Any) -
     return writer.meta(characters)
 
 
-def count_characters(utf8: bytes) -> int:
+def count_character_starts(utf8: bytes) -> int:
     """Return the number of characters that start in some UTF-8 bytes, which may begin or end within a character."""
     return sum(byte & 0xC0 != 0x80 for byte in utf8)
 
@@ -249,9 +249,9 @@ NANOGPT_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Defaults of nanoGPT's train.py that affect training."""
 OTHER_SETTINGS = ("device", "dtype", "compile", "wandb_log", "wandb_project")
-"""Its other settings. Our defaults apply to those that a config does not set."""
+"""Other settings of nanoGPT. Our defaults apply to those that a config does not set."""
 SPECIAL_SETTINGS = {"eval_iters", "decay_lr", "lr_decay_iters"}
-"""Its settings that need more than another name."""
+"""Settings of nanoGPT that need more than another name."""
 SETTING_NAMES = {
     key: NANOGPT_NAMES.get(key, key) for key in [*NANOGPT_DEFAULTS, *OTHER_SETTINGS] if key not in SPECIAL_SETTINGS
 }

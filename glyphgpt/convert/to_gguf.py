@@ -50,9 +50,9 @@ OURS_TO_GGUF = {
 """Names of modules here and in GGUF."""
 
 END = "[end]"
-"""Added to a vocabulary without an end-of-text token, because llama.cpp then takes another token for one."""
+"""Added to a vocabulary without an end-of-text token; otherwise llama.cpp uses another token as one."""
 NO_MERGE = "À À"
-"""The merge of a vocabulary without merges, because llama.cpp needs at least one. UTF-8 does not have these bytes."""
+"""The merge of a vocabulary without merges, because llama.cpp needs at least one. UTF-8 never contains these bytes."""
 
 
 def export_gguf(path: Path, settings: ConvertSettings) -> str:

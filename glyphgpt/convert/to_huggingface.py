@@ -248,7 +248,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: The folder exists and does not hold a Hugging Face model.
-        UserError: It could not be written.
+        UserError: The folder could not be written.
     """
     if folder.exists() and not ((folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()):
         raise UsageError(f"{folder} does not hold a Hugging Face model and is not replaced; choose another --out")

@@ -19,7 +19,7 @@ RESIDENT_BYTES = 1 << 30  # a split of at most this size on disk is kept on the 
 
 
 def windows_per_epoch(tokens: int, block_size: int) -> int:
-    """Return the number of windows in an epoch, few enough that their common phase can vary by block_size."""
+    """Return the number of windows in an epoch: as many as leave a choice of block_size phases, but at least 1."""
     return max(1, (tokens - block_size) // block_size)
 
 

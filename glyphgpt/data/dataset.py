@@ -145,7 +145,7 @@ class ShardWriter:
         return self._file
 
     def _header(self, tokens: int) -> bytes:
-        """Return the .npy header of an array; NumPy pads headers, so that one of fewer tokens can overwrite it."""
+        """Return the .npy header of an array; NumPy pads it, so that the header of a shorter array is as long."""
         header = BytesIO()
         descr = np.lib.format.dtype_to_descr(self.dtype)
         np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": (tokens,)})

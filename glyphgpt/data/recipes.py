@@ -92,7 +92,8 @@ def join_pairs(pairs: Pairs, data_dir: Path) -> Path:
     """Write a text of pairs, and return its path.
 
     Raises:
-        UserError: A file cannot be downloaded, or the text has the wrong checksum.
+        UserError: A file cannot be downloaded, the files of a pair have different numbers of lines, or the text has
+            the wrong checksum.
     """
     paths = {source.file: fetch(source, data_dir) for source in pairs.sources}
     target = data_dir / "downloads" / pairs.file

@@ -1,7 +1,7 @@
 """Record files (JSON, JSON Lines, CSV and Parquet), read as streams of the texts that their records hold.
 
 A JSON file is an array, or a sequence of values. Each value is a string, or an object with a field for the text.
-The functions get a file's text in consecutive chunks, and yield lists of documents.
+The readers yield lists of documents. Except for Parquet, they get a file's text in consecutive chunks.
 """
 
 import csv
@@ -245,7 +245,7 @@ def field_text(value: object, location: str, field: str) -> str:
     """Return a field's value if it is text.
 
     Raises:
-        UserError: It is not.
+        UserError: The value is not text, or it has a lone surrogate.
     """
     if not isinstance(value, str):
         raise UserError(f"{location}: '{field}' is not text but {json.dumps(value, default=str)[:50]}")

@@ -18,8 +18,8 @@ from glyphgpt.errors import UsageError, sanitize, shorten
 
 STANDARD_INPUT = "standard input"
 STANDARD_INPUTS = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-LIST_LENGTH = 3
-MAX_NAME_LENGTH = 200  # characters of a name in a list
+LIST_LENGTH = 3  # names in a list
+MAX_NAME_LENGTH = 200  # characters of such a name
 ESCAPED = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[nrt])")
 
 # Reasons to skip a file
@@ -41,7 +41,7 @@ class FileFinder:
         self._skipped: dict[str, dict[Path, None]] = {}  # by reason
 
     def find(self, word: str) -> None:
-        """Add a file, all files below a folder except hidden ones, or all files that match a pattern.
+        """Add a file, all files below a folder except hidden ones, all matches of a pattern, or standard input.
 
         Raises:
             UsageError: The word names no readable file.
@@ -73,7 +73,7 @@ class FileFinder:
             raise UsageError(f"{name}: no files {'in this folder' if exists else 'match this pattern'}{skipped}")
 
     def describe_skipped(self) -> str:
-        """Return the numbers, reasons and first names of the skipped files in one bounded line, or ""."""
+        """Return one line with the number of skipped files for each reason, and some of their names, or ""."""
         return ", ".join(
             f"{len(paths):,} {reason}{'s' * (len(paths) > 1)} ({list_names(list(paths))})"
             for reason, paths in self._skipped.items()
@@ -184,7 +184,7 @@ def matches_part(name: str, part: str) -> bool:
 
 
 def list_names(names: Sequence[str | Path], length: int = LIST_LENGTH) -> str:
-    """Return the first names of a list, sanitized and shortened, and the number of the others.
+    """Return the first `length` names of a list, sanitized and shortened, and the number of the others.
 
     >>> list_names(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

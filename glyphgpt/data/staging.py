@@ -23,7 +23,7 @@ DATASET_FILE = re.compile(r"meta\.json|(?:train|val)-\d{5,}\.npy|report\.html")
 
 
 class PrepareProgress(BaseModel):
-    """What the first reading of a text found, and the finished shards of the second."""
+    """The results of the first pass over a text, and the shards that the second pass has finished."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -94,7 +94,7 @@ def dataset_dir(name: str, data_dir: Path) -> Path:
 
 @contextmanager
 def staging_dir(folder: Path, *, overwrite: bool, can_rename: bool = True) -> Iterator[Path]:
-    """Yield a folder in which to prepare a dataset, and finally rename it to `folder`, so that no reader sees a part.
+    """Yield a folder in which to prepare a dataset, then rename it to `folder`, so that no reader sees a partial one.
 
     After a failure, the folder is kept if it contains progress; otherwise it is deleted. `can_rename` is whether the
     script has the option --name, which error messages then suggest.

@@ -183,7 +183,7 @@ def byte_chunks(file: BinaryIO, name: str, decompress: str) -> Iterator[bytes]:
 
 
 def peek_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """Return the first HEAD_BYTES or more of a stream, and an iterator over the whole stream."""
+    """Return the start of a stream, at least HEAD_BYTES if it is that long, and an iterator over the whole stream."""
     first: list[bytes] = []
     for chunk in chunks:
         first.append(chunk)

@@ -116,7 +116,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def learn(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """Create a tokenizer of the characters of some texts."""
+        """Create a tokenizer for all characters of the texts."""
         found = CharacterSet()
         for text in texts:
             found.add(text)
@@ -169,7 +169,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, text: str) -> Tokens:
-        """Return the bytes of a text; a lone surrogate, which stands for an invalid command-line byte, is that byte."""
+        """Return the bytes of a text; a surrogate from an undecodable command-line byte becomes that byte again."""
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
 
     def token_bytes(self, token: int) -> bytes:
@@ -242,7 +242,7 @@ def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
 
 
 def describe_characters(characters: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
-    """Return a list of the first ten characters with their code points and, if given, their counts."""
+    """Return the first ten characters with their code points and, if given, counts, and the number of the others."""
     times = {character: f", {counts[character]:,} times" for character in characters} if counts else {}
     shown = ", ".join(f"{c!r} (U+{ord(c):04X}{times.get(c, '')})" for c in characters[:10])
     return f"{shown} and {len(characters) - 10:,} more" if len(characters) > 10 else shown
@@ -289,7 +289,7 @@ def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Cou
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
-    """Return the text of some ids; invalid UTF-8 becomes U+FFFD."""
+    """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
     return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
 
 

@@ -54,7 +54,7 @@ class AttentionMaps:
 
 
 def compute_maps(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> AttentionMaps:
-    """Run a GPT of model.py in evaluation mode on tokens (T,), at most block_size.
+    """Return the attention maps of tokens (T,), at most block_size, under a GPT of model.py in evaluation mode.
 
     Raises:
         UserError: The weights or the probabilities are not finite.
@@ -74,7 +74,7 @@ def compute_maps(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> Atte
 
 
 def weights_and_probs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the attention weights of tokens (T,), (L, H, T, T), and the next-token probabilities, (T, V)."""
+    """Return the attention weights (L, H, T, T) of tokens (T,), and the next-token probabilities (T, V)."""
     weights: list[Tensor] = []
     mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
 
@@ -194,7 +194,7 @@ def render_png(maps: AttentionMaps) -> bytes:
 
 
 def axis_labels(tokens: Sequence[str], inches: float) -> tuple[Sequence[int], list[str], float]:
-    """Return the positions, texts and font size, in points, of the labels along an axis of so many inches.
+    """Return the positions, texts and font size, in points, of the labels along an axis that is `inches` long.
 
     The labels are the tokens, or about ten position numbers if the tokens would be too small to read.
     """

@@ -101,7 +101,7 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def check_metrics(row: Any) -> Row:
-    """Return a row of metrics.
+    """Check a row of metrics, and return it.
 
     Raises:
         KeyError, TypeError: The row lacks a key, or a value has the wrong type.

@@ -97,7 +97,7 @@ def page_data(run: Path) -> dict[str, Any]:
 
 
 def check_sample(row: Any) -> Row:
-    """Return a row of samples.
+    """Check a row of samples, and return it.
 
     Raises:
         KeyError, TypeError: The row lacks a key, or a value has the wrong type.
@@ -120,14 +120,14 @@ def highlights(
 ) -> list[tuple[str, str, str]]:
     """Return the numbers at the top of the page: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
-    tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return [
         ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
         ("Bits per character", format_number(best.get("bits_per_character"), ".3f"), "at the same step"),
         ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
-        ("Tokens", f"{step * tokens:,}", f"{tokens:,} per step"),
+        ("Tokens", f"{step * tokens_per_step:,}", f"{tokens_per_step:,} per step"),
         ("Time", format_duration(rows[-1]["seconds"]), "including evaluations and samples"),
         ("Tokens per second", format_number(median(speeds) if speeds else None, ",.0f"), "median, without evaluations"),
         ("Parameters", format_number(summary.parameters if summary else None, ","), f"in {settings.n_layer} blocks"),

@@ -89,7 +89,7 @@ class ModelSummary:
         return 4 * (4 * self.parameters + kept)
 
     def costs(self) -> list[str]:
-        """Return what a training step costs, one line each."""
+        """Return the costs of a training step, one per line."""
         tokens = self.batch_size * self.network.block_size
         return [
             "A training step takes about three times the MACs of the forward pass, at two operations each: "
@@ -126,7 +126,7 @@ def symbolic_shape(shape: tuple[int, ...]) -> str:
 
 def trace(network: Network, vocab_size: int, batch_size: int) -> list[LayerSummary]:
     """Run a network with a single block on the meta device, and return its layers in the order of execution."""
-    from model import GPT, GPTConfig  # noqa: PLC0415  (no module of the package imports model.py when it is imported)
+    from model import GPT, GPTConfig  # noqa: PLC0415  (the package imports model.py only when it needs it)
 
     fields = {**network.model_dump(include=set(Network.model_fields)), "vocab_size": vocab_size, "n_layer": 1}
     layers: list[LayerSummary] = []

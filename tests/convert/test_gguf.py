@@ -41,14 +41,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], float]] = {
     "learned": ("gpt2", {}, 1e-2),
     "learned, no biases": ("gpt2", {"bias": False, "tie_embeddings": False}, 1e-2),
     "sinusoidal": ("gpt2", {"position": "sinusoidal"}, 1e-2),
-    "sinusoidal, own head": ("gpt2", {"position": "sinusoidal", "tie_embeddings": False}, 1e-2),
+    "sinusoidal, untied head": ("gpt2", {"position": "sinusoidal", "tie_embeddings": False}, 1e-2),
     "gelu_erf": ("gpt2", {"activation": "gelu_erf"}, 1e-2),
     "rotary": ("gptneox", {"position": "rotary"}, 1e-2),
     "rotary, no biases": ("gptneox", {"position": "rotary", "bias": False, "tie_embeddings": False}, 1e-2),
     "relu2": ("arcee", RELU2, 1e-4),
-    "relu2, own head": ("arcee", {**RELU2, "tie_embeddings": False}, 1e-4),
+    "relu2, untied head": ("arcee", {**RELU2, "tie_embeddings": False}, 1e-4),
     "qk_norm": ("apertus", {**RELU2, "qk_norm": True}, 1e-4),
-    "qk_norm, own head": ("apertus", {**RELU2, "qk_norm": True, "tie_embeddings": False}, 1e-4),
+    "qk_norm, untied head": ("apertus", {**RELU2, "qk_norm": True, "tie_embeddings": False}, 1e-4),
 }
 """Architecture in llama.cpp, network, and tolerance of log-probabilities: llama.cpp's GELU is a float16 table."""
 

@@ -50,7 +50,7 @@ def randomize(model: Any, std: float = 0.3) -> Any:
 
 def make_hf_model(**changes: Any) -> Any:
     """Return transformers' GPT-2 with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (seconds)
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (takes seconds)
 
     return randomize(GPT2LMHeadModel(GPT2Config(**{**SIZES, "vocab_size": 256, **changes})))
 

@@ -1,4 +1,4 @@
-"""Import from nanoGPT: checkpoints, datasets and configs, of which nothing is executed."""
+"""Import from nanoGPT: checkpoints, datasets and configs, without executing anything in them."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 12, "block_size": 8, "dropout": 0.
 
 def make_reference(vocab_size: int, *, bias: bool) -> Any:
     """Return Hugging Face's GPT-2 with nanoGPT's activation, an independent implementation of the same network."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (seconds)
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  (takes seconds)
 
     torch.manual_seed(0)
     sizes: Any = {"n_layer": 2, "n_head": 2, "n_embd": 12, "n_positions": 8}

@@ -240,7 +240,7 @@ def test_a_missing_key_in_meta_json_is_detected(folder: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff", b"[" * 100_000, b"9" * 5000], ids=len)
-def test_other_content_in_meta_json_is_detected(folder: Path, content: bytes) -> None:
+def test_invalid_content_in_meta_json_is_detected(folder: Path, content: bytes) -> None:
     (folder / META).write_bytes(content)
     with pytest.raises(UserError) as caught:
         load(folder)

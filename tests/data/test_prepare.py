@@ -279,7 +279,7 @@ def test_standard_input_can_be_named_only_once(run: Run, tmp_path: Path) -> None
     assert error == "standard input (-) can be read only once"
 
 
-def test_no_words_are_answered_with_the_usage(run: Run, tmp_path: Path) -> None:
+def test_a_command_line_without_words_shows_the_usage(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "data" / "mine.toml", "")
     assert failure(run, tmp_path / "data", kind=UsageError) == (
         f"name a recipe or a text: {USAGE['prepare.py']}; recipes in {tmp_path / 'data'}: mine"
@@ -343,7 +343,7 @@ def test_a_single_failed_write_is_raised(run: Run, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "later", [TEXT + TEXT, TEXT[:-1], "", TEXT[::-1]], ids=["longer", "shorter", "empty", "same length"]
 )
-def test_a_text_that_changes_between_the_readings_is_reported(
+def test_a_text_that_changes_between_the_passes_is_reported(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
 ) -> None:
     file = write(tmp_path / "mine.txt", TEXT)
@@ -425,7 +425,7 @@ def test_a_recipe_does_not_replace_another_dataset_of_the_same_name(run: Run, tm
 @pytest.mark.parametrize(
     "flag", ["--name=x", "--tokenizer=char", "--val_fraction=0.5", "--encoding=latin-1", "--vocabulary=x"]
 )
-def test_a_recipe_rejects_settings_for_own_texts(run: Run, tmp_path: Path, recipe: Path, flag: str) -> None:
+def test_a_recipe_rejects_settings_for_user_texts(run: Run, tmp_path: Path, recipe: Path, flag: str) -> None:
     assert failure(run, tmp_path / "data", recipe.stem, flag, kind=UsageError) == (
         f"{flag.partition('=')[0]} is only for your own text; the recipe {recipe} sets it"
     )

@@ -216,7 +216,7 @@ def test_command_line_mistakes(words: list[str], message: str) -> None:
 
 
 class Browser:
-    """Chromium, which opens reports."""
+    """Opens reports in Chromium."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
