@@ -1,9 +1,9 @@
-"""Estimate memory and time of a step for GPT-2's sizes on 1 to 64 GPUs, on paper, and check the parts of it here.
+"""Estimate the memory and time of an update for GPT-2's sizes on 1 to 64 GPUs, and check the formulas on a CPU.
 
-    python bench/scaling.py            the tables of docs/scaling.md
-    python bench/scaling.py --check    what can be counted on a CPU beside what the formulas say
+    python bench/scaling.py            print the tables of docs/scaling.md
+    python bench/scaling.py --check    measure what a CPU can measure, and print it beside the estimates
 
-The formulas and what they leave out are explained in docs/scaling.md. Sizes are in bytes, times in seconds.
+docs/scaling.md explains the formulas and what they leave out. Sizes are in bytes, times in seconds.
 """
 
 import argparse
@@ -26,21 +26,22 @@ from glyphgpt.training.optimizers import make_optimizers
 from model import GPT, GPTConfig
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-SEQUENCES = 512  # of an update, whatever the number of GPUs
-AT_ONCE = 8  # sequences that go through a GPU together
+SEQUENCES = 512  # in an update, for any number of GPUs
+BATCH_SIZE = 8  # sequences that a GPU processes at once
 
 GPU_MEMORY = 80e9
-GPU_FLOPS = 0.4 * 989e12  # an H100's bfloat16 products, of which 40% are assumed to be reached
-INSIDE, OUTSIDE = 300e9, 40e9  # bytes a second and GPU, each way: NVLink's 450 and a network's 50, not quite reached
+GPU_FLOPS = 0.4 * 989e12  # operations per second: 40% of the bfloat16 peak of an H100
+NVLINK, NETWORK = 300e9, 40e9  # bytes per second, GPU and direction; the peaks are 450e9 and 50e9
 GPUS_PER_MACHINE = 8
 
-BLOCK_BYTES = 36  # of activations kept for each token, layer and channel; 4 of them are the block's input
-LOGITS_BYTES = 12  # for each token and entry of the vocabulary, at the worst moment
+INPUT_BYTES = 4  # of the input of a block, per token and channel
+BLOCK_BYTES = 36  # of all activations that a block keeps for its backward pass, per token and channel
+LOGITS_BYTES = 12  # per token and entry of the vocabulary, at the peak
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A network of GPT-2's form, without biases. Its parameters and operations are those of the real model."""
+    """The shape of a GPT-2 without biases. The model summary counts its parameters and operations."""
 
     name: str
     layers: int
@@ -72,12 +73,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Parameters in all."""
+        """All parameters."""
         return self.summary.parameters
 
     @property
     def flops(self) -> float:
-        """Operations for a token, forward and backward; fused attention skips the masked half of its products."""
+        """Operations per token, forward and backward; fused attention skips the masked half of its products."""
         attention = self.summary.total(lambda layer: layer.macs if is_attention(layer) else 0)
         return 6 * (self.summary.macs - attention / 2) / self.context
 
@@ -96,75 +97,76 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
-class Way:
-    """How the GPUs work together."""
+class Strategy:
+    """A way to train one model on several GPUs."""
 
     title: str
     sharded: bool = False
     recompute: bool = False
 
     def memory(self, shape: Shape, gpus: int) -> float:
-        """Bytes on each GPU at the worst moment."""
+        """Return the peak memory of each GPU in bytes."""
         weights = shape.parameters
-        total = 12.0 * weights / (gpus if self.sharded else 1)  # weights, and AdamW's two means
+        total = 12.0 * weights / (gpus if self.sharded else 1)  # weights and AdamW's two moments
         if self.sharded and gpus > 1:
-            total += 4 * weights / gpus + 2 * 2 * shape.block + 4 * shape.outside  # two blocks gathered, and the rest
-            if SEQUENCES // gpus > AT_ONCE:
-                total += 4 * weights  # gradients that wait for the last batch
+            total += 4 * weights / gpus + 2 * 2 * shape.block + 4 * shape.outside  # two gathered blocks, and the rest
+            if SEQUENCES // gpus > BATCH_SIZE:
+                total += 4 * weights  # full gradients until the last batch
         else:
             total += 4 * weights + 2 * weights  # gradients, and bfloat16 copies
-        tokens = AT_ONCE * shape.context
-        kept = 4 * shape.layers + BLOCK_BYTES if self.recompute else BLOCK_BYTES * shape.layers
+        tokens = BATCH_SIZE * shape.context
+        kept = INPUT_BYTES * shape.layers + BLOCK_BYTES if self.recompute else BLOCK_BYTES * shape.layers
         return total + tokens * (kept * shape.channels + LOGITS_BYTES * shape.vocabulary)
 
     def compute_seconds(self, shape: Shape, gpus: int) -> float:
-        """Seconds of products for an update."""
-        again = (4 / 3) if self.recompute else 1
-        return SEQUENCES * shape.context / gpus * shape.flops * again / GPU_FLOPS
+        """Return the seconds of computation for an update."""
+        factor = (4 / 3) if self.recompute else 1
+        return SEQUENCES * shape.context / gpus * shape.flops * factor / GPU_FLOPS
 
-    def exchanged(self, shape: Shape, gpus: int) -> float:
-        """Bytes that each GPU sends for an update, by rings."""
-        others = (gpus - 1) / gpus
+    def exchanged_bytes(self, shape: Shape, gpus: int) -> float:
+        """Return the bytes that each GPU sends for an update, in ring collectives."""
+        ring = (gpus - 1) / gpus  # the fraction of the data that a GPU sends
         if not self.sharded:
-            return 2 * 4 * shape.parameters * others
-        batches = max(1, SEQUENCES // gpus // AT_ONCE)
+            return 2 * 4 * shape.parameters * ring
+        batches = max(1, SEQUENCES // gpus // BATCH_SIZE)
         gathered = 2 * (2 * shape.layers * shape.block) + 4 * shape.outside
-        return (batches * gathered + 4 * shape.parameters) * others
+        return (batches * gathered + 4 * shape.parameters) * ring
 
     def exchange_seconds(self, shape: Shape, gpus: int) -> float:
-        """Seconds of exchange for an update, were nothing else done meanwhile."""
-        return self.exchanged(shape, gpus) / (INSIDE if gpus <= GPUS_PER_MACHINE else OUTSIDE)
+        """Return the seconds of communication for an update, without overlap."""
+        return self.exchanged_bytes(shape, gpus) / (NVLINK if gpus <= GPUS_PER_MACHINE else NETWORK)
 
 
-WAYS = (
-    Way("`--parallel=ddp`"),
-    Way("`--parallel=fsdp`", sharded=True),
-    Way("`--parallel=fsdp --activation_checkpointing`", sharded=True, recompute=True),
+STRATEGIES = (
+    Strategy("`--parallel=ddp`"),
+    Strategy("`--parallel=fsdp`", sharded=True),
+    Strategy("`--parallel=fsdp --activation_checkpointing`", sharded=True, recompute=True),
 )
 
 
 def tables() -> str:
     """Return the tables of docs/scaling.md."""
-    return "\n".join(line for way in WAYS for line in [*rows(way), ""]).rstrip() + "\n"
+    return "\n".join(line for strategy in STRATEGIES for line in [*table(strategy), ""]).rstrip() + "\n"
 
 
-def rows(way: Way) -> Iterator[str]:
-    """Yield the lines of one way's table."""
-    yield f"{way.title}: GB on each GPU, and seconds for an update (computing; exchanging, if nothing overlapped)"
+def table(strategy: Strategy) -> Iterator[str]:
+    """Yield the lines of the table of a strategy."""
+    yield f"{strategy.title}: GB on each GPU, and seconds for an update (computing; exchanging, if nothing overlapped)"
     yield ""
     yield f"| model | {' | '.join(f'{gpus} GPU' + 's' * (gpus > 1) for gpus in GPUS)} |"
     yield "|---" * (len(GPUS) + 1) + "|"
     for shape in SHAPES:
         cells = []
         for gpus in GPUS:
-            memory = way.memory(shape, gpus)
+            memory = strategy.memory(shape, gpus)
             size = f"{memory / 1e9:.0f} GB" + (" (too much)" if memory > GPU_MEMORY else "")
-            cells.append(f"{size}, {way.compute_seconds(shape, gpus):.2f}; {way.exchange_seconds(shape, gpus):.2f}")
+            seconds = f"{strategy.compute_seconds(shape, gpus):.2f}; {strategy.exchange_seconds(shape, gpus):.2f}"
+            cells.append(f"{size}, {seconds}")
         yield f"| {shape.name} | {' | '.join(cells)} |"
 
 
-def build(shape: Shape) -> GPT:
-    """Return the network of a shape."""
+def build_model(shape: Shape) -> GPT:
+    """Return a model of the shape."""
     return GPT(GPTConfig(vocab_size=shape.vocabulary, **shape.network.model_dump()))
 
 
@@ -172,11 +174,11 @@ def check() -> None:
     """Measure activations, memory and exchanged bytes, and print them beside the estimates."""
     print("| what | estimate | measured |\n|---|---|---|")
     small = SHAPES[0]
-    for recompute, per in ((False, BLOCK_BYTES), (True, 4)):
+    for recompute, expected in ((False, BLOCK_BYTES), (True, INPUT_BYTES)):
         kept = [kept_bytes(replace(small, layers=layers), recompute=recompute) for layers in (2, 3)]
         title = "with" if recompute else "without"
-        seen = (kept[1] - kept[0]) / small.context / small.channels
-        print(f"| bytes kept a token, layer and channel, {title} checkpointing | {per} | {seen:.1f} |")
+        measured = (kept[1] - kept[0]) / small.context / small.channels
+        print(f"| bytes kept per token, layer and channel, {title} checkpointing | {expected} | {measured:.1f} |")
     for kind in ("ddp", "fsdp"):
         for processes in (2, 4):
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -185,14 +187,14 @@ def check() -> None:
 
 
 def kept_bytes(shape: Shape, *, recompute: bool) -> int:
-    """Count the bytes that one sequence's forward pass keeps for the backward pass, weights and their copies apart."""
-    model, kept = build(shape), {}
+    """Return the bytes of activations that the forward pass of one sequence keeps for the backward pass."""
+    model, kept = build_model(shape), {}
     if recompute:
         checkpoint_activations(model)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        of_a_sequence = shape.context in tensor.shape and not isinstance(tensor, torch.nn.Parameter)
-        if of_a_sequence:
+        is_activation = shape.context in tensor.shape and not isinstance(tensor, torch.nn.Parameter)
+        if is_activation:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -204,13 +206,13 @@ def kept_bytes(shape: Shape, *, recompute: bool) -> int:
 
 
 def worker(kind: str) -> None:
-    """Train a small network among several processes; print its memory and what it exchanges, beside the formulas'."""
-    shape, way = Shape("small", 4, 64, 2, 1000, 64), Way(kind, sharded=kind == "fsdp")
+    """Train a small model in this process and others; print its memory and communication beside the estimates."""
+    shape, sharded = Shape("small", 4, 64, 2, 1000, 64), kind == "fsdp"
     with init_runtime("cpu", "float32") as runtime:
-        model = build(shape)
-        if way.sharded:
+        model = build_model(shape)
+        if sharded:
             shard_model(model, runtime)
-        forward = model if way.sharded else replicate_model(model, runtime)
+        forward = model if sharded else replicate_model(model, runtime)
         [adamw] = make_optimizers(model, TrainSettings())
         tokens = torch.zeros(2, shape.context, dtype=torch.long)
 
@@ -226,22 +228,22 @@ def worker(kind: str) -> None:
             step()
         held = [*model.parameters(), *(value for state in adamw.state.values() for value in state.values())]
         bytes_held = sum(local(tensor).nbytes for tensor in held if tensor.dim())
-        expected = 12 * shape.parameters / (runtime.world_size if way.sharded else 1)
+        expected_bytes = 12 * shape.parameters / (runtime.world_size if sharded else 1)
         if runtime.is_main:
             title = f"{kind}, {runtime.world_size} processes"
-            print(f"| bytes of weights and AdamW's means, {title} | {expected:,.0f} | {bytes_held:,} |")
+            print(f"| bytes of weights and AdamW's moments, {title} | {expected_bytes:,.0f} | {bytes_held:,} |")
             elements = exchanged_elements(profile, runtime.world_size)
-            # float32 on a CPU, and each block gathered anew for each of the two batches' backward passes
-            paper = 2 * shape.parameters
-            if way.sharded:
-                paper = 2 * (2 * shape.layers * shape.block + shape.outside) + shape.parameters
-            print(f"| numbers gathered and reduced for two batches, {title} | {paper:,} | {elements:,} |")
+            expected = 2 * shape.parameters
+            if sharded:
+                # each of the two batches gathers every block twice and the other weights once
+                expected = 2 * (2 * shape.layers * shape.block + shape.outside) + shape.parameters
+            print(f"| elements gathered and reduced for two batches, {title} | {expected:,} | {elements:,} |")
 
 
 def exchanged_elements(profile: Any, processes: int) -> int:
-    """Count the numbers of a model that collective operations brought to a process; an all-reduce brings each twice.
+    """Return the number of elements that collective operations exchanged.
 
-    gloo has no reduce-scatter, and reduces all to give each its part: that counts as one.
+    An all-reduce counts as two exchanges, except with fsdp: gloo has no reduce-scatter, which an all-reduce replaces.
     """
     elements = {"gloo:all_gather": 0, "gloo:all_reduce": 0}
     for event in profile.events():
@@ -254,7 +256,7 @@ def exchanged_elements(profile: Any, processes: int) -> int:
 def main() -> None:
     """Print the tables, or check the formulas."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="count what can be counted on a CPU")
+    parser.add_argument("--check", action="store_true", help="measure on a CPU, and print the estimates beside it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
