@@ -36,7 +36,7 @@ from glyphgpt.training.evaluation import Score, evaluate, evaluate_best
 from glyphgpt.training.init_from import load_init_model
 from glyphgpt.training.metrics import check_trackers
 from glyphgpt.training.optimizers import clip_gradients, make_optimizers, set_learning_rate
-from glyphgpt.training.run import Run, StepMetrics, check_lengths, diverged, out_of_patience, resume_after_restart
+from glyphgpt.training.run import Run, StepMetrics, check_lengths, diverged, resume_after_restart, run_finished
 from glyphgpt.training.schedule import learning_rate
 from glyphgpt.training.torch_state import load_weights, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
@@ -126,7 +126,7 @@ class Trainer:
                     self.evaluate_and_save()
                 self.loop()
         self.runtime.barrier()  # no process exits while another still receives from it
-        interrupted = self.stopping and self.state.step < settings.max_steps
+        interrupted = self.stopping and not run_finished(settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
         run.log_end(self.state, stopped_by)
         if self.runtime.is_main:
@@ -137,7 +137,7 @@ class Trainer:
     def loop(self) -> None:
         """Update, log, evaluate and save until the run ends."""
         settings, state = self.settings, self.state
-        while state.step < settings.max_steps and not self.stopping and not out_of_patience(settings, state):
+        while not self.stopping and not run_finished(settings, state):
             batch = self.next_batch()
             metrics = self.step(batch)
             self.run.log_step(state.step, metrics)

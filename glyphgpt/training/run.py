@@ -67,6 +67,11 @@ def outcome(settings: TrainSettings, state: TrainState, folder: Path) -> Outcome
     return Outcome(f"interrupted at step {state.step:,} of {settings.max_steps:,}", resume)
 
 
+def run_finished(settings: TrainSettings, state: TrainState) -> bool:
+    """Return whether a run has done all steps, or has stopped early."""
+    return state.step >= settings.max_steps or out_of_patience(settings, state)
+
+
 def out_of_patience(settings: TrainSettings, state: TrainState) -> bool:
     """Return whether the validation loss has not improved for `patience` evaluations."""
     return 0 < settings.patience <= state.evaluations_since_best

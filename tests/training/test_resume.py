@@ -111,6 +111,17 @@ def test_signal_at_the_last_step_does_not_interrupt_the_run(
     assert_same_run(uninterrupted, tmp_path)
 
 
+def test_signal_at_an_early_stop_does_not_interrupt_the_run(data_dir: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        data_dir, tmp_path, patience=1, learning_rate=1.0, grad_clip=0, max_steps=500, eval_every=5
+    )
+    train.main(settings)
+    end = saved_step(tmp_path)
+    assert end < 500
+    assert train_with_signal(settings.model_copy(update={"overwrite": True}), end, signal.SIGTERM) == 0
+    assert saved_step(tmp_path) == end
+
+
 def test_signal_handlers_are_restored_after_training(data_dir: Path, tmp_path: Path) -> None:
     previous = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert train_with_signal(tiny_settings(data_dir, tmp_path), 3, signal.SIGTERM) == 128 + signal.SIGTERM
