@@ -157,7 +157,7 @@ def csv_rows(chunks: Iterator[str], name: str, field: str, delimiter: str) -> It
             rows = filter(None, reader)  # without blank lines
             header = next(rows, [field])
             if field not in header:
-                raise UserError(f"{name}: has no column '{field}' {describe_fields(header)}")
+                raise UserError(f"{name}: has no column '{sanitize(field)}' {describe_fields(header)}")
             column = header.index(field)
             for row in rows:
                 if len(row) != len(header):
@@ -235,9 +235,9 @@ def record_text(value: object, location: str, field: str) -> str:
     if isinstance(value, str):
         return check_surrogates(value, f"{location}: the text")
     if not isinstance(value, dict):
-        raise UserError(f"{location} is neither text nor a JSON object with a field '{field}'")
+        raise UserError(f"{location} is neither text nor a JSON object with a field '{sanitize(field)}'")
     if field not in value:
-        raise UserError(f"{location} has no field '{field}' {describe_fields(list(value))}")
+        raise UserError(f"{location} has no field '{sanitize(field)}' {describe_fields(list(value))}")
     return field_text(value[field], location, field)
 
 
@@ -248,7 +248,7 @@ def field_text(value: object, location: str, field: str) -> str:
         UserError: The value is not text, or it has a lone surrogate.
     """
     if not isinstance(value, str):
-        raise UserError(f"{location}: '{field}' is not text but {json.dumps(value, default=str)[:50]}")
+        raise UserError(f"{location}: '{sanitize(field)}' is not text but {json.dumps(value, default=str)[:50]}")
     return check_surrogates(value, f"{location}: '{field}'")
 
 
@@ -261,7 +261,7 @@ def check_surrogates(text: str, location: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{location} contains half a surrogate pair, which is not a character") from error
+        raise UserError(f"{sanitize(location)} contains half a surrogate pair, which is not a character") from error
     return text
 
 

@@ -152,6 +152,23 @@ def test_another_field_can_be_chosen(tmp_path: Path) -> None:
     assert read(path, field="body", keep_documents=True) == LINES
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id,text\n1,a\n"),
+        ("a.json", "[{}]"),
+        ("a.json", "[1]"),
+        ("a.jsonl", '{"a\\nb": 1}\n'),
+        ("a.jsonl", '{"a\\nb": "\\ud83d"}\n'),
+    ],
+)
+def test_errors_about_a_field_are_one_line(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"'a\\nb'") as caught:
+        read(tmp_path / name, field="a\nb")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_invalid_parquet_column_is_named_in_the_error(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.parquet", LINES)
     with pytest.raises(UserError, match=rf"^{path}: has no column 'body' \(it has: id, text\); prepare.py "):
