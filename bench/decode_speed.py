@@ -54,10 +54,10 @@ def measure_seconds(function: Callable[[], None]) -> float:
 
 def generate_characters(model: LanguageModel, block_size: int) -> None:
     """Generate from one token, and read every new token as a caller does."""
-    rule = SamplingParams(temperature=0.8)
+    params = SamplingParams(temperature=0.8)
     prompt = np.zeros(1, dtype=np.int64)
     for token in generate(
-        model, prompt, num_samples=1, block_size=block_size, max_new_tokens=CHARACTERS, params=rule, seed=0
+        model, prompt, num_samples=1, block_size=block_size, max_new_tokens=CHARACTERS, params=params, seed=0
     ):
         token.tolist()
 

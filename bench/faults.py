@@ -158,7 +158,7 @@ def child_pids(pid: int) -> list[int]:
 
 
 class FailingCalls:
-    """Makes one system call of this process that writes in a folder raise an OSError."""
+    """Makes one call of this process that writes to a folder raise an OSError."""
 
     def __init__(self, folder: str, failing_call: int, error: int, count_file: str) -> None:
         """Replace the functions that write; `failing_call` counts from 1, and `count_file` receives the count."""
@@ -237,7 +237,7 @@ class CountingFile:
 
 
 def fail_call(**kwargs: Any) -> None:
-    """Make one system call of this process fail."""
+    """Make one call of this process that writes fail."""
     FailingCalls(**kwargs)
 
 

@@ -172,7 +172,7 @@ def build_model(shape: Shape) -> GPT:
 
 def check() -> None:
     """Measure activations, memory and exchanged bytes, and print them beside the estimates."""
-    print("| what | estimate | measured |\n|---|---|---|")
+    print("| quantity | estimate | measured |\n|---|---|---|")
     small = SHAPES[0]
     for recompute, expected in ((False, BLOCK_BYTES), (True, INPUT_BYTES)):
         kept = [kept_bytes(replace(small, layers=layers), recompute=recompute) for layers in (2, 3)]

@@ -60,22 +60,22 @@ def unscaled(q: Array, k: Array) -> Array:
 
 
 def causal_mask(T: int) -> NDArray[np.bool_]:
-    """Allow itself and the past, s <= t: all that is known when the next character is predicted."""
+    """Let each position see itself and the past, s <= t: all that is known when the next character is predicted."""
     return np.tri(T, dtype=bool)
 
 
 def anticausal_mask(T: int) -> NDArray[np.bool_]:
-    """Allow itself and the future, s >= t."""
+    """Let each position see itself and the future, s >= t."""
     return np.tri(T, dtype=bool).T
 
 
 def no_mask(T: int) -> NDArray[np.bool_]:
-    """Allow every position."""
+    """Let each position see every position."""
     return np.ones((T, T), dtype=bool)
 
 
 def self_mask(T: int) -> NDArray[np.bool_]:
-    """Allow itself alone, s = t: no attention to other characters."""
+    """Let each position see only itself, s = t: no attention to other characters."""
     return np.eye(T, dtype=bool)
 
 

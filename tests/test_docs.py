@@ -1,4 +1,4 @@
-"""Every command in the documentation works, every link leads somewhere, and every setting that it names exists."""
+"""Every command in the documentation works, every link has a target, and every setting and message exists."""
 
 import ast
 import io
@@ -65,13 +65,13 @@ def shell_blocks(page: str) -> str:
 
 
 def inline_code(page: str) -> list[str]:
-    """Return what a page sets in single backticks."""
+    """Return the inline code of a page."""
     text = re.sub(r"^```.*?^```", "", PAGES[page].read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     return re.findall(r"`([^`\n]+)`", text)
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Yield the commands of a page as words, those within a line apart, without variables that they set."""
+    """Yield each command of a page as a list of words, without the variables that it sets."""
     inline = [code for code in inline_code(page) if code.startswith(("python ", "torchrun ", "make ", "pip "))]
     for line in [*shell_blocks(page).splitlines(), *inline]:
         words = shlex.split(line, comments=True)
@@ -84,7 +84,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
-    """Return which file a python command runs, and with which words."""
+    """Return the file that a python command runs, and its arguments."""
     _, name, *rest = words
     if name != "-m":
         return name, rest
@@ -97,7 +97,7 @@ def is_recipe(name: str, rest: list[str]) -> bool:
 
 
 def check(words: list[str]) -> None:
-    """Parse a command by the parser that would read it."""
+    """Check a command with the parser that reads it when it runs."""
     program, *rest = words
     if program == "python":
         check_script(*script_of(words))
@@ -219,7 +219,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_have_targets(page: str) -> None:
     path = PAGES[page]
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
         file, _, anchor = link.partition("#")
@@ -244,6 +244,14 @@ def test_headings_quote_real_messages() -> None:
 def test_the_page_of_settings_is_up_to_date() -> None:
     module = runpy.run_path(str(ROOT / "docs/make_settings.py"))
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == module["page"]()
+
+
+def test_quoted_messages_are_real() -> None:
+    page = PAGES["docs/troubleshooting.md"].read_text(encoding="utf-8")
+    quotes = re.findall(r'^(?:###|-) "(.*?)"', page, re.MULTILINE)
+    sources = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("glyphgpt/**/*.py")])
+    assert len(quotes) > 10
+    assert [quote for quote in quotes if quote.replace("utf-8", "{encoding}") not in sources] == []
 
 
 def test_tables_name_real_settings() -> None:
