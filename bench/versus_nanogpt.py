@@ -77,7 +77,7 @@ GPU_TRAINING_ROWS = {
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """A row that compares training speeds with the same network, batch and settings."""
+    """A row that compares training speeds with the same network size, batch and settings."""
 
     title: str
     config: str
