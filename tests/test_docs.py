@@ -234,13 +234,6 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
         assert page.startswith("bench/") or page == "README.md" or f"]({page})" in README, page
 
 
-def test_headings_quote_real_messages() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("glyphgpt/**/*.py")])
-    headings = re.findall(r'^### "(.+?)"', PAGES["docs/troubleshooting.md"].read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(headings) > 5
-    assert [message for message in headings if message.replace("utf-8", "{encoding}") not in source] == []
-
-
 def test_the_page_of_settings_is_up_to_date() -> None:
     module = runpy.run_path(str(ROOT / "docs/make_settings.py"))
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == module["page"]()
