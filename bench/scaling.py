@@ -63,7 +63,7 @@ class Shape:
     @property
     def block(self) -> int:
         """Parameters of a block."""
-        (layers,) = (layers for _, repeats, layers in self.summary.sections if repeats > 1)
+        _, (_, _, layers), _ = self.summary.sections
         return sum(layer.parameters for layer in layers)
 
     @property
