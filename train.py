@@ -12,8 +12,11 @@ import glyphgpt.startup  # first: handles --help and usage errors before torch i
 
 import math
 import signal
+import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -31,8 +34,9 @@ from glyphgpt.reports.run_report import write_reports
 from glyphgpt.reports.summary import ModelSummary
 from glyphgpt.runtime import Runtime, TorchLM, compile_or_eager, init_runtime, oom_hint, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
+from glyphgpt.training.dial import Costs, choose_settings
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
-from glyphgpt.training.evaluation import Score, evaluate, evaluate_best
+from glyphgpt.training.evaluation import Score, affordable_tokens, evaluate, evaluate_best, sample_tokens
 from glyphgpt.training.init_from import load_init_model
 from glyphgpt.training.metrics import check_trackers
 from glyphgpt.training.optimizers import clip_gradients, make_optimizers, set_learning_rate
@@ -41,17 +45,25 @@ from glyphgpt.training.schedule import learning_rate
 from glyphgpt.training.torch_state import load_weights, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
 
+MEASURED_STEPS = 4
+"""Steps that measure a run's speed; the first one does not count."""
+
 
 def main(settings: TrainSettings, *_configs: str) -> None:
     """Train, evaluate, or print a summary of the model, as the settings ask."""
-    with init_runtime(settings.device, settings.dtype) as runtime:
-        settings = resume_after_restart(settings, runtime)
+    with init_runtime(settings.device, settings.dtype) as initial:
+        settings = resume_after_restart(settings, initial)
         folder = find_dataset(settings.dataset, Path(settings.data_dir))
         settings = settings.model_copy(update={"dataset": folder.name, "data_dir": str(folder.parent)})
         dataset = load_dataset(folder, folder.parent)
         settings, init_model = load_init_model(settings, dataset)
-        check_lengths(settings, dataset)
         check_trackers(settings)
+        if settings.minutes:
+            settings, notes = choose_settings(settings, dataset, initial, partial(measure, dataset, initial))
+            if initial.is_main:
+                print(notes, flush=True)
+        check_lengths(settings, dataset)
+        runtime = initial.configured(settings.dtype, settings.threads)
         with oom_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
             if settings.summary:
                 result = ModelSummary(settings, dataset.tokenizer.vocab_size, settings.batch_size).table()
@@ -62,6 +74,20 @@ def main(settings: TrainSettings, *_configs: str) -> None:
                 Trainer(settings, dataset, runtime, init_model).train()
         if result and runtime.is_main:
             print(result)
+
+
+def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings) -> Costs:
+    """Return the costs of a run with these settings, from a few steps of it."""
+    trainer = Trainer(settings, dataset, runtime.configured(settings.dtype, settings.threads))
+    trainer.forward = trainer.make_forward()
+    times = []
+    for _ in range(MEASURED_STEPS):
+        start = time.perf_counter()
+        trainer.step(trainer.next_batch())
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    tokens = trainer.evaluate(max_tokens=settings.tokens_per_step).eval_tokens
+    return Costs(step=median(times[1:]), eval_token=(time.perf_counter() - start) / tokens)
 
 
 class Trainer:
@@ -123,7 +149,7 @@ class Trainer:
             with run.recording(self.state):
                 self.forward = self.make_forward()
                 if not checkpoint:
-                    self.evaluate_and_save()
+                    self.begin()
                 self.loop()
         self.runtime.barrier()  # no process exits while another still receives from it
         interrupted = self.stopping and not run_finished(settings, self.state)
@@ -133,6 +159,13 @@ class Trainer:
             write_reports(run.folder, settings, run.log, with_plot=not stopped_by)
         if status := run.exit_status(stopped_by):
             raise SystemExit(status)
+
+    def begin(self) -> None:
+        """Save before the first step, so that a full disk shows now; evaluate the weights if they are trained ones."""
+        if self.settings.init_from or not self.settings.max_steps:
+            self.evaluate_and_save()
+        else:
+            self.save(self.weights())
 
     def loop(self) -> None:
         """Update, log, evaluate and save until the run ends."""
@@ -212,22 +245,44 @@ class Trainer:
             UserError: The loss is not finite. Nothing is saved.
         """
         settings, state = self.settings, self.state
-        score = evaluate(
-            self.model, self.val_windows, self.runtime,
-            block_size=settings.block_size, batch_size=settings.batch_size, max_tokens=settings.eval_tokens,
-        )  # fmt: skip
+        score = self.evaluate(sample_tokens(settings))
         if not math.isfinite(score.loss):
             raise diverged(state.step, f"validation loss {score.loss}", "before saving")
         self.run.write_metrics("val", state.step, score)
         weights = self.weights()
         sample = self.sample(weights)
-        best = score.loss < state.best_loss
-        state.best_loss = min(score.loss, state.best_loss)
-        state.evaluations_since_best = 0 if best else state.evaluations_since_best + 1
+        best = state.record(score.loss, score.standard_error)
         self.save(weights, score, best=best)
         self.run.log(f"step {state.step:,}: validation {score}{', the best so far' if best else ''}")
         if sample:
             self.run.log("".join(f"  | {line}\n" for line in sample.splitlines()))
+        if run_finished(settings, state):
+            self.evaluate_whole_split(current=best)
+
+    def evaluate(self, max_tokens: int = 0) -> Score:
+        """Return the score of the weights on a sample of the validation split, or on the whole split."""
+        return evaluate(
+            self.model, self.val_windows, self.runtime,
+            block_size=self.settings.block_size, batch_size=self.settings.batch_size, max_tokens=max_tokens,
+        )  # fmt: skip
+
+    def evaluate_whole_split(self, *, current: bool) -> None:
+        """Log the best model's score on the whole validation split, if that takes little of the run's time.
+
+        Args:
+            current: Whether the current weights are the best ones.
+        """
+        settings, tokens = self.settings, self.dataset.val.tokens
+        read_already = settings.eval_tokens != "auto" or sample_tokens(settings) >= tokens
+        if read_already or tokens > affordable_tokens(settings, self.state.step):
+            return
+        if current:
+            score = self.evaluate()
+        elif self.runtime.world_size == 1:
+            score = evaluate_best(settings, self.dataset, self.runtime)
+        else:
+            return  # other processes may be on machines without the file
+        self.run.log_best(self.state.step, score)
 
     def sample(self, weights: Arrays) -> str:
         """Generate and record a short text, with the same seed each time; "" if there is none to generate here."""

@@ -49,7 +49,18 @@ class TrainState(BaseModel):
     """Time spent so far."""
     best_loss: float = math.inf
     """Lowest validation loss so far, in nats per token."""
-    evaluations_since_best: CountOrZero = 0
+    improved_loss: float = math.inf
+    """Validation loss when it last improved by more than its standard error."""
+    evaluations_since_improvement: CountOrZero = 0
+
+    def record(self, loss: float, standard_error: float) -> bool:
+        """Record a validation loss, and return whether it is the lowest so far."""
+        best = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        self.evaluations_since_improvement += 1
+        if loss < self.improved_loss - standard_error:
+            self.improved_loss, self.evaluations_since_improvement = loss, 0
+        return best
 
 
 class Metadata(BaseModel):

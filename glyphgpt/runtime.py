@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -43,6 +43,12 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
+
+    def configured(self, dtype: str, threads: int) -> "Runtime":
+        """Return this runtime with another precision, after setting the number of threads of the process."""
+        if threads:
+            torch.set_num_threads(threads)
+        return replace(self, dtype=choose_dtype(dtype, self.device))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which matrix products are computed in `dtype`."""

@@ -167,8 +167,9 @@ class Evaluation(Settings):
 
     eval_every: Count = 250
     """Steps between evaluations on the validation split; each evaluation also saves."""
-    eval_tokens: CountOrZero = 0
-    """Evaluate on the first eval_tokens validation tokens; 0 uses all of them."""
+    eval_tokens: Literal["auto"] | CountOrZero = "auto"
+    """Tokens of each evaluation: a random sample of the validation split, the same each time; 0 reads the whole split.
+    auto: at most a tenth of the time of a run, and the whole split once at the end if it fits into that time."""
     patience: CountOrZero = 0
     """Stop after this many evaluations in a row without a better loss; 0 never stops early."""
     sample_tokens: CountOrZero = 120
@@ -197,6 +198,8 @@ class Hardware(Settings):
     dtype: DType = "auto"
     """Precision of matrix products; weights stay float32. auto: bfloat16 where the GPU or CPU supports it, float16 on
     an older GPU, otherwise float32."""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Threads of the CPU for matrix products; 0 uses one for each core, or OMP_NUM_THREADS."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the model with torch.compile, which takes up to half a minute. auto: on CUDA only."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -209,6 +212,9 @@ class Hardware(Settings):
 class Mode(Settings):
     """Mode (on the command line only)"""
 
+    minutes: Annotated[float, Field(ge=0, le=100_000)] = 0.0
+    """Choose every setting that is not given, so that this machine learns the text best in that many minutes. 0 uses
+    the defaults instead."""
     resume: bool = False
     """Continue exactly from out_dir/last.safetensors. `train.py --resume FOLDER` resumes the run in that folder."""
     overwrite: bool = False
@@ -222,6 +228,11 @@ class Mode(Settings):
 class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  # the last base's fields come first
     """Settings of train.py."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update sees."""
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
     def conflicts(self) -> Iterator[str]:
         """Yield one line for each combination of values that is not allowed."""
         yield from super().conflicts()
@@ -231,10 +242,12 @@ class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  
             yield f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}"
         if self.init_from == "resume":
             yield "init_from = 'resume' is nanoGPT's; use --resume here"
-        if self.eval_tokens == 1:
-            yield "eval_tokens = 1 leaves nothing to predict; use at least 2, or 0 for all"
         if self.resume and self.overwrite:
             yield "resume and overwrite contradict each other; choose one"
+        if self.minutes and self.resume:
+            yield "minutes is for new runs; to train a run longer, use --resume with a larger --max_steps"
+        if self.minutes and self.eval_only:
+            yield "minutes and eval_only contradict each other; choose one"
 
 
 class SampleSettings(Settings):

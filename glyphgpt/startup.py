@@ -6,6 +6,7 @@ the scripts is the main program, so that help and usage errors appear within hal
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +22,15 @@ USAGE = {
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
+_start_time = time.perf_counter()
+
 _parsed: dict[str, tuple[Any, list[str]]] = {}
 """The command line of the main program, from the start of its imports until `run`."""
+
+
+def seconds_since_start() -> float:
+    """Return the time since this module was imported, which is the program's first import."""
+    return time.perf_counter() - _start_time
 
 
 def parse_command_line(script: str) -> tuple[Any, list[str]]:

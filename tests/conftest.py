@@ -210,7 +210,7 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
         "batch_size": 4,
         "max_steps": 20,
         "eval_every": 10,
-        "eval_tokens": 200,
+        "eval_tokens": 0,
         "sample_tokens": 10,
         "plot": False,
         "report": False,

@@ -49,7 +49,7 @@ METADATA = Metadata(
     },
     data="f" * 64,
     val_loss=1 / 3,
-    state=TrainState(step=10**12 - 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_best=2),
+    state=TrainState(step=10**12 - 1, seconds=5e-324, best_loss=2 / 3, evaluations_since_improvement=2),
     scaler={"scale": 65536.0, "growth_factor": 2.1},
 )
 ARRAYS: Arrays = {"weight": np.array([[1.5, -2.0], [0.0, 3e-39]], dtype=np.float32), "bias": np.array([7, 8, 9])}
@@ -104,7 +104,7 @@ def test_losses_that_are_not_finite_are_kept(tmp_path: Path, number: float) -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": -1}, {"step": 10**13}, {"seconds": -1.0}, {"evaluations_since_best": -1}], ids=str
+    "change", [{"step": -1}, {"step": 10**13}, {"seconds": -1.0}, {"evaluations_since_improvement": -1}], ids=str
 )
 def test_invalid_state_is_rejected(tmp_path: Path, change: dict[str, Any]) -> None:
     metadata = METADATA.model_copy(update={"state": METADATA.state.model_copy(update=change)})

@@ -108,7 +108,7 @@ def check_metrics(row: Any) -> Row:
     """
     numbers = [row["step"], row["tokens"], row["seconds"]]  # the others may be missing or None
     numbers += [value for key, value in row.items() if key != "kind" and value is not None]
-    if row["kind"] not in ("train", "val") or not all(map(is_plottable, numbers)):
+    if row["kind"] not in ("train", "val", "best") or not all(map(is_plottable, numbers)):
         raise TypeError
     return dict(row)
 

@@ -120,14 +120,13 @@ def highlights(
 ) -> list[tuple[str, str, str]]:
     """Return the numbers at the top of the page: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return [
         ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
         ("Bits per character", format_number(best.get("bits_per_character"), ".3f"), "at the same step"),
         ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
-        ("Tokens", f"{step * tokens_per_step:,}", f"{tokens_per_step:,} per step"),
+        ("Tokens", f"{step * settings.tokens_per_step:,}", f"{settings.tokens_per_step:,} per step"),
         ("Time", format_duration(rows[-1]["seconds"]), "including evaluations and samples"),
         ("Tokens per second", format_number(median(speeds) if speeds else None, ",.0f"), "median, without evaluations"),
         ("Parameters", format_number(summary.parameters if summary else None, ","), f"in {settings.n_layer} blocks"),

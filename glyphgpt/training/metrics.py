@@ -12,7 +12,8 @@ from glyphgpt.files import write_atomic
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
-"""Rows of measurements; `kind` is "train" (loss of the batch) or "val" (loss of the validation split)."""
+"""Rows of measurements. `kind` is "train" (loss of the batch), "val" (loss of the validation split, or of a sample of
+it) or "best" (loss of the best model on the whole split, at the end)."""
 SAMPLES = "samples.jsonl"
 """Rows with a `step` and the `text` that the model generated then."""
 

@@ -74,7 +74,7 @@ def run_finished(settings: TrainSettings, state: TrainState) -> bool:
 
 def out_of_patience(settings: TrainSettings, state: TrainState) -> bool:
     """Return whether the validation loss has not improved for `patience` evaluations."""
-    return 0 < settings.patience <= state.evaluations_since_best
+    return 0 < settings.patience <= state.evaluations_since_improvement
 
 
 def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSettings:
@@ -123,11 +123,13 @@ class Run:
         self.settings, self.runtime = settings, runtime
         self.folder = Path(settings.out_dir)
         self.stop = StopRequest()
-        self.tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+        self.tokens_per_step = settings.tokens_per_step
         self.has_files = settings.resume
         """Whether the folder's files are those of this run, and not of an earlier one."""
         self.log_time = time.perf_counter()
         self.wandb_id = ""
+        self.whole_split_loss: float | None = None
+        """Loss of the best model on the whole validation split, if the run ended with that evaluation."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -229,6 +231,12 @@ class Run:
         tokens = step * self.tokens_per_step
         self.metrics.write(kind, step, **asdict(metrics), tokens=tokens, seconds=self.seconds())
 
+    def log_best(self, step: int, score: Score) -> None:
+        """Write a row of metrics with the best model's score on the whole validation split, and print the score."""
+        self.write_metrics("best", step, score)
+        self.whole_split_loss = score.loss
+        self.log(f"the best model on the whole validation split: {score}")
+
     def save(self, checkpoints: dict[str, Checkpoint]) -> None:
         """Write checkpoints by file name, in this order. The first ones of a new run replace an earlier run.
 
@@ -241,7 +249,7 @@ class Run:
             for name, checkpoint in checkpoints.items():
                 save_checkpoint(checkpoint, self.folder / name)
             return
-        with replace_files(self.folder, stale=(REPORT, PLOT)) as new:
+        with replace_files(self.folder, stale=(*({BEST} - checkpoints.keys()), REPORT, PLOT)) as new:
             for name, checkpoint in checkpoints.items():
                 save_checkpoint(checkpoint, new / name)
             self.metrics.write_held(new)
@@ -272,7 +280,7 @@ class Run:
         if stopped_by:
             self.log(f"{end.text} by {stopped_by.name}, saved; resume it: {end.resume}")
             return
-        self.log(f"{end.text}; best validation loss {state.best_loss:.4f}")
+        self.log(f"{end.text}; best validation loss {self.whole_split_loss or state.best_loss:.4f}")
         self.log(f"sample it: {command('sample.py', self.folder)}")
         self.log(f"continue training: {end.resume}")
 

@@ -2,16 +2,20 @@
 
 import math
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import prepare_text, some_text, tiny_model
 from glyphgpt.data.batches import Windows
 from glyphgpt.data.dataset import Split, load_dataset
 from glyphgpt.runtime import Runtime
-from glyphgpt.training.evaluation import Score, evaluate
+from glyphgpt.settings import TrainSettings
+from glyphgpt.training.evaluation import EVAL_COST, Score, affordable_tokens, evaluate, sample_blocks, sample_tokens
 from model import GPT
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -69,16 +73,57 @@ def test_score_is_deterministic_and_independent_of_shards() -> None:
     assert score(model, text) == score(model, text) == score(model, split(100, shards=7))
 
 
-@pytest.mark.parametrize("max_tokens", [2, 8, 9, 40, 57])
-def test_max_tokens_evaluates_the_start_of_the_split(max_tokens: int) -> None:
+@pytest.mark.parametrize(("max_tokens", "blocks"), [(1, 2), (8, 2), (24, 3), (57, 7), (95, 11)])
+def test_a_sample_is_some_blocks_of_the_split(max_tokens: int, blocks: int) -> None:
     model, text = confident_model(), split(100)
     result = score(model, text, max_tokens=max_tokens)
-    assert result.loss == pytest.approx(loss_by_token(model, text.slice(0, max_tokens).tolist()), abs=1e-5)
+    chosen = sample_blocks(12, blocks)
+    losses = [loss_by_token(model, text.slice(8 * block, 8 * block + 9).tolist()) for block in chosen]
+    assert result.eval_tokens == 8 * blocks
+    assert result.loss == pytest.approx(mean(losses), abs=1e-5)
+    assert result.standard_error == pytest.approx(stdev(losses) * math.sqrt((1 - blocks / 12) / blocks), rel=1e-3)
+    assert f"± {result.standard_error:.4f}" in str(result)
 
 
-def test_max_tokens_beyond_the_end_evaluates_the_whole_split() -> None:
+@pytest.mark.parametrize("max_tokens", [0, 96, 1000])
+def test_the_whole_split_has_no_standard_error(max_tokens: int) -> None:
     model, text = confident_model(), split(100)
-    assert score(model, text, max_tokens=1000) == score(model, text)
+    result = score(model, text, max_tokens=max_tokens)
+    assert result == score(model, text)
+    assert (result.standard_error, result.eval_tokens) == (0, 99)
+    assert "±" not in str(result)
+
+
+@given(blocks=st.integers(1, 10**6), data=st.data())
+def test_sampled_blocks_are_distinct_and_always_the_same(blocks: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, min(blocks, 1000)))
+    sample = sample_blocks(blocks, count)
+    assert len(set(sample)) == count
+    assert 0 <= sample.min() <= sample.max() < blocks
+    assert (sample == sample_blocks(blocks, count)).all()
+
+
+def test_samples_come_from_the_whole_split() -> None:
+    counts = np.histogram(sample_blocks(10**6, 1000), bins=4, range=(0, 10**6))[0]
+    assert counts.min() > 200
+
+
+def test_a_sample_is_within_its_error_of_the_whole_split() -> None:
+    model, text = confident_model(), split(20_000)
+    whole, errors = score(model, text, batch_size=100).loss, []
+    for max_tokens in range(800, 8000, 800):
+        sample = score(model, text, batch_size=100, max_tokens=max_tokens)
+        errors.append((sample.loss - whole) / sample.standard_error)
+    assert 0.2 < np.std(errors) < 2
+
+
+@pytest.mark.parametrize("eval_every", [10, 100, 10**6])
+def test_automatic_evaluations_take_a_tenth_of_the_time_at_most(eval_every: int) -> None:
+    settings = TrainSettings(batch_size=16, block_size=64, max_steps=1000, eval_every=eval_every)
+    evaluations = max(1, 1000 // eval_every)
+    sampled, final = sample_tokens(settings) * evaluations, affordable_tokens(settings, 1000)
+    assert (sampled + final) * EVAL_COST <= 0.1 * 1000 * settings.tokens_per_step
+    assert sample_tokens(settings.model_copy(update={"eval_tokens": 777})) == 777
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -103,7 +148,7 @@ def test_score_of_uniform_predictions() -> None:
     assert result.loss == pytest.approx(math.log(11))
     assert result.bits_per_character == pytest.approx(math.log2(11))
     assert result.perplexity == pytest.approx(11)
-    assert str(result) == "loss 2.3979, 3.459 bits per character, perplexity 11.00"
+    assert str(result) == "loss 2.3979, 3.459 bits per character, perplexity 11.00 (99 tokens)"
 
 
 def test_huge_loss_has_infinite_perplexity() -> None:
@@ -134,9 +179,9 @@ def test_processes_divide_the_tiles_and_call_the_model_equally_often(
     expected = score(model, text).loss
     totals, calls = [], [0] * world_size
 
-    def record(_: Runtime, total: float) -> list[float]:
+    def record(_: Runtime, total: float, squares: float) -> list[float]:
         totals.append(total)
-        return [total]
+        return [total, squares]
 
     monkeypatch.setattr(Runtime, "sum", record)
     for rank in range(world_size):

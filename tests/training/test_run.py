@@ -333,11 +333,11 @@ def test_first_line_describes_the_run(data_dir: Path, tmp_path: Path, capsys: py
         (0, TrainState(), "all 0 steps done", " --max_steps=1000"),
         (
             2000,
-            TrainState(step=1500, evaluations_since_best=3),
+            TrainState(step=1500, evaluations_since_improvement=3),
             "stopped early at step 1,500: no better loss in 3 evaluations",
             " --patience=0",
         ),
-        (2000, TrainState(step=1500, evaluations_since_best=2), "interrupted at step 1,500 of 2,000", ""),
+        (2000, TrainState(step=1500, evaluations_since_improvement=2), "interrupted at step 1,500 of 2,000", ""),
     ],
 )
 def test_outcome(max_steps: int, state: TrainState, text: str, flag: str, tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""The dial, `--minutes`: choose the settings with which this machine learns a text best in a given time.
+
+The module is a recipe; `Dial.choose` follows it from top to bottom. Settings that a config or a flag gives stay, and
+the others are chosen around them. The result is ordinary settings, which the run's config.toml repeats.
+
+bench/LOG.md ("The dial") has the experiments that the constants were fitted to, and bench/RESULTS.md what they reach
+on texts that were kept aside.
+"""
+
+from glyphgpt.startup import seconds_since_start
+
+import math
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from glyphgpt.data.dataset import Dataset
+from glyphgpt.errors import UsageError
+from glyphgpt.runtime import Runtime
+from glyphgpt.settings import TrainSettings
+from glyphgpt.training.evaluation import affordable_tokens, sample_tokens
+
+Values = dict[str, Any]
+
+ARCHITECTURE: Values = {
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "relu2",
+    "qk_norm": True,
+    "tie_embeddings": False,
+    "ngram": 4,
+    "token_shift": True,
+}
+OPTIMIZER: Values = {
+    "optimizer": "muon",
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "grad_clip": 0.0,  # the size of Muon's updates does not depend on the gradient's
+    "schedule": "linear",
+    "warmup_steps": 0,
+    "min_lr": 0.0,
+}
+NETWORKS = ((2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512), (12, 768))
+"""Numbers of blocks and channels, from small to large."""
+HEAD_SIZE = 64
+TOKENS_PER_WEIGHT = 2.0
+"""A network pays if it sees this many tokens for each weight of its blocks."""
+MAX_EPOCHS = 12
+"""Reading a text more often than this makes the validation loss worse, or hardly better."""
+STEP_TOKENS, FEW_TOKENS = 1024, 74_000
+"""Tokens of a step in a run of FEW_TOKENS tokens; a step grows with the cube root of the run."""
+LEARNING_RATE, FEW_STEPS, RATE_POWER = 0.02, 72, 0.46
+"""Learning rate of a run of FEW_STEPS steps, and the power of the steps by which it falls."""
+DECAY, NGRAM_DECAY = 0.6, 6.0
+"""Weight decay of an epoch, as the logarithm of the factor by which weights shrink."""
+NGRAM_ROWS = 8192
+
+COMPILE_SECONDS = 30.0
+"""Time of a compilation, with an empty cache, on a slow CPU."""
+END_SECONDS = 1.5
+"""Time to build the model, save it, and write the report."""
+MEASURE_TIME = 0.02
+"""Largest fraction of the time for trying one alternative."""
+MARGIN = 0.03
+"""Fraction of the time that is kept for what was not foreseen."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times that were measured, in seconds."""
+
+    step: float
+    """A training step."""
+    eval_token: float
+    """The evaluation of a token."""
+
+
+Measure = Callable[[TrainSettings], Costs]
+
+
+def choose_settings(
+    settings: TrainSettings, dataset: Dataset, runtime: Runtime, measure: Measure
+) -> tuple[TrainSettings, str]:
+    """Return the settings for a run of `settings.minutes`, and what was chosen and why, in a few lines.
+
+    All processes choose the same, as they share their measurements.
+
+    Args:
+        measure: Returns the costs of a run with the given settings, from a few steps of it.
+
+    Raises:
+        UsageError: The given settings contradict each other.
+    """
+
+    def shared_measure(candidate: TrainSettings) -> Costs:
+        costs = measure(candidate)
+        sums = runtime.sum(costs.step, costs.eval_token)
+        return Costs(*(total / runtime.world_size for total in sums))
+
+    def shared_clock() -> float:
+        return runtime.sum(seconds_since_start())[0] / runtime.world_size
+
+    dial = Dial(settings, dataset, runtime.device.type, shared_measure, shared_clock)
+    return dial.choose(), "\n".join(dial.notes)
+
+
+class Dial:
+    """Settings that are being chosen."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        dataset: Dataset,
+        device: str,
+        measure: Measure,
+        clock: Callable[[], float],
+    ) -> None:
+        """Begin with the given settings; `clock` returns the seconds since the start of the program."""
+        self.settings, self.dataset, self.device = settings, dataset, device
+        self.measure, self.clock = measure, clock
+        self.given = set(settings.model_fields_set)
+        self.seconds = settings.minutes * 60
+        self.costs = Costs(math.inf, math.inf)
+        self.notes: list[str] = []
+
+    def choose(self) -> TrainSettings:
+        """Return the settings."""
+        self.set(**ARCHITECTURE, **OPTIMIZER)
+        self.set(init="gpt2" if self.settings.tie_embeddings else "zero", ngram_rows=NGRAM_ROWS)
+        self.choose_network()
+        self.choose_machine()
+        self.choose_steps()
+        self.choose_rates()
+        return self.settings
+
+    def with_values(self, **values: Any) -> TrainSettings:
+        """Return the settings with these values, except where others are given.
+
+        Raises:
+            UsageError: The given settings contradict each other.
+        """
+        chosen = {key: value for key, value in values.items() if key not in self.given}
+        settings = self.settings.model_copy(update=chosen)
+        if problems := list(settings.conflicts()):
+            raise UsageError("\n".join(problems))
+        return settings
+
+    def set(self, **values: Any) -> None:
+        """Choose these values, except where others are given."""
+        self.settings = self.with_values(**values)
+
+    def choose_network(self) -> None:
+        """Choose the largest network that sees enough tokens for each of its weights."""
+        tokens: float = FEW_TOKENS
+        for layers, channels in NETWORKS:
+            candidate = self.with_values(**self.network(layers, channels), **self.batch(tokens))
+            if math.isfinite(self.costs.step) and tokens < TOKENS_PER_WEIGHT * weights(candidate):
+                break  # a larger network sees even fewer
+            costs = self.measure(candidate)
+            candidate_tokens = self.affordable_tokens(candidate, costs)
+            if math.isfinite(self.costs.step) and candidate_tokens < TOKENS_PER_WEIGHT * weights(candidate):
+                break
+            self.settings, self.costs, tokens = candidate, costs, candidate_tokens
+        self.set(**self.batch(tokens))
+
+    def network(self, layers: int, channels: int) -> Values:
+        """Return the sizes of a network of about this shape that fits the sizes that are given."""
+        given = self.settings
+        if "n_embd" in self.given:
+            channels = given.n_embd
+            heads = max(
+                n for n in range(1, channels + 1) if channels % n == 0 and (n == 1 or channels // n >= HEAD_SIZE)
+            )
+        else:
+            heads = given.n_head if "n_head" in self.given else max(1, channels // HEAD_SIZE)
+            channels = heads * 2 * max(1, round(channels / heads / 2))
+        return {"n_layer": layers, "n_embd": channels, "n_head": heads}
+
+    def batch(self, tokens: float) -> Values:
+        """Return the context and the batch for a run of that many tokens."""
+        step_tokens = STEP_TOKENS * max(1.0, tokens / FEW_TOKENS) ** (1 / 3)
+        context = self.settings.block_size if "block_size" in self.given else 64 if step_tokens < 2048 else 128
+        context = min(context, self.dataset.train.tokens - 1)
+        return {"block_size": context, "batch_size": max(1, round(step_tokens / context / 4) * 4)}
+
+    def affordable_tokens(self, settings: TrainSettings, costs: Costs) -> float:
+        """Return how many tokens a run can see in the remaining time, or before it has read the text too often."""
+        steps = (self.seconds - self.clock()) / costs.step
+        return min(steps * settings.tokens_per_step, MAX_EPOCHS * self.dataset.train.tokens)
+
+    def choose_machine(self) -> None:
+        """Try what makes some machines faster and others slower, and keep what does so here."""
+        for change in self.alternatives():
+            candidate = self.with_values(**change)
+            if candidate != self.settings and (costs := self.measure(candidate)).step < self.costs.step:
+                self.settings, self.costs = candidate, costs
+
+    def alternatives(self) -> Iterator[Values]:
+        """Yield changes of settings that may make steps faster."""
+        if self.costs.step * 5 > MEASURE_TIME * self.seconds:
+            return
+        if self.device == "cpu":
+            yield {"dtype": "float32"}
+            yield {"threads": torch.get_num_threads() // 2}
+        if self.seconds - self.clock() > 4 * COMPILE_SECONDS and (self.device == "cuda" or shutil.which("g++")):
+            yield {"compile": True}
+
+    def choose_steps(self) -> None:
+        """Choose as many steps as the time allows, and when to evaluate."""
+
+        def run_seconds(steps: int) -> float:
+            settings = self.with_values(max_steps=steps, **self.evaluations(steps))
+            val = self.dataset.val.tokens
+            evaluated = min(sample_tokens(settings) or val, val) * -(-steps // settings.eval_every)
+            if settings.eval_tokens == "auto" and val <= affordable_tokens(settings, steps):
+                evaluated += val
+            return steps * self.costs.step + evaluated * self.costs.eval_token
+
+        left = self.seconds * (1 - MARGIN) - self.clock() - END_SECONDS
+        most = MAX_EPOCHS * self.dataset.train.tokens // self.settings.tokens_per_step
+        steps = max(1, bisect_right(range(1, max(2, most)), left, key=run_seconds))
+        self.set(max_steps=steps, **self.evaluations(steps))
+
+    def evaluations(self, steps: int) -> Values:
+        """Return when to evaluate: at the end, and ten times in a run of minutes."""
+        count = 1 if self.seconds < 30 else 4 if self.seconds < 120 else 10
+        return {"eval_every": -(-steps // count)}
+
+    def choose_rates(self) -> None:
+        """Choose the learning rate and the weight decays for the number of steps and epochs."""
+        steps = max(1, self.settings.max_steps)
+        self.set(learning_rate=LEARNING_RATE * (FEW_STEPS / steps) ** RATE_POWER)
+        epochs = steps * self.settings.tokens_per_step / self.dataset.train.tokens
+        shrink = self.settings.learning_rate * steps / 2  # the sum of a linear schedule's rates
+        self.set(
+            weight_decay=DECAY * epochs / shrink,
+            ngram_weight_decay=NGRAM_DECAY * epochs / (4 * shrink),
+        )
+
+
+def weights(settings: TrainSettings) -> int:
+    """Return the number of weights in the blocks' matrices."""
+    return 12 * settings.n_layer * settings.n_embd**2
