@@ -34,7 +34,7 @@ from glyphgpt.reports.run_report import write_reports
 from glyphgpt.reports.summary import ModelSummary
 from glyphgpt.runtime import Runtime, TorchLM, compile_or_eager, init_runtime, oom_hint, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
-from glyphgpt.training.dial import Costs, choose_settings
+from glyphgpt.training.dial import Costs, Dial, Pace
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
 from glyphgpt.training.evaluation import Score, affordable_tokens, evaluate, evaluate_best, sample_tokens
 from glyphgpt.training.init_from import load_init_model
@@ -58,10 +58,12 @@ def main(settings: TrainSettings, *_configs: str) -> None:
         dataset = load_dataset(folder, folder.parent)
         settings, init_model = load_init_model(settings, dataset)
         check_trackers(settings)
+        pace = None
         if settings.minutes:
-            settings, notes = choose_settings(settings, dataset, initial, partial(measure, dataset, initial))
+            dial = Dial(settings, dataset, initial, partial(measure, dataset, initial))
+            settings, pace = dial.choose(), dial.pace()
             if initial.is_main:
-                print(notes, flush=True)
+                print(dial.description(), flush=True)
         check_lengths(settings, dataset)
         runtime = initial.configured(settings.dtype, settings.threads)
         with oom_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
@@ -71,7 +73,7 @@ def main(settings: TrainSettings, *_configs: str) -> None:
                 result = f"{settings.out_dir}/{BEST}: validation {evaluate_best(settings, dataset, runtime)}"
             else:
                 result = ""
-                Trainer(settings, dataset, runtime, init_model).train()
+                Trainer(settings, dataset, runtime, init_model, pace).train()
         if result and runtime.is_main:
             print(result)
 
@@ -94,14 +96,19 @@ class Trainer:
     """A model, its optimizers, its data, and the progress of the run."""
 
     def __init__(
-        self, settings: TrainSettings, dataset: Dataset, runtime: Runtime, init_model: GPT | None = None
+        self,
+        settings: TrainSettings,
+        dataset: Dataset,
+        runtime: Runtime,
+        init_model: GPT | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """Build everything for a new run, with the weights of `init_model` if there is one.
 
         Raises:
             UsageError: The processes cannot share a batch evenly, or cannot shard a model in float16.
         """
-        self.settings, self.dataset, self.runtime = settings, dataset, runtime
+        self.settings, self.dataset, self.runtime, self.pace = settings, dataset, runtime, pace
         self.sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
         if self.sequences_per_step % runtime.world_size:
             raise UsageError(
@@ -141,7 +148,7 @@ class Trainer:
         Raises:
             SystemExit: A signal or a broken pipe stopped the run; with the exit status.
         """
-        run, settings = self.run, self.settings
+        run = self.run
         with run.locked():
             if checkpoint := run.load_last():
                 self.restore(checkpoint)
@@ -152,11 +159,11 @@ class Trainer:
                     self.begin()
                 self.loop()
         self.runtime.barrier()  # no process exits while another still receives from it
-        interrupted = self.stopping and not run_finished(settings, self.state)
+        interrupted = self.stopping and not run_finished(self.settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
         run.log_end(self.state, stopped_by)
         if self.runtime.is_main:
-            write_reports(run.folder, settings, run.log, with_plot=not stopped_by)
+            write_reports(run.folder, self.settings, run.log, with_plot=not stopped_by)
         if status := run.exit_status(stopped_by):
             raise SystemExit(status)
 
@@ -169,15 +176,25 @@ class Trainer:
 
     def loop(self) -> None:
         """Update, log, evaluate and save until the run ends."""
-        settings, state = self.settings, self.state
-        while not self.stopping and not run_finished(settings, state):
+        state = self.state
+        while not self.stopping and not run_finished(self.settings, state):
             batch = self.next_batch()
             metrics = self.step(batch)
             self.run.log_step(state.step, metrics)
-            if state.step % settings.eval_every == 0 or state.step == settings.max_steps:
+            self.keep_pace()
+            if state.step % self.settings.eval_every == 0 or state.step == self.settings.max_steps:
                 self.evaluate_and_save()
-            elif self.stopping or (settings.save_every and state.step % settings.save_every == 0):
+            elif self.stopping or (self.settings.save_every and state.step % self.settings.save_every == 0):
                 self.save(self.weights())
+
+    def keep_pace(self) -> None:
+        """Change max_steps if the run would otherwise end too late or too early for `minutes`."""
+        steps = self.pace.revise(self.state.step, self.settings.max_steps) if self.pace else None
+        if steps:
+            self.state.planned_rate = learning_rate(self.state, self.settings)
+            self.state.planned_at = self.state.step
+            self.settings = self.settings.model_copy(update={"max_steps": steps})
+            self.run.change_settings(self.settings)
 
     def next_batch(self) -> Tensor:
         """Return this process's sequences of the next update, (sequences, block_size + 1): inputs and targets."""
@@ -199,7 +216,7 @@ class Trainer:
             UserError: The loss or the gradients are not finite. The weights are unchanged.
         """
         settings, state, runtime = self.settings, self.state, self.runtime
-        rate = learning_rate(state.step, settings)
+        rate = learning_rate(state, settings)
         set_learning_rate(self.optimizers, rate)
         self.seed_dropout()
         own_loss = self.backward(batch)

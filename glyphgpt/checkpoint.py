@@ -53,6 +53,11 @@ class TrainState(BaseModel):
     """Validation loss when it last improved by more than its standard error."""
     evaluations_since_improvement: CountOrZero = 0
 
+    planned_at: CountOrZero = 0
+    """Step at which `max_steps` last changed, to keep to the time of a run."""
+    planned_rate: NotNegative = 0.0
+    """Learning rate at that step, from which it falls in a line to its end."""
+
     def record(self, loss: float, standard_error: float) -> bool:
         """Record a validation loss, and return whether it is the lowest so far."""
         best = loss < self.best_loss

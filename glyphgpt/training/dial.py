@@ -12,6 +12,7 @@ from glyphgpt.startup import seconds_since_start
 import math
 import shutil
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,8 @@ MEASURE_TIME = 0.02
 """Largest fraction of the time for trying one alternative."""
 MARGIN = 0.03
 """Fraction of the time that is kept for what was not foreseen."""
+CHECKS, FEWEST_CHECKS, RECENT_CHECKS, TOLERANCE = 40, 4, 10, 0.03
+"""How often a run's speed is checked, over how many checks, and the change of its steps that is ignored."""
 
 
 @dataclass(frozen=True)
@@ -79,56 +82,47 @@ class Costs:
     """The evaluation of a token."""
 
 
-Measure = Callable[[TrainSettings], Costs]
-
-
-def choose_settings(
-    settings: TrainSettings, dataset: Dataset, runtime: Runtime, measure: Measure
-) -> tuple[TrainSettings, str]:
-    """Return the settings for a run of `settings.minutes`, and what was chosen and why, in a few lines.
+class Dial:
+    """The choice of settings for a run of `minutes`.
 
     All processes choose the same, as they share their measurements.
-
-    Args:
-        measure: Returns the costs of a run with the given settings, from a few steps of it.
-
-    Raises:
-        UsageError: The given settings contradict each other.
     """
-
-    def shared_measure(candidate: TrainSettings) -> Costs:
-        costs = measure(candidate)
-        sums = runtime.sum(costs.step, costs.eval_token)
-        return Costs(*(total / runtime.world_size for total in sums))
-
-    def shared_clock() -> float:
-        return runtime.sum(seconds_since_start())[0] / runtime.world_size
-
-    dial = Dial(settings, dataset, runtime.device.type, shared_measure, shared_clock)
-    return dial.choose(), "\n".join(dial.notes)
-
-
-class Dial:
-    """Settings that are being chosen."""
 
     def __init__(
         self,
         settings: TrainSettings,
         dataset: Dataset,
-        device: str,
-        measure: Measure,
-        clock: Callable[[], float],
+        runtime: Runtime,
+        measure: Callable[[TrainSettings], Costs],
     ) -> None:
-        """Begin with the given settings; `clock` returns the seconds since the start of the program."""
-        self.settings, self.dataset, self.device = settings, dataset, device
-        self.measure, self.clock = measure, clock
+        """Begin with the given settings.
+
+        Args:
+            measure: Returns the costs of a run with the given settings, from a few steps of it.
+        """
+        self.settings, self.dataset, self.runtime = settings, dataset, runtime
         self.given = set(settings.model_fields_set)
         self.seconds = settings.minutes * 60
+        self.measure_here = measure
         self.costs = Costs(math.inf, math.inf)
-        self.notes: list[str] = []
+        self.started = self.clock()
+
+    def clock(self) -> float:
+        """Return the seconds since the start of the program, the mean over all processes."""
+        return self.runtime.sum(seconds_since_start())[0] / self.runtime.world_size
+
+    def measure(self, settings: TrainSettings) -> Costs:
+        """Return the costs of a run with these settings, the mean over all processes."""
+        costs = self.measure_here(settings)
+        sums = self.runtime.sum(costs.step, costs.eval_token)
+        return Costs(*(total / self.runtime.world_size for total in sums))
 
     def choose(self) -> TrainSettings:
-        """Return the settings."""
+        """Return the settings.
+
+        Raises:
+            UsageError: The given settings contradict each other.
+        """
         self.set(**ARCHITECTURE, **OPTIMIZER)
         self.set(init="gpt2" if self.settings.tie_embeddings else "zero", ngram_rows=NGRAM_ROWS)
         self.choose_network()
@@ -194,6 +188,10 @@ class Dial:
 
     def choose_machine(self) -> None:
         """Try what makes some machines faster and others slower, and keep what does so here."""
+        dtype = str(self.runtime.configured(self.settings.dtype, 0).dtype).removeprefix("torch.")
+        self.set(dtype=dtype, compile=False)
+        if self.device == "cpu":
+            self.set(threads=torch.get_num_threads())
         for change in self.alternatives():
             candidate = self.with_values(**change)
             if candidate != self.settings and (costs := self.measure(candidate)).step < self.costs.step:
@@ -205,25 +203,39 @@ class Dial:
             return
         if self.device == "cpu":
             yield {"dtype": "float32"}
-            yield {"threads": torch.get_num_threads() // 2}
+            yield {"threads": max(1, self.settings.threads // 2)}
         if self.seconds - self.clock() > 4 * COMPILE_SECONDS and (self.device == "cuda" or shutil.which("g++")):
             yield {"compile": True}
+
+    @property
+    def device(self) -> str:
+        """The type of the device."""
+        return self.runtime.device.type
 
     def choose_steps(self) -> None:
         """Choose as many steps as the time allows, and when to evaluate."""
 
-        def run_seconds(steps: int) -> float:
+        def seconds(steps: int) -> float:
             settings = self.with_values(max_steps=steps, **self.evaluations(steps))
             val = self.dataset.val.tokens
-            evaluated = min(sample_tokens(settings) or val, val) * -(-steps // settings.eval_every)
-            if settings.eval_tokens == "auto" and val <= affordable_tokens(settings, steps):
-                evaluated += val
-            return steps * self.costs.step + evaluated * self.costs.eval_token
+            evaluated = min(sample_tokens(settings) or val, val) * ((steps - 1) // settings.eval_every)
+            return steps * self.costs.step + evaluated * self.costs.eval_token + self.end_seconds(steps)
 
-        left = self.seconds * (1 - MARGIN) - self.clock() - END_SECONDS
-        most = MAX_EPOCHS * self.dataset.train.tokens // self.settings.tokens_per_step
-        steps = max(1, bisect_right(range(1, max(2, most)), left, key=run_seconds))
-        self.set(max_steps=steps, **self.evaluations(steps))
+        left = self.seconds * (1 - MARGIN) - self.clock()
+        steps = bisect_right(range(1, max(2, self.most_steps())), left, key=seconds)
+        self.set(max_steps=max(1, steps), **self.evaluations(steps))
+
+    def most_steps(self) -> int:
+        """Return after how many steps the text has been read MAX_EPOCHS times."""
+        return MAX_EPOCHS * self.dataset.train.tokens // self.settings.tokens_per_step
+
+    def end_seconds(self, steps: int) -> float:
+        """Return the time between the last step and the end of the program."""
+        settings, val = self.with_values(max_steps=steps, **self.evaluations(steps)), self.dataset.val.tokens
+        tokens = min(sample_tokens(settings) or val, val)
+        if settings.eval_tokens == "auto" and val <= affordable_tokens(settings, steps):
+            tokens += val
+        return END_SECONDS + tokens * self.costs.eval_token
 
     def evaluations(self, steps: int) -> Values:
         """Return when to evaluate: at the end, and ten times in a run of minutes."""
@@ -233,13 +245,61 @@ class Dial:
     def choose_rates(self) -> None:
         """Choose the learning rate and the weight decays for the number of steps and epochs."""
         steps = max(1, self.settings.max_steps)
-        self.set(learning_rate=LEARNING_RATE * (FEW_STEPS / steps) ** RATE_POWER)
+        self.set(learning_rate=LEARNING_RATE * min(1.0, (FEW_STEPS / steps) ** RATE_POWER))
         epochs = steps * self.settings.tokens_per_step / self.dataset.train.tokens
         shrink = self.settings.learning_rate * steps / 2  # the sum of a linear schedule's rates
         self.set(
             weight_decay=DECAY * epochs / shrink,
             ngram_weight_decay=NGRAM_DECAY * epochs / (4 * shrink),
         )
+
+    def pace(self) -> "Pace | None":
+        """Return what keeps the run to its time, or None if the number of steps is given."""
+        if "max_steps" in self.given:
+            return None
+        end = self.seconds * (1 - MARGIN) - self.end_seconds(self.settings.max_steps)
+        return Pace(self.clock, end, self.settings.max_steps, self.most_steps())
+
+    def description(self) -> str:
+        """Return what was chosen and why, in a few lines."""
+        chosen, text = self.settings, self.dataset.train
+        epochs = chosen.max_steps * chosen.tokens_per_step / text.tokens
+        seen = chosen.max_steps * chosen.tokens_per_step / weights(chosen)
+        machine = f"{chosen.threads} threads" if self.device == "cpu" else self.device
+        return (
+            f"{chosen.minutes:g} minutes for {text.tokens:,} tokens, vocabulary {self.dataset.tokenizer.vocab_size:,}; "
+            f"measured the machine in {self.clock() - self.started:.1f} s\n"
+            f"  network: {chosen.n_layer} blocks, {chosen.n_embd} channels, context {chosen.block_size}; it sees "
+            f"{seen:.1f} tokens for each weight of its blocks\n"
+            f"  speed:   {self.costs.step * 1000:.0f} ms a step: {chosen.dtype}, {machine}, "
+            f"{'compiled' if chosen.compile else 'not compiled'}\n"
+            f"  steps:   {chosen.max_steps:,} of {chosen.batch_size} x {chosen.block_size} tokens, "
+            f"{epochs:.2f} epochs\n"
+            f"  rates:   learning rate {chosen.learning_rate:.3g}, weight decay {chosen.weight_decay:.2g}, "
+            f"{chosen.ngram_weight_decay:.2g} of the n-gram tables"
+        )
+
+
+class Pace:
+    """Keeps a run to its time: changes its number of steps when the machine becomes slower or faster."""
+
+    def __init__(self, clock: Callable[[], float], end: float, max_steps: int, most_steps: int) -> None:
+        """Let the last step end at time `end` of the clock, but after at most `most_steps` steps."""
+        self.clock, self.end, self.most_steps = clock, end, most_steps
+        self.every = max(1, max_steps // CHECKS)
+        self.times = deque[float](maxlen=RECENT_CHECKS)
+
+    def revise(self, step: int, max_steps: int) -> int | None:
+        """Return how many steps the time allows if that differs much from `max_steps`, otherwise None."""
+        if step % self.every or step >= max_steps:
+            return None
+        self.times.append(self.clock())
+        if len(self.times) < FEWEST_CHECKS:
+            return None
+        speed = (len(self.times) - 1) * self.every / (self.times[-1] - self.times[0])  # steps per second
+        left = max(1, int((self.end - self.times[-1]) * speed))
+        revised = min(step + left, self.most_steps)
+        return revised if abs(revised - max_steps) > TOLERANCE * max_steps else None
 
 
 def weights(settings: TrainSettings) -> int:

@@ -212,6 +212,14 @@ class Run:
                 self.metrics.open(keep_steps=state.step)
             yield
 
+    def change_settings(self, settings: TrainSettings) -> None:
+        """Continue with another number of steps."""
+        self.settings = settings
+        self.bar.total = settings.max_steps
+        self.log(f"the machine's speed has changed: now {settings.max_steps:,} steps")
+        if self.has_files:
+            self.write_config(self.folder)
+
     def seconds(self) -> float:
         """Return the time spent on this run, in this process and in those before it."""
         return round(time.perf_counter() - self.start_time, 3)

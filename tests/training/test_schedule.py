@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glyphgpt.checkpoint import TrainState
 from glyphgpt.settings import Optimization
 from glyphgpt.training.schedule import learning_rate
 
@@ -17,9 +18,13 @@ def schedule(kind: str, **changes: float) -> Optimization:
     return Optimization.model_validate({"schedule": kind, **values, **changes})
 
 
+def rate_at(step: int, settings: Optimization) -> float:
+    return learning_rate(TrainState(step=step), settings)
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_rate_rises_linearly_during_warmup(kind: str) -> None:
-    rates = [learning_rate(step, schedule(kind)) for step in range(11)]
+    rates = [rate_at(step, schedule(kind)) for step in range(11)]
     assert rates == pytest.approx([(step + 1) / 11 for step in range(11)])
 
 
@@ -32,21 +37,21 @@ def test_rate_rises_linearly_during_warmup(kind: str) -> None:
     ],
 )
 def test_rate_falls_along_the_schedule(kind: str, quarter: float, half: float, last: float, end: float) -> None:
-    rates = [learning_rate(step, schedule(kind)) for step in (10, 35, 60, 109, 110, 10**6)]
+    rates = [rate_at(step, schedule(kind)) for step in (10, 35, 60, 109, 110, 10**6)]
     assert rates == pytest.approx([1, quarter, half, last, end, end])
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_without_warmup_the_first_rate_is_the_peak(kind: str) -> None:
-    assert learning_rate(0, schedule(kind, warmup_steps=0)) == 1
+    assert rate_at(0, schedule(kind, warmup_steps=0)) == 1
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("max_steps", [0, 3, 10])
 def test_warmup_continues_beyond_max_steps(kind: str, max_steps: int) -> None:
-    rates = [learning_rate(step, schedule(kind, max_steps=max_steps)) for step in range(11)]
+    rates = [rate_at(step, schedule(kind, max_steps=max_steps)) for step in range(11)]
     assert rates == pytest.approx([(step + 1) / 11 for step in range(11)])
-    after = learning_rate(50, schedule(kind, max_steps=max_steps))
+    after = rate_at(50, schedule(kind, max_steps=max_steps))
     assert after == pytest.approx(1 if kind == "constant" else 0.1)
 
 
@@ -64,10 +69,17 @@ def test_rate_rises_then_falls_within_bounds(
 ) -> None:
     low = peak * fraction
     optimization = schedule(kind, warmup_steps=warmup_steps, max_steps=max_steps, learning_rate=peak, min_lr=low)
-    rate, next_rate = learning_rate(step, optimization), learning_rate(step + 1, optimization)
+    rate, next_rate = rate_at(step, optimization), rate_at(step + 1, optimization)
     tolerance = 1e-12 * peak
     assert 0 <= rate <= peak + tolerance
     if step < warmup_steps:
         assert rate < next_rate
     else:
         assert low - tolerance <= next_rate <= rate + tolerance
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_after_a_change_of_plan_the_rate_falls_in_a_line(kind: str) -> None:
+    plan = {"planned_at": 40, "planned_rate": 0.6}
+    rates = [learning_rate(TrainState(step=step, **plan), schedule(kind, max_steps=60)) for step in (40, 50, 60, 70)]
+    assert rates == pytest.approx([0.6, 0.35, 0.1, 0.1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import contents, prepare_text, read_metrics, same_tensors, saved_step, some_text, tiny_settings
-from glyphgpt.checkpoint import load_checkpoint
+from glyphgpt.checkpoint import TrainState, load_checkpoint
 from glyphgpt.cli import parse
 from glyphgpt.data.batches import window_starts
 from glyphgpt.data.dataset import load_dataset
@@ -210,7 +210,7 @@ def test_uneven_micro_batches_have_the_gradients_of_the_whole_batch(
 def test_logged_learning_rates_follow_the_schedule(run: Path, data_dir: Path) -> None:
     settings = tiny_settings(data_dir, run, max_steps=25, learning_rate=0.01)
     rates = [row["learning_rate"] for row in rows(run, "train")]
-    assert rates == [learning_rate(step, settings) for step in range(25)]
+    assert rates == [learning_rate(TrainState(step=step), settings) for step in range(25)]
 
 
 def test_update_uses_the_scheduled_learning_rate(data_dir: Path, tmp_path: Path) -> None:
