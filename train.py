@@ -45,8 +45,8 @@ from glyphgpt.training.schedule import learning_rate
 from glyphgpt.training.torch_state import load_weights, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
 
-MEASURED_STEPS = 4
-"""Steps that measure a run's speed; the first one does not count."""
+MEASURED_STEPS = 12
+"""Most steps that measure a run's speed; the first one does not count."""
 
 
 def main(settings: TrainSettings, *_configs: str) -> None:
@@ -78,12 +78,12 @@ def main(settings: TrainSettings, *_configs: str) -> None:
             print(result)
 
 
-def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings) -> Costs:
-    """Return the costs of a run with these settings, from a few steps of it."""
+def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings, seconds: float) -> Costs:
+    """Return the costs of a run with these settings, from a few steps of it that take about this many seconds."""
     trainer = Trainer(settings, dataset, runtime.configured(settings.dtype, settings.threads))
     trainer.forward = trainer.make_forward()
-    times = []
-    for _ in range(MEASURED_STEPS):
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < seconds and len(times) < MEASURED_STEPS):
         start = time.perf_counter()
         trainer.step(trainer.next_batch())
         times.append(time.perf_counter() - start)

@@ -13,7 +13,7 @@ import math
 import shutil
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,28 +47,30 @@ OPTIMIZER: Values = {
 }
 NETWORKS = ((2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512), (12, 768))
 """Numbers of blocks and channels, from small to large."""
-HEAD_SIZE = 64
+HEAD_SIZE, CONTEXT = 64, 128
 TOKENS_PER_WEIGHT = 2.0
-"""A network pays if it sees this many tokens for each weight of its blocks."""
-MAX_EPOCHS = 12
+"""A network pays if it sees this many tokens for each weight of its blocks, or a small text MAX_EPOCHS times."""
+MAX_EPOCHS = 6
 """Reading a text more often than this makes the validation loss worse, or hardly better."""
 STEP_TOKENS, FEW_TOKENS = 1024, 74_000
 """Tokens of a step in a run of FEW_TOKENS tokens; a step grows with the cube root of the run."""
+ENOUGH_STEPS, LEAST_STEP_TOKENS = 1000, 256
+"""Where there is time enough, a text is read in this many steps, unless they would be smaller than this."""
 LEARNING_RATE, FEW_STEPS, RATE_POWER = 0.02, 72, 0.46
 """Learning rate of a run of FEW_STEPS steps, and the power of the steps by which it falls."""
 DECAY, NGRAM_DECAY = 0.6, 6.0
 """Weight decay of an epoch, as the logarithm of the factor by which weights shrink."""
 NGRAM_ROWS = 8192
 
-COMPILE_SECONDS = 30.0
-"""Time of a compilation, with an empty cache, on a slow CPU."""
+COMPILE_SECONDS, COMPILE_PAYS = 30.0, 4
+"""Time of a compilation on a slow CPU, and how many times that long a run must be."""
 END_SECONDS = 1.5
 """Time to build the model, save it, and write the report."""
-MEASURE_TIME = 0.02
-"""Largest fraction of the time for trying one alternative."""
+MEASURE_TIME = 0.007
+"""Fraction of the time for measuring one candidate."""
 MARGIN = 0.03
 """Fraction of the time that is kept for what was not foreseen."""
-CHECKS, FEWEST_CHECKS, RECENT_CHECKS, TOLERANCE = 40, 4, 10, 0.03
+CHECKS, FEWEST_CHECKS, RECENT_CHECKS, TOLERANCE = 40, 4, 10, 0.05
 """How often a run's speed is checked, over how many checks, and the change of its steps that is ignored."""
 
 
@@ -93,12 +95,13 @@ class Dial:
         settings: TrainSettings,
         dataset: Dataset,
         runtime: Runtime,
-        measure: Callable[[TrainSettings], Costs],
+        measure: Callable[[TrainSettings, float], Costs],
     ) -> None:
         """Begin with the given settings.
 
         Args:
-            measure: Returns the costs of a run with the given settings, from a few steps of it.
+            measure: Returns the costs of a run with the given settings, from a few steps that take about the given
+                number of seconds.
         """
         self.settings, self.dataset, self.runtime = settings, dataset, runtime
         self.given = set(settings.model_fields_set)
@@ -113,7 +116,7 @@ class Dial:
 
     def measure(self, settings: TrainSettings) -> Costs:
         """Return the costs of a run with these settings, the mean over all processes."""
-        costs = self.measure_here(settings)
+        costs = self.measure_here(settings, MEASURE_TIME * self.seconds)
         sums = self.runtime.sum(costs.step, costs.eval_token)
         return Costs(*(total / self.runtime.world_size for total in sums))
 
@@ -126,7 +129,7 @@ class Dial:
         self.set(**ARCHITECTURE, **OPTIMIZER)
         self.set(init="gpt2" if self.settings.tie_embeddings else "zero", ngram_rows=NGRAM_ROWS)
         self.choose_network()
-        self.choose_machine()
+        self.choose_precision()
         self.choose_steps()
         self.choose_rates()
         return self.settings
@@ -148,18 +151,47 @@ class Dial:
         self.settings = self.with_values(**values)
 
     def choose_network(self) -> None:
-        """Choose the largest network that sees enough tokens for each of its weights."""
-        tokens: float = FEW_TOKENS
+        """Choose the largest network that sees enough tokens in the time."""
         for layers, channels in NETWORKS:
-            candidate = self.with_values(**self.network(layers, channels), **self.batch(tokens))
-            if math.isfinite(self.costs.step) and tokens < TOKENS_PER_WEIGHT * weights(candidate):
-                break  # a larger network sees even fewer
+            candidate = self.with_values(**self.network(layers, channels), **self.batch())
+            if candidate == self.settings:
+                continue  # the sizes are given
+            first = math.isinf(self.costs.step)
+            if not first and not self.pays(candidate, self.costs):
+                break  # a larger network is slower still
             costs = self.measure(candidate)
-            candidate_tokens = self.affordable_tokens(candidate, costs)
-            if math.isfinite(self.costs.step) and candidate_tokens < TOKENS_PER_WEIGHT * weights(candidate):
+            if not first and not self.pays(candidate, costs):
                 break
-            self.settings, self.costs, tokens = candidate, costs, candidate_tokens
-        self.set(**self.batch(tokens))
+            self.settings, self.costs = candidate, costs
+            if first:
+                self.choose_threads()
+        if (chosen := self.with_values(**self.batch())) != self.settings:
+            self.settings, self.costs = chosen, self.measure(chosen)
+
+    def pays(self, settings: TrainSettings, costs: Costs) -> bool:
+        """Return whether a network sees enough tokens if a step has these costs."""
+        enough = min(TOKENS_PER_WEIGHT * weights(settings), MAX_EPOCHS * self.dataset.train.tokens)
+        return self.tokens_in_time(settings, costs) >= enough
+
+    def tokens_in_time(self, settings: TrainSettings, costs: Costs) -> float:
+        """Return how many tokens a run can see in the remaining time."""
+        return (self.seconds - self.clock()) / costs.step * settings.tokens_per_step
+
+    def choose_threads(self) -> None:
+        """Halve the number of threads as long as that makes steps faster: cores may be busy, or the network small."""
+        if self.device != "cpu":
+            return
+        self.set(threads=torch.get_num_threads())
+        while self.try_change(threads=self.settings.threads // 2):
+            pass
+
+    def try_change(self, **values: Any) -> bool:
+        """Choose these values if they make steps faster; return whether they do."""
+        candidate = self.with_values(**values)
+        if candidate == self.settings or (costs := self.measure(candidate)).step >= self.costs.step:
+            return False
+        self.settings, self.costs = candidate, costs
+        return True
 
     def network(self, layers: int, channels: int) -> Values:
         """Return the sizes of a network of about this shape that fits the sizes that are given."""
@@ -174,38 +206,26 @@ class Dial:
             channels = heads * 2 * max(1, round(channels / heads / 2))
         return {"n_layer": layers, "n_embd": channels, "n_head": heads}
 
-    def batch(self, tokens: float) -> Values:
-        """Return the context and the batch for a run of that many tokens."""
-        step_tokens = STEP_TOKENS * max(1.0, tokens / FEW_TOKENS) ** (1 / 3)
-        context = self.settings.block_size if "block_size" in self.given else 64 if step_tokens < 2048 else 128
-        context = min(context, self.dataset.train.tokens - 1)
-        return {"block_size": context, "batch_size": max(1, round(step_tokens / context / 4) * 4)}
+    def batch(self) -> Values:
+        """Return the context and the batch for as many tokens as the time, or the text, allows."""
+        in_time = self.tokens_in_time(self.settings, self.costs)
+        tokens = min(in_time, MAX_EPOCHS * self.dataset.train.tokens)
+        size = STEP_TOKENS * max(1.0, tokens / FEW_TOKENS) ** (1 / 3)
+        if tokens < in_time:
+            size = min(size, max(tokens / ENOUGH_STEPS, LEAST_STEP_TOKENS))
+        context = min(CONTEXT, self.dataset.train.tokens - 1)
+        context = self.settings.block_size if "block_size" in self.given else context
+        return {"block_size": context, "batch_size": max(1, round(size / context))}
 
-    def affordable_tokens(self, settings: TrainSettings, costs: Costs) -> float:
-        """Return how many tokens a run can see in the remaining time, or before it has read the text too often."""
-        steps = (self.seconds - self.clock()) / costs.step
-        return min(steps * settings.tokens_per_step, MAX_EPOCHS * self.dataset.train.tokens)
-
-    def choose_machine(self) -> None:
-        """Try what makes some machines faster and others slower, and keep what does so here."""
+    def choose_precision(self) -> None:
+        """Choose the precision and whether to compile, by trying."""
         dtype = str(self.runtime.configured(self.settings.dtype, 0).dtype).removeprefix("torch.")
         self.set(dtype=dtype, compile=False)
         if self.device == "cpu":
-            self.set(threads=torch.get_num_threads())
-        for change in self.alternatives():
-            candidate = self.with_values(**change)
-            if candidate != self.settings and (costs := self.measure(candidate)).step < self.costs.step:
-                self.settings, self.costs = candidate, costs
-
-    def alternatives(self) -> Iterator[Values]:
-        """Yield changes of settings that may make steps faster."""
-        if self.costs.step * 5 > MEASURE_TIME * self.seconds:
-            return
-        if self.device == "cpu":
-            yield {"dtype": "float32"}
-            yield {"threads": max(1, self.settings.threads // 2)}
-        if self.seconds - self.clock() > 4 * COMPILE_SECONDS and (self.device == "cuda" or shutil.which("g++")):
-            yield {"compile": True}
+            self.try_change(dtype="float32")
+        time_to_compile = self.seconds - self.clock() > COMPILE_PAYS * COMPILE_SECONDS
+        if time_to_compile and (self.device == "cuda" or shutil.which("g++")):
+            self.try_change(compile=True)
 
     @property
     def device(self) -> str:
@@ -222,8 +242,8 @@ class Dial:
             return steps * self.costs.step + evaluated * self.costs.eval_token + self.end_seconds(steps)
 
         left = self.seconds * (1 - MARGIN) - self.clock()
-        steps = bisect_right(range(1, max(2, self.most_steps())), left, key=seconds)
-        self.set(max_steps=max(1, steps), **self.evaluations(steps))
+        steps = max(1, bisect_right(range(1, max(2, self.most_steps())), left, key=seconds))
+        self.set(max_steps=steps, **self.evaluations(steps))
 
     def most_steps(self) -> int:
         """Return after how many steps the text has been read MAX_EPOCHS times."""

@@ -22,8 +22,10 @@ from glyphgpt.training.torch_state import build_model
 
 EVAL_TIME = 0.05
 """Fraction of the training time for the evaluations during training, and again for the one at the end."""
-EVAL_COST = 0.25
+EVAL_COST = 0.3
 """Time to evaluate a token, relative to the time to train on it."""
+NEARLY_ALL = 0.8
+"""Fraction of the blocks above which a sample is the whole split instead."""
 MIN_BLOCKS = 10
 """Least number of blocks in a sample."""
 BAR_SECONDS = 1.0  # no progress bar for shorter evaluations
@@ -87,6 +89,8 @@ def evaluate(
     """
     blocks, rest = divmod(windows.split.tokens - 1, block_size)
     count = min(blocks, max(2, max_tokens // block_size)) if max_tokens else blocks
+    if count > NEARLY_ALL * blocks:
+        count = blocks
     if count < blocks:
         rest = 0
     starts = sample_blocks(blocks, count) * block_size
