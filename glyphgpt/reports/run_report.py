@@ -22,7 +22,7 @@ from glyphgpt.reports import plot
 from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, Mode, ReportSettings, TrainSettings
-from glyphgpt.training.metrics import SAMPLES, Row, read_rows
+from glyphgpt.training.metrics import SAMPLES, Row, overfitting, read_rows
 from glyphgpt.training.run import outcome
 
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
@@ -86,7 +86,7 @@ def page_data(run: Path) -> dict[str, Any]:
     end = outcome(settings, state, run)
     return {
         "name": str(run),
-        "outcome": f"{end.text[0].upper()}{end.text[1:]}.",
+        "outcome": ". ".join(f"{text[0].upper()}{text[1:]}" for text in (end.text, overfitting(rows)) if text) + ".",
         "commands": [("Sample", command("sample.py", run)), ("Continue training", end.resume)],
         "highlights": highlights(settings, rows, evaluations, step=state.step, summary=summary),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},

@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any, Protocol
 
 from glyphgpt.errors import UserError, format_os_error, optional_import, warn, wrap_write_errors
-from glyphgpt.files import write_atomic
+from glyphgpt.files import BEST, write_atomic
 from glyphgpt.settings import TrainSettings
 
 METRICS = "metrics.jsonl"
@@ -16,6 +17,10 @@ METRICS = "metrics.jsonl"
 it) or "best" (loss of the best model on the whole split, at the end)."""
 SAMPLES = "samples.jsonl"
 """Rows with a `step` and the `text` that the model generated then."""
+AVERAGED_ROWS = 10
+"""Rows of training whose losses are averaged to find overfitting."""
+NOISE = 0.01
+"""Rise of the validation loss, in nats per token, that is not overfitting yet."""
 
 Row = dict[str, Any]
 
@@ -90,6 +95,25 @@ def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
         raise UserError(format_os_error(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not as train.py writes it") from error
+
+
+def overfitting(rows: list[Row]) -> str:
+    """Return in words how training and validation part in a run's metrics, and what to do; "" if they do not."""
+    val, train = ([row for row in rows if row["kind"] == kind and row.get("loss")] for kind in ("val", "train"))
+    if not val or not train:
+        return ""
+    best, last = min(val, key=lambda row: row["loss"]), val[-1]
+    before, after = (
+        mean([row["loss"] for row in train if row["step"] <= step][-AVERAGED_ROWS:] or [0]) for step in
+        (best["step"], last["step"])
+    )  # fmt: skip
+    if last["loss"] - best["loss"] <= max(NOISE, 2 * last.get("standard_error", 0)) or after >= before:
+        return ""
+    return (
+        f"overfitting: since step {best['step']:,} the validation loss rose from {best['loss']:.3f} to "
+        f"{last['loss']:.3f}, while the training loss fell from {before:.3f} to {after:.3f}; {BEST} is the model of "
+        f"that step; better are more text, about {best['step']:,} steps, or more weight_decay and ngram_weight_decay"
+    )
 
 
 class TensorBoard:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from tqdm import tqdm
@@ -28,10 +29,11 @@ from glyphgpt.files import (
     replace_files,
     write_atomic,
 )
+from glyphgpt.reports.plot import read_metrics
 from glyphgpt.runtime import Runtime, StopRequest, torchrun_id
 from glyphgpt.settings import PATHS, Mode, ModelConfig, Optimization, TrainSettings
 from glyphgpt.training.evaluation import Score, check_vocabulary
-from glyphgpt.training.metrics import Metrics
+from glyphgpt.training.metrics import Metrics, overfitting
 
 LOG_SECONDS = 15  # longest time between log lines if no progress bar is shown
 
@@ -88,7 +90,14 @@ def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSett
         with suppress(UserError):
             same_job = bool(job) and read_metadata(folder / LAST).torchrun == job
     (restarted,) = runtime.sum(float(same_job))  # the main process decides for all
-    return settings.model_copy(update={"resume": True, "overwrite": False}) if restarted else settings
+    if not restarted:
+        return settings
+    mode: dict[str, Any] = {"resume": True, "overwrite": False}
+    if settings.minutes:  # the settings were chosen before the restart
+        mode |= {"minutes": 0.0}
+        saved = {k: v for k, v in read_metadata(folder / LAST).settings.items() if k not in Mode.model_fields}
+        settings = TrainSettings.model_validate(settings.model_dump() | saved)
+    return settings.model_copy(update=mode)
 
 
 def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
@@ -289,6 +298,8 @@ class Run:
             self.log(f"{end.text} by {stopped_by.name}, saved; resume it: {end.resume}")
             return
         self.log(f"{end.text}; best validation loss {self.whole_split_loss or state.best_loss:.4f}")
+        if self.runtime.is_main and (notice := overfitting(read_metrics(self.folder))):
+            self.log(notice)
         self.log(f"sample it: {command('sample.py', self.folder)}")
         self.log(f"continue training: {end.resume}")
 
