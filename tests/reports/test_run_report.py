@@ -66,8 +66,8 @@ def test_training_writes_a_report_and_logs_its_path(
     data = page_data(tmp_path)
     assert (tmp_path / REPORT).read_text(encoding="utf-8").count(json.dumps(data["samples"])) == 1
     assert data["outcome"] == "All 20 steps done."
-    assert [sample["caption"].split(",")[0] for sample in data["samples"]] == ["step 0", "step 10", "step 20"]
-    assert data["rows"]["val"]["step"] == [0, 10, 20]
+    assert [sample["caption"].split(",")[0] for sample in data["samples"]] == ["step 10", "step 20"]
+    assert data["rows"]["val"]["step"] == [10, 20]
     assert data["rows"]["train"]["step"] == list(range(1, 21))
     assert (highlights(tmp_path)["Parameters"], highlights(tmp_path)["Tokens"]) == ("6,880", "1,280")
     assert data["commands"][1][1].endswith(f"--resume {tmp_path} --max_steps=40")
@@ -113,7 +113,7 @@ def test_training_only_warns_if_the_report_cannot_be_written(
 def test_a_run_stopped_early_is_reported_with_the_command_to_resume(data_dir: Path, tmp_path: Path) -> None:
     train.main(tiny_settings(data_dir, tmp_path, patience=2, max_steps=50, learning_rate=1e-30, min_lr=0))
     data = page_data(tmp_path)
-    assert data["outcome"] == "Stopped early at step 20: no better loss in 2 evaluations."
+    assert data["outcome"] == "Stopped early at step 30: no better loss in 2 evaluations."
     assert data["commands"][1][1].endswith(" --patience=0")
 
 
@@ -307,7 +307,7 @@ def test_the_buttons_and_the_slider_select_a_sample(run: Path, browser: Browser)
         seen.append((browser.text("#sample"), browser.text("#caption")))
     assert [text for text, _ in reversed(seen)] == texts
     assert len(set(texts)) > 1
-    assert [caption.split(",")[0] for _, caption in reversed(seen)] == ["step 0", "step 10", "step 20", "step 30"]
+    assert [caption.split(",")[0] for _, caption in reversed(seen)] == ["step 10", "step 20", "step 30"]
     browser.one("input[type=range]").send_keys("\ue010")  # End
     assert browser.text("#sample") == texts[-1]
     assert browser.console_messages() == []
