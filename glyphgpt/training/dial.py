@@ -24,6 +24,7 @@ from glyphgpt.errors import UsageError
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.evaluation import affordable_tokens, sample_tokens
+from glyphgpt.training.optimizers import NGRAM_LR_SCALE
 
 Values = dict[str, Any]
 
@@ -47,23 +48,28 @@ OPTIMIZER: Values = {
 }
 NETWORKS = ((2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512), (12, 768))
 """Numbers of blocks and channels, from small to large."""
-HEAD_SIZE, CONTEXT = 64, 128
-TOKENS_PER_WEIGHT = 2.0
+HEAD_SIZE = 64
+TOKENS_PER_WEIGHT = 12.0
 """A network pays if it sees this many tokens for each weight of its blocks, or a small text MAX_EPOCHS times."""
+WEIGHTS_PER_TOKEN = 100
+"""Weights of the blocks, for each token of the text, above which a larger network does not help."""
 MAX_EPOCHS = 6
 """Reading a text more often than this makes the validation loss worse, or hardly better."""
+CONTEXTS = ((150_000, 64), (1_500_000, 128), (math.inf, 256))
+"""The context of runs of up to that many tokens."""
 STEP_TOKENS, FEW_TOKENS = 1024, 74_000
 """Tokens of a step in a run of FEW_TOKENS tokens; a step grows with the cube root of the run."""
 ENOUGH_STEPS, LEAST_STEP_TOKENS = 1000, 256
 """Where there is time enough, a text is read in this many steps, unless they would be smaller than this."""
-LEARNING_RATE, FEW_STEPS, RATE_POWER = 0.02, 72, 0.46
+LEARNING_RATE, FEW_STEPS, RATE_POWER = 0.02, 72, 0.36
 """Learning rate of a run of FEW_STEPS steps, and the power of the steps by which it falls."""
-DECAY, NGRAM_DECAY = 0.6, 6.0
-"""Weight decay of an epoch, as the logarithm of the factor by which weights shrink."""
-NGRAM_ROWS = 8192
+MANY_STEPS = 700
+"""A shorter run needs less weight decay."""
+NGRAM_ROWS, MANY_NGRAM_ROWS, LARGE_VOCABULARY = 8192, 32_768, 1000
+"""Rows of each n-gram table, and of one for a large vocabulary."""
 
-COMPILE_SECONDS, COMPILE_PAYS = 30.0, 4
-"""Time of a compilation on a slow CPU, and how many times that long a run must be."""
+COMPILE_SECONDS, COMPILE_LAYER_SECONDS, COMPILE_PAYS = 5.0, 4.0, 3
+"""Time to compile a network without blocks, and each block; how many times that long a run must be to compile."""
 END_SECONDS = 1.5
 """Time to build the model, save it, and write the report."""
 MEASURE_TIME = 0.007
@@ -127,7 +133,9 @@ class Dial:
             UsageError: The given settings contradict each other.
         """
         self.set(**ARCHITECTURE, **OPTIMIZER)
-        self.set(init="gpt2" if self.settings.tie_embeddings else "zero", ngram_rows=NGRAM_ROWS)
+        large = self.dataset.tokenizer.vocab_size >= LARGE_VOCABULARY
+        self.set(init="gpt2" if self.settings.tie_embeddings else "zero")
+        self.set(ngram_rows=MANY_NGRAM_ROWS if large else NGRAM_ROWS)
         self.choose_network()
         self.choose_precision()
         self.choose_steps()
@@ -170,7 +178,10 @@ class Dial:
 
     def pays(self, settings: TrainSettings, costs: Costs) -> bool:
         """Return whether a network sees enough tokens if a step has these costs."""
-        enough = min(TOKENS_PER_WEIGHT * weights(settings), MAX_EPOCHS * self.dataset.train.tokens)
+        text = self.dataset.train.tokens
+        if weights(settings) > WEIGHTS_PER_TOKEN * text:
+            return False
+        enough = min(TOKENS_PER_WEIGHT * weights(settings), MAX_EPOCHS * text)
         return self.tokens_in_time(settings, costs) >= enough
 
     def tokens_in_time(self, settings: TrainSettings, costs: Costs) -> float:
@@ -182,7 +193,7 @@ class Dial:
         if self.device != "cpu":
             return
         self.set(threads=torch.get_num_threads())
-        while self.try_change(threads=self.settings.threads // 2):
+        while self.settings.threads > 1 and self.try_change(threads=self.settings.threads // 2):
             pass
 
     def try_change(self, **values: Any) -> bool:
@@ -213,7 +224,10 @@ class Dial:
         size = STEP_TOKENS * max(1.0, tokens / FEW_TOKENS) ** (1 / 3)
         if tokens < in_time:
             size = min(size, max(tokens / ENOUGH_STEPS, LEAST_STEP_TOKENS))
-        context = min(CONTEXT, self.dataset.train.tokens - 1)
+            context = 128 if tokens < CONTEXTS[1][0] else 256
+        else:
+            context = next(context for limit, context in CONTEXTS if tokens <= limit)
+        context = min(context, self.dataset.train.tokens - 1)
         context = self.settings.block_size if "block_size" in self.given else context
         return {"block_size": context, "batch_size": max(1, round(size / context))}
 
@@ -223,8 +237,9 @@ class Dial:
         self.set(dtype=dtype, compile=False)
         if self.device == "cpu":
             self.try_change(dtype="float32")
-        time_to_compile = self.seconds - self.clock() > COMPILE_PAYS * COMPILE_SECONDS
-        if time_to_compile and (self.device == "cuda" or shutil.which("g++")):
+        can_compile = self.device == "cuda" or shutil.which("g++")
+        compile_seconds = COMPILE_SECONDS + COMPILE_LAYER_SECONDS * self.settings.n_layer
+        if can_compile and self.seconds - self.clock() > COMPILE_PAYS * compile_seconds:
             self.try_change(compile=True)
 
     @property
@@ -267,11 +282,12 @@ class Dial:
         steps = max(1, self.settings.max_steps)
         self.set(learning_rate=LEARNING_RATE * min(1.0, (FEW_STEPS / steps) ** RATE_POWER))
         epochs = steps * self.settings.tokens_per_step / self.dataset.train.tokens
-        shrink = self.settings.learning_rate * steps / 2  # the sum of a linear schedule's rates
-        self.set(
-            weight_decay=DECAY * epochs / shrink,
-            ngram_weight_decay=NGRAM_DECAY * epochs / (4 * shrink),
-        )
+        length = min(1.0, steps / MANY_STEPS)
+        # logarithms of the factors by which weights shrink during the run
+        shrink = max(0.6 * epochs, length**2)
+        ngram_shrink = max(min(6 * epochs, 3 * epochs**2), 12 * length**3)
+        rates = self.settings.learning_rate * steps / 2  # the sum over a linear schedule
+        self.set(weight_decay=shrink / rates, ngram_weight_decay=ngram_shrink / (NGRAM_LR_SCALE * rates))
 
     def pace(self) -> "Pace | None":
         """Return what keeps the run to its time, or None if the number of steps is given."""

@@ -80,6 +80,6 @@ def test_rate_rises_then_falls_within_bounds(
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_after_a_change_of_plan_the_rate_falls_in_a_line(kind: str) -> None:
-    plan = {"planned_at": 40, "planned_rate": 0.6}
-    rates = [learning_rate(TrainState(step=step, **plan), schedule(kind, max_steps=60)) for step in (40, 50, 60, 70)]
+    states = [TrainState(step=step, planned_at=40, planned_rate=0.6) for step in (40, 50, 60, 70)]
+    rates = [learning_rate(state, schedule(kind, max_steps=60)) for state in states]
     assert rates == pytest.approx([0.6, 0.35, 0.1, 0.1])
