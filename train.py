@@ -83,10 +83,12 @@ def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings, seconds
     trainer = Trainer(settings, dataset, runtime.configured(settings.dtype, settings.threads))
     trainer.forward = trainer.make_forward()
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < seconds and len(times) < MEASURED_STEPS):
+    total = 0.0
+    while len(times) < 2 or (total < seconds and len(times) < MEASURED_STEPS):
         start = time.perf_counter()
         trainer.step(trainer.next_batch())
         times.append(time.perf_counter() - start)
+        total = runtime.sum(sum(times))[0] / runtime.world_size  # all processes take equally many steps
     start = time.perf_counter()
     tokens = trainer.evaluate(max_tokens=settings.tokens_per_step).eval_tokens
     return Costs(step=median(times[1:]), eval_token=(time.perf_counter() - start) / tokens)

@@ -114,17 +114,19 @@ class Dial:
         self.seconds = settings.minutes * 60
         self.measure_here = measure
         self.costs = Costs(math.inf, math.inf)
-        self.started = self.clock()
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a measurement over all processes."""
+        return self.runtime.sum(value)[0] / self.runtime.world_size
 
     def clock(self) -> float:
-        """Return the seconds since the start of the program, the mean over all processes."""
-        return self.runtime.sum(seconds_since_start())[0] / self.runtime.world_size
+        """Return the seconds since the start of the program."""
+        return self.mean(seconds_since_start())
 
     def measure(self, settings: TrainSettings) -> Costs:
-        """Return the costs of a run with these settings, the mean over all processes."""
+        """Return the costs of a run with these settings."""
         costs = self.measure_here(settings, MEASURE_TIME * self.seconds)
-        sums = self.runtime.sum(costs.step, costs.eval_token)
-        return Costs(*(total / self.runtime.world_size for total in sums))
+        return Costs(self.mean(costs.step), self.mean(costs.eval_token))
 
     def choose(self) -> TrainSettings:
         """Return the settings.
@@ -132,6 +134,7 @@ class Dial:
         Raises:
             UsageError: The given settings contradict each other.
         """
+        started = self.clock()
         self.set(**ARCHITECTURE, **OPTIMIZER)
         large = self.dataset.tokenizer.vocab_size >= LARGE_VOCABULARY
         self.set(init="gpt2" if self.settings.tie_embeddings else "zero")
@@ -140,6 +143,7 @@ class Dial:
         self.choose_precision()
         self.choose_steps()
         self.choose_rates()
+        self.measuring_seconds = self.clock() - started
         return self.settings
 
     def with_values(self, **values: Any) -> TrainSettings:
@@ -229,7 +233,8 @@ class Dial:
             context = next(context for limit, context in CONTEXTS if tokens <= limit)
         context = min(context, self.dataset.train.tokens - 1)
         context = self.settings.block_size if "block_size" in self.given else context
-        return {"block_size": context, "batch_size": max(1, round(size / context))}
+        world_size = self.runtime.world_size  # processes share a batch evenly
+        return {"block_size": context, "batch_size": world_size * max(1, round(size / context / world_size))}
 
     def choose_precision(self) -> None:
         """Choose the precision and whether to compile, by trying."""
@@ -293,8 +298,15 @@ class Dial:
         """Return what keeps the run to its time, or None if the number of steps is given."""
         if "max_steps" in self.given:
             return None
-        end = self.seconds * (1 - MARGIN) - self.end_seconds(self.settings.max_steps)
-        return Pace(self.clock, end, self.settings.max_steps, self.most_steps())
+        settings = self.settings
+        sample = min(sample_tokens(settings) or math.inf, self.dataset.val.tokens)
+        return Pace(
+            self.mean,
+            end=self.seconds * (1 - MARGIN) - self.end_seconds(settings.max_steps),
+            evaluation=sample * self.costs.eval_token,
+            settings=settings,
+            most_steps=self.most_steps(),
+        )
 
     def description(self) -> str:
         """Return what was chosen and why, in a few lines."""
@@ -304,7 +316,7 @@ class Dial:
         machine = f"{chosen.threads} threads" if self.device == "cpu" else self.device
         return (
             f"{chosen.minutes:g} minutes for {text.tokens:,} tokens, vocabulary {self.dataset.tokenizer.vocab_size:,}; "
-            f"measured the machine in {self.clock() - self.started:.1f} s\n"
+            f"measured the machine in {self.measuring_seconds:.1f} s\n"
             f"  network: {chosen.n_layer} blocks, {chosen.n_embd} channels, context {chosen.block_size}; it sees "
             f"{seen:.1f} tokens for each weight of its blocks\n"
             f"  speed:   {self.costs.step * 1000:.0f} ms a step: {chosen.dtype}, {machine}, "
@@ -319,22 +331,42 @@ class Dial:
 class Pace:
     """Keeps a run to its time: changes its number of steps when the machine becomes slower or faster."""
 
-    def __init__(self, clock: Callable[[], float], end: float, max_steps: int, most_steps: int) -> None:
-        """Let the last step end at time `end` of the clock, but after at most `most_steps` steps."""
-        self.clock, self.end, self.most_steps = clock, end, most_steps
-        self.every = max(1, max_steps // CHECKS)
-        self.times = deque[float](maxlen=RECENT_CHECKS)
+    def __init__(
+        self,
+        mean: Callable[[float], float],
+        *,
+        end: float,
+        evaluation: float,
+        settings: TrainSettings,
+        most_steps: int,
+    ) -> None:
+        """Let the last step end `end` seconds after the start of the program.
+
+        Args:
+            mean: Returns the mean of a number over all processes.
+            evaluation: Seconds of an evaluation.
+            most_steps: The run never gets longer than this.
+        """
+        self.mean, self.end, self.evaluation, self.most_steps = mean, end, evaluation, most_steps
+        self.every, self.eval_every = max(1, settings.max_steps // CHECKS), settings.eval_every
+        self.times = deque[float](maxlen=self.every * RECENT_CHECKS)
+        self.last = 0.0
 
     def revise(self, step: int, max_steps: int) -> int | None:
-        """Return how many steps the time allows if that differs much from `max_steps`, otherwise None."""
-        if step % self.every or step >= max_steps:
+        """Return how many steps the time allows if that differs much from `max_steps`, otherwise None.
+
+        Every process must call this after every step.
+        """
+        now = seconds_since_start()
+        if self.last and (step - 1) % self.eval_every:  # otherwise the time includes an evaluation
+            self.times.append(now - self.last)
+        self.last = now
+        if step % self.every or step < FEWEST_CHECKS * self.every or step >= max_steps:
             return None
-        self.times.append(self.clock())
-        if len(self.times) < FEWEST_CHECKS:
-            return None
-        speed = (len(self.times) - 1) * self.every / (self.times[-1] - self.times[0])  # steps per second
-        left = max(1, int((self.end - self.times[-1]) * speed))
-        revised = min(step + left, self.most_steps)
+        evaluations = (max_steps - 1) // self.eval_every - step // self.eval_every
+        left = self.end - self.mean(now) - evaluations * self.evaluation
+        step_seconds = self.mean(sum(self.times) / max(1, len(self.times)))
+        revised = min(step + max(1, int(left / max(step_seconds, 1e-6))), self.most_steps)
         return revised if abs(revised - max_steps) > TOLERANCE * max_steps else None
 
 
