@@ -166,9 +166,9 @@ class Dial:
         """Choose the largest network that sees enough tokens in the time."""
         for layers, channels in NETWORKS:
             candidate = self.with_values(**self.network(layers, channels), **self.batch())
-            if candidate == self.settings:
-                continue  # the sizes are given
             first = math.isinf(self.costs.step)
+            if candidate == self.settings and not first:
+                continue  # the sizes are given
             if not first and not self.pays(candidate, self.costs):
                 break  # a larger network is slower still
             costs = self.measure(candidate)

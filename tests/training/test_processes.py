@@ -17,6 +17,7 @@ import train
 from conftest import MODERN, ROOT, as_flags, count_rows, read_metrics, same_tensors, saved_step, tiny_settings, torchrun
 from faults import child_pids
 from glyphgpt import runtime
+from glyphgpt.checkpoint import load_checkpoint
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.errors import UsageError, UserError, print_error
 from glyphgpt.files import BEST, LAST
@@ -96,11 +97,19 @@ class Runs:
         """Return the settings of a run in bfloat16."""
         return tiny_settings(self.data_dir, self.folder / name, dtype="bfloat16", parallel="fsdp")
 
+    def timed(self, name: str) -> TrainSettings:
+        """Return the settings of a run whose other settings the dial chooses."""
+        folders = {"dataset": "small", "data_dir": str(self.data_dir), "out_dir": str(self.folder / name)}
+        sizes = {"n_layer": 2, "n_embd": 16, "block_size": 16, "ngram_rows": 100}
+        return TrainSettings.model_validate(
+            {**folders, **sizes, "minutes": 10, "compile": False, "device": "cpu", "plot": False, "report": False}
+        )
+
     def train(self, world_size: int) -> None:
         """Train the runs of `world_size` processes, and record their output."""
         runs = [settings for network in NETWORKS for settings in self.settings_for(world_size, network)]
         if world_size == 2:
-            runs += [self.bfloat16("bfloat16-two"), self.long("uninterrupted")]
+            runs += [self.bfloat16("bfloat16-two"), self.timed("timed"), self.long("uninterrupted")]
         log = self.folder / f"log-{world_size}"
         processes = start_processes(world_size, log, runs)
         for process in processes:
@@ -172,7 +181,7 @@ def test_only_the_main_process_prints(runs: Runs) -> None:
     output, errors = runs.output[2]
     assert output.count(f"{runs.folder / 'bfloat16-two'}: ") == 1
     assert "bfloat16, 2 processes; 64 tokens a step" in output
-    assert output.count("best validation loss") == len(NETWORKS) * 6 + 2
+    assert output.count("best validation loss") == len(NETWORKS) * 6 + 3
     assert not [line for line in errors.splitlines() if line.startswith("warning")]
 
 
@@ -212,3 +221,11 @@ def test_batch_that_processes_cannot_divide_is_rejected(data_dir: Path, tmp_path
     with pytest.raises(UsageError, match=message):
         train.Trainer(settings, load_dataset(data_dir / "small", data_dir), second)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_agree_on_the_settings_of_a_timed_run(runs: Runs) -> None:
+    """Otherwise they would wait for each other for ever."""
+    settings = load_checkpoint(runs.folder / "timed" / LAST).metadata.settings
+    assert saved_step(runs.folder / "timed") == settings["max_steps"]
+    assert settings["batch_size"] % 2 == 0
+    assert "10 minutes for 5,400 tokens" in runs.output[2][0]
