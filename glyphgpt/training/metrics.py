@@ -226,8 +226,8 @@ class Metrics:
             return
         self._files = {name: JsonlWriter(self._folder / name, keep_steps=keep_steps) for name in self._held}
         if self._settings.tensorboard:
-            first = min((row["step"] for row in self._held[METRICS]), default=keep_steps + 1)
-            tensorboard = TensorBoard(self._folder, first_step=int(first))
+            first = 0 if math.isinf(keep_steps) else int(keep_steps) + 1
+            tensorboard = TensorBoard(self._folder, first_step=first)
             for row in self._held[METRICS]:
                 tensorboard.write(row)
             self._trackers.append(tensorboard)

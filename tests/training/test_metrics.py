@@ -148,6 +148,21 @@ def test_tensorboard_receives_every_number(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("val/loss")] == [(2, 1.75)]
 
 
+def test_tensorboard_receives_the_rows_of_new_resumed_and_overwriting_runs(data_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    runs: list[tuple[int, dict[str, object]]] = [(20, {}), (30, {"resume": True}), (10, {"overwrite": True})]
+    for max_steps, mode in runs:
+        train.main(tiny_settings(data_dir, tmp_path, tensorboard=True, max_steps=max_steps, **mode))
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        for kind in ("train", "val"):
+            rows = [(row["step"], row["loss"]) for row in read_metrics(tmp_path) if row["kind"] == kind]
+            shown = [(event.step, event.value) for event in events.Scalars(f"{kind}/loss")]
+            assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in rows]
+
+
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, **run: Any) -> list[dict[str, Any]]:
     """Replace the package wandb; return the list to which the options of each started run are appended."""
     started: list[dict[str, Any]] = []
