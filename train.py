@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState
+from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState, find_checkpoint
 from glyphgpt.data.batches import Windows, window_starts
 from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
 from glyphgpt.errors import UsageError
@@ -70,7 +70,8 @@ def main(settings: TrainSettings, *_configs: str) -> None:
             if settings.summary:
                 result = ModelSummary(settings, dataset.tokenizer.vocab_size, settings.batch_size).table()
             elif settings.eval_only:
-                result = f"{settings.out_dir}/{BEST}: validation {evaluate_best(settings, dataset, runtime)}"
+                path = find_checkpoint(Path(settings.out_dir))
+                result = f"{path}: validation {evaluate_best(settings, dataset, runtime)}"
             else:
                 result = ""
                 Trainer(settings, dataset, runtime, init_model, pace).train()
@@ -160,6 +161,8 @@ class Trainer:
                 if not checkpoint:
                     self.begin()
                 self.loop()
+                if run_finished(self.settings, self.state) and math.isinf(self.state.best_loss):
+                    self.evaluate_and_save()  # resumed with a max_steps that it had already reached
         self.runtime.barrier()  # no process exits while another still receives from it
         interrupted = self.stopping and not run_finished(self.settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
@@ -276,7 +279,7 @@ class Trainer:
         if sample:
             self.run.log("".join(f"  | {line}\n" for line in sample.splitlines()))
         if run_finished(settings, state):
-            self.evaluate_whole_split(current=best)
+            self.evaluate_whole_split(score, current=best)
 
     def evaluate(self, max_tokens: int = 0) -> Score:
         """Return the score of the weights on a sample of the validation split, or on the whole split."""
@@ -285,14 +288,15 @@ class Trainer:
             block_size=self.settings.block_size, batch_size=self.settings.batch_size, max_tokens=max_tokens,
         )  # fmt: skip
 
-    def evaluate_whole_split(self, *, current: bool) -> None:
+    def evaluate_whole_split(self, score: Score, *, current: bool) -> None:
         """Log the best model's score on the whole validation split, if that takes little of the run's time.
 
         Args:
+            score: The last score.
             current: Whether the current weights are the best ones.
         """
         settings, tokens = self.settings, self.dataset.val.tokens
-        read_already = settings.eval_tokens != "auto" or sample_tokens(settings) >= tokens
+        read_already = settings.eval_tokens != "auto" or score.eval_tokens == tokens - 1
         if read_already or tokens > affordable_tokens(settings, self.state.step):
             return
         if current:

@@ -22,7 +22,7 @@ from glyphgpt.reports import plot
 from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, Mode, ReportSettings, TrainSettings
-from glyphgpt.training.metrics import SAMPLES, Row, overfitting, read_rows
+from glyphgpt.training.metrics import METRICS, SAMPLES, Row, overfitting, read_rows
 from glyphgpt.training.run import outcome
 
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
@@ -45,6 +45,8 @@ def main() -> None:
 
 def write_reports(run: Path, settings: TrainSettings, log: Callable[[str], None], *, with_plot: bool) -> None:
     """Write the report and the plot that a run's settings ask for. A failure is only a warning: the run is saved."""
+    if (run / METRICS).is_file() and not (run / METRICS).stat().st_size:
+        return  # the run was interrupted before the first row
     if settings.report:
         try:
             write_report(run, run / REPORT)
@@ -120,9 +122,12 @@ def highlights(
 ) -> list[tuple[str, str, str]]:
     """Return the numbers at the top of the page: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
+    step_of_best = best["step"]
+    if rows[-1]["kind"] == "best":  # the same model on the whole validation split
+        best = rows[-1]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return [
-        ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {best['step']:,}"),
+        ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {step_of_best:,}"),
         ("Bits per character", format_number(best.get("bits_per_character"), ".3f"), "at the same step"),
         ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),

@@ -298,8 +298,9 @@ class Run:
             self.log(f"{end.text} by {stopped_by.name}, saved; resume it: {end.resume}")
             return
         self.log(f"{end.text}; best validation loss {self.whole_split_loss or state.best_loss:.4f}")
-        if self.runtime.is_main and (notice := overfitting(read_metrics(self.folder))):
-            self.log(notice)
+        with suppress(UserError):  # damaged metrics; the reports warn of them
+            if self.runtime.is_main and (notice := overfitting(read_metrics(self.folder))):
+                self.log(notice)
         self.log(f"sample it: {command('sample.py', self.folder)}")
         self.log(f"continue training: {end.resume}")
 

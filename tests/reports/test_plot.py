@@ -57,6 +57,17 @@ def test_reading_drops_an_incomplete_last_row_and_adds_the_throughput(tmp_path: 
     assert [row.get("tokens_per_second") for row in rows] == [None, 128.0, None]
 
 
+def test_evaluation_of_the_best_model_is_read_but_not_drawn(tmp_path: Path) -> None:
+    """It is on more of the text than the points of the validation curve, and of a model that may be much older."""
+    run = write_run(tmp_path / "run", *ROWS)
+    write_plot([run], tmp_path / "before.png")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "best", "step": 2, "loss": 3.5, "tokens": 128, "seconds": 2.5}\n')
+    assert read_metrics(run)[-1] == {"kind": "best", "step": 2, "loss": 3.5, "tokens": 128, "seconds": 2.5}
+    write_plot([run], tmp_path / "after.png")
+    assert (tmp_path / "before.png").read_bytes() == (tmp_path / "after.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     "line", ["[]", "7", "{}", '{"kind": "train", "step": "x"}', ROWS[0].replace("4.0", '"4"'), "{"]
 )

@@ -99,6 +99,26 @@ def test_an_interrupted_run_has_a_report_with_the_command_to_resume(
     assert data["commands"][1] == ("Continue training", f"python train.py --resume {tmp_path}")
 
 
+def test_a_run_that_is_interrupted_before_its_first_row_has_no_report(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class InterruptedTrainer(train.Trainer):
+        def step(self, batch: torch.Tensor) -> StepMetrics:
+            signal.raise_signal(signal.SIGTERM)
+            return super().step(batch)
+
+    settings = tiny_settings(data_dir, tmp_path, report=True, log_every=5)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "Trainer", InterruptedTrainer)
+        train.main(settings)
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("interrupted at step 1 of 20 by SIGTERM, saved; resume it: ")
+    assert "warning" not in captured.err
+    assert not (tmp_path / REPORT).exists()
+    train.main(settings.model_copy(update={"resume": True}))
+    assert (tmp_path / REPORT).exists()
+
+
 def test_training_only_warns_if_the_report_cannot_be_written(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +140,24 @@ def test_a_run_stopped_early_is_reported_with_the_command_to_resume(data_dir: Pa
 def test_the_best_evaluation_is_the_first_with_the_lowest_loss(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [val(0, 3.0), val(10, 2.0), val(20, 2.5), val(30, 2.0)])
     assert page_data(run)["highlights"][0] == ("Best validation loss", "2.0000", "nats per token, at step 10")
+
+
+@pytest.mark.parametrize(
+    ("last_rows", "loss"),
+    [
+        ([{**val(20, 2.25), "kind": "best"}], "2.2500"),
+        ([{**val(20, 2.25), "kind": "best"}, val(30, 2.5)], "2.0000"),  # the run was continued
+    ],
+    ids=["at the end", "before"],
+)
+def test_the_best_loss_is_that_on_the_whole_split_at_the_end(
+    last_rows: list[dict[str, Any]], loss: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", [val(10, 2.0), val(20, 2.5), *last_rows], [(20, "to be")])
+    data = page_data(run)
+    assert data["highlights"][0] == ("Best validation loss", loss, "nats per token, at step 10")
+    assert data["rows"].keys() == {"train", "val"}, "the curve is of evaluations of the same text"
+    assert data["samples"][0]["caption"] == "step 20, validation loss 2.5000"
 
 
 @pytest.mark.parametrize(

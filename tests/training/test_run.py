@@ -27,7 +27,7 @@ from glyphgpt.checkpoint import TrainState, load_checkpoint
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import BEST, CONFIG, LAST, LOCK, NEW, READY
 from glyphgpt.runtime import Runtime
-from glyphgpt.training.metrics import METRICS
+from glyphgpt.training.metrics import METRICS, SAMPLES
 from glyphgpt.training.run import Run, outcome
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -122,7 +122,11 @@ def fail_at(call: int, function: Callable[..., object]) -> Callable[..., object]
     return fail_once
 
 
-@pytest.mark.parametrize("save", [2, 3, 4, 5], ids=["best at 10", "last at 10", "best at 20", "last at 20"])
+SAVED = {2: {LAST: 0}, 3: {BEST: 10, LAST: 0}, 4: {BEST: 10, LAST: 10}, 5: {BEST: 20, LAST: 10}}
+"""The steps of a run's checkpoints before each save but the first, which is of last.safetensors at step 0."""
+
+
+@pytest.mark.parametrize("save", SAVED, ids=["best at 10", "last at 10", "best at 20", "last at 20"])
 @pytest.mark.parametrize("function", ["save_file", "fsync"])
 def test_run_resumes_from_the_previous_checkpoint_after_a_full_disk(
     function: str, save: int, uninterrupted: Path, data_dir: Path, tmp_path: Path
@@ -133,17 +137,26 @@ def test_run_resumes_from_the_previous_checkpoint_after_a_full_disk(
             patch.setattr("glyphgpt.checkpoint.save_file", fail_at(save, save_file))
         else:  # each save calls it for the file and for its folder
             patch.setattr(os, "fsync", fail_at(2 * save - 1, os.fsync))
-        with pytest.raises(UserError, match=r"^.*could not be written: No space left on device(; .*)?$") as caught:
+        with pytest.raises(UserError, match=r"could not be written: No space left on device") as caught:
             train.main(settings)
     assert caught.value.status == 1
-    previous, failed = (save - 2) // 2 * 10, save // 2 * 10  # at step 0 only the last checkpoint is saved
-    best = failed if save % 2 else previous
-    assert (tmp_path / BEST).exists() == (best > 0)
-    assert not best or saved_step(tmp_path, BEST) == best
-    assert saved_step(tmp_path, LAST) == previous
+    steps = {name: saved_step(tmp_path, name) for name in (BEST, LAST) if (tmp_path / name).exists()}
+    assert steps == SAVED[save]
+    failed = BEST if save % 2 == 0 else LAST
+    assert str(caught.value).endswith("; the previous file is unchanged") == (failed in steps)
     assert list(tmp_path.glob("*.unfinished")) == []
     train.main(settings.model_copy(update={"resume": True}))
     assert_same_run(uninterrupted, tmp_path)
+
+
+def test_full_disk_stops_a_new_run_before_its_first_step(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glyphgpt.checkpoint.save_file", fail_at(1, save_file))
+    monkeypatch.setattr(train.Trainer, "step", lambda *_: pytest.fail("a step was done"))
+    with pytest.raises(UserError, match=rf"^{tmp_path}.*{LAST}: could not be written: No space left on device$"):
+        train.main(tiny_settings(data_dir, tmp_path))
+    assert contents(tmp_path) == {LOCK: b""}
 
 
 def test_partial_write_keeps_the_previous_checkpoint(data_dir: Path, tmp_path: Path) -> None:
@@ -170,26 +183,31 @@ def fail(*_: object, **__: object) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+FUNCTIONS_BEFORE_REPLACEMENT = [
+    "glyphgpt.training.run.Metrics",  # a tracker that cannot start
+    "train.Trainer.make_forward",
+    "glyphgpt.checkpoint.save_file",
+    "glyphgpt.checkpoint.fsync_file",
+    "glyphgpt.training.run.Run.write_config",
+    "glyphgpt.training.run.Metrics.write_held",
+    "glyphgpt.files.finish_replacement",
+]
+
+
 @pytest.mark.parametrize(
-    "function",
-    [
-        "glyphgpt.training.run.Metrics",  # a tracker that cannot start
-        "train.Trainer.make_forward",
-        "glyphgpt.checkpoint.save_file",
-        "glyphgpt.checkpoint.fsync_file",
-        "glyphgpt.training.run.Run.write_config",
-        "glyphgpt.training.run.Metrics.write_held",
-        "glyphgpt.files.finish_replacement",
-    ],
+    ("max_steps", "function"),
+    [(1, name) for name in FUNCTIONS_BEFORE_REPLACEMENT]
+    + [(0, name) for name in (*FUNCTIONS_BEFORE_REPLACEMENT, "train.evaluate", "train.Trainer.sample")],
 )
 def test_run_stays_complete_if_overwriting_fails(
-    function: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_steps: int, function: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run of no steps evaluates before its first save, and others after it."""
     train.main(tiny_settings(data_dir, tmp_path, report=True, max_steps=2))
     before = contents(tmp_path)
     monkeypatch.setattr(function, fail)
     with pytest.raises((UserError, OSError)):
-        train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=1))
+        train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=max_steps))
     monkeypatch.undo()
     assert {name: content for name, content in before.items() if name != LOCK}.items() <= contents(tmp_path).items()
     assert not (tmp_path / NEW).exists()
@@ -197,23 +215,44 @@ def test_run_stays_complete_if_overwriting_fails(
     assert [row["step"] for row in read_metrics(tmp_path)][-2:] == [3, 3]
 
 
+def interrupted_in(folder: str, remaining: Iterator[int], function: Callable[..., object]) -> Callable[..., object]:
+    """Return a method of Path that raises KeyboardInterrupt in a folder of that name once `remaining` is exhausted."""
+
+    def interrupted(path: Path, *arguments: object, **options: object) -> object:
+        if path.parent.name == folder and next(remaining, None) is None:
+            raise KeyboardInterrupt
+        return function(path, *arguments, **options)
+
+    return interrupted
+
+
+def test_first_save_of_a_run_deletes_the_best_model_of_the_one_it_replaces(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the earlier run is left that could be taken for the new one's."""
+    train.main(tiny_settings(data_dir, tmp_path, report=True, plot=True, max_steps=4, seed=7))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        patch.setattr(train.Trainer, "step", fail)
+        train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=2))
+    assert contents(tmp_path).keys() == {LOCK, CONFIG, LAST, METRICS, SAMPLES}
+    assert (saved_step(tmp_path), read_metrics(tmp_path)) == (0, [])
+    train.main(tiny_settings(data_dir, tmp_path, resume=True, max_steps=2))
+    train.main(tiny_settings(data_dir, tmp_path / "straight", max_steps=2))
+    assert_same_run(tmp_path / "straight", tmp_path)
+
+
 def test_run_killed_during_replacement_is_completed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupt the replacement before each of its renames in turn."""
+    """Interrupt the replacement before each of its renames and deletions in turn."""
     settings = tiny_settings(data_dir, tmp_path, max_steps=2, overwrite=True)
-    original, finished = Path.replace, False
-    for renames in range(100):
+    finished = False
+    for changes in range(100):
         train.main(tiny_settings(data_dir, tmp_path, max_steps=4, report=True, overwrite=True, seed=7))
-        remaining = iter(range(renames))
-
-        def replace(path: Path, target: Path, remaining: "Iterator[int]" = remaining) -> Path:
-            if path.parent.name == READY and next(remaining, None) is None:
-                raise KeyboardInterrupt
-            return original(path, target)
-
+        remaining = iter(range(changes))
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(Path, "replace", replace)
+            for name in ("replace", "unlink"):
+                patch.setattr(Path, name, interrupted_in(READY, remaining, getattr(Path, name)))
             train.main(settings)
             finished = True
         if finished:
@@ -222,7 +261,7 @@ def test_run_killed_during_replacement_is_completed(
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 2]
         assert load_checkpoint(tmp_path / BEST).metadata.settings["seed"] == settings.seed
         assert contents(tmp_path).keys() == {LOCK, BEST, CONFIG, LAST, "metrics.jsonl", "samples.jsonl"}
-    assert renames == 4, "one rename for each new file"
+    assert changes == 4 + 3, "one rename for each new file, and one mark for each file to delete"
 
 
 # Checks before resuming
@@ -302,6 +341,24 @@ def test_finished_run_is_not_changed(data_dir: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_run_that_has_reached_its_new_end_is_evaluated(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was interrupted before its first evaluation can be resumed with so few steps that none is left."""
+    settings = tiny_settings(data_dir, tmp_path, save_every=1, report=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        patch.setattr(train.Trainer, "next_batch", fail_at(4, train.Trainer.next_batch))  # make_forward calls it too
+        train.main(settings)
+    assert (saved_step(tmp_path), (tmp_path / BEST).exists()) == (2, False)
+    capsys.readouterr()
+    train.main(settings.model_copy(update={"resume": True, "max_steps": 2}))
+    (row,) = (row for row in read_metrics(tmp_path) if row["kind"] == "val")
+    assert (row["step"], saved_step(tmp_path, BEST), saved_step(tmp_path)) == (2, 2, 2)
+    output = capsys.readouterr()
+    assert f"all 2 steps done; best validation loss {row['loss']:.4f}\n" in output.out
+    assert output.err == ""
+
+
 def test_only_the_torchrun_job_of_a_run_resumes_it_without_a_flag(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +411,12 @@ def test_last_lines_of_a_finished_and_of_an_interrupted_run(tmp_path: Path, caps
     assert end == "all 20 steps done; best validation loss 1.5000"
     assert sample.endswith(f": python sample.py {tmp_path}")
     assert resume.endswith(f": python train.py --resume {tmp_path} --max_steps=40")
+    run.whole_split_loss = 1.4
+    run.log_end(TrainState(step=20, best_loss=1.5), None)
+    assert capsys.readouterr().out.splitlines()[0] == "all 20 steps done; best validation loss 1.4000"
+    (tmp_path / METRICS).write_text("damaged\n")
+    run.log_end(TrainState(step=20, best_loss=1.5), None)
+    assert len(capsys.readouterr().out.splitlines()) == 3
     run.log_end(TrainState(step=7), signal.SIGTERM)
     assert (
         capsys.readouterr().out

@@ -1,6 +1,7 @@
 """train.py: steps, evaluation, checkpoints, metrics, reproducibility, and errors."""
 
 import re
+import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from glyphgpt.files import BEST, LAST
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.evaluation import Score, evaluate_best
+from glyphgpt.training.metrics import SAMPLES, read_rows
+from glyphgpt.training.run import StepMetrics
 from glyphgpt.training.schedule import learning_rate
 from model import GPT
 
@@ -66,7 +69,8 @@ def test_run_does_max_steps_and_evaluates_and_saves_after_the_last(run: Path) ->
 def test_loss_decreases(run: Path) -> None:
     training = [row["loss"] for row in rows(run, "train")]
     assert sum(training[-5:]) / 5 < sum(training[:5]) / 5 - 0.3
-    assert validation_losses(run)[25] < validation_losses(run)[10] - 0.1
+    assert validation_losses(run)[25] < training[0] - 0.3, "the first training loss is of the initial weights"
+    assert validation_losses(run)[25] < validation_losses(run)[10]
 
 
 def test_best_has_the_lowest_validation_loss_and_last_the_final_step(diverging_run: Path) -> None:
@@ -89,6 +93,124 @@ def test_eval_only_prints_the_score_of_best_and_changes_nothing(
         score = Score(**{field.name: best[field.name] for field in fields(Score)})
     assert shown.strip().endswith(f"best.safetensors: validation {score}")
     assert contents(diverging_run) == before
+
+
+def test_eval_only_evaluates_last_where_there_is_no_best(
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / LAST).write_bytes((run / LAST).read_bytes())
+    before = contents(tmp_path)
+    train.main(tiny_settings(data_dir, tmp_path, eval_only=True))
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{tmp_path / LAST}: validation loss {validation_losses(run)[25]:.4f}, ")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["new", "no steps", "init_from", "resumed"])
+def test_only_weights_that_may_be_the_last_or_are_trained_are_evaluated_before_the_first_step(
+    mode: str, run: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    if mode == "init_from":
+        network = ("n_layer", "n_head", "n_embd", "block_size")
+        values = tiny_settings(data_dir, tmp_path, max_steps=10, init_from=str(run)).model_dump(exclude_unset=True)
+        train.main(TrainSettings.model_validate({key: values[key] for key in values if key not in network}))
+    else:
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=10 if mode == "new" else 0))
+    if mode == "resumed":
+        train.main(tiny_settings(data_dir, tmp_path, max_steps=10, resume=True))
+    steps = {"new": [10], "no steps": [0], "init_from": [0, 10], "resumed": [0, 10]}[mode]
+    assert list(validation_losses(tmp_path)) == steps
+    assert [row["step"] for row in read_rows(tmp_path / SAMPLES, dict)] == steps
+    assert saved_step(tmp_path) == steps[-1]
+
+
+def test_new_run_saves_only_last_before_the_first_step(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    step = train.Trainer.step
+
+    def record_files(trainer: train.Trainer, batch: torch.Tensor) -> StepMetrics:
+        files.append({path.name for path in tmp_path.glob("*.safetensors")})
+        return step(trainer, batch)
+
+    monkeypatch.setattr(train.Trainer, "step", record_files)
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=12))
+    assert files == [{LAST}] * 10 + [{BEST, LAST}] * 2, "the first evaluation is after step 10"
+
+
+SAMPLING: dict[str, Any] = {"eval_tokens": "auto", "max_steps": 60, "eval_every": 20}
+"""A run whose evaluations read about a third of the validation split, and in whose time the whole split fits."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, [60]),
+        ({"max_steps": 65}, [65]),
+        ({"max_steps": 40}, []),  # the whole split takes more than 5% of the time
+        ({"eval_every": 60}, []),  # the whole split has been read
+        ({"eval_every": 45}, []),  # nearly all of it is affordable, so the whole split has been read
+        ({"eval_tokens": 0}, []),
+        ({"eval_tokens": 200}, []),
+        ({"max_steps": 100, "patience": 2, "learning_rate": 1e-30, "min_lr": 0}, [60]),
+    ],
+    ids=str,
+)
+def test_best_model_is_evaluated_on_the_whole_split_at_the_end_if_there_is_time(
+    changes: dict[str, Any],
+    steps: list[int],
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = tiny_settings(data_dir, tmp_path, **{**SAMPLING, **changes})
+    train.main(settings)
+    lines = capsys.readouterr().out.splitlines()
+    best = rows(tmp_path, "best")
+    assert [row["step"] for row in best] == steps
+    (end,) = (line for line in lines if "; best validation loss " in line)
+    if not steps:
+        assert end.endswith(f" {min(validation_losses(tmp_path).values()):.4f}")
+        return
+    assert read_metrics(tmp_path)[-1] == best[0], "it is the last row"
+    assert {row["standard_error"] > 0 for row in rows(tmp_path, "val")} == {True}
+    score = evaluate_best(settings, load_dataset(data_dir / "small", data_dir), CPU)
+    assert (score.eval_tokens, score.standard_error) == (599, 0)
+    assert Score(**{field.name: best[0][field.name] for field in fields(Score)}) == score
+    assert f"the best model on the whole validation split: {score}" in lines
+    assert end.endswith(f"; best validation loss {score.loss:.4f}")
+
+
+def test_whole_split_is_read_with_the_best_model_where_that_is_not_the_last(data_dir: Path, tmp_path: Path) -> None:
+    optimization = {"learning_rate": 3, "warmup_steps": 59, "grad_clip": 0}
+    settings = tiny_settings(data_dir, tmp_path, **SAMPLING, **optimization)
+    train.main(settings)
+    (best,) = rows(tmp_path, "best")
+    assert saved_step(tmp_path, BEST) < 60, "best and last must differ in this run"
+    assert best["loss"] == evaluate_best(settings, load_dataset(data_dir / "small", data_dir), CPU).loss
+    assert best["loss"] < validation_losses(tmp_path)[60] - 0.1
+    last = load_checkpoint(tmp_path / LAST)
+    train.main(settings.model_copy(update={"resume": True, "max_steps": 61}))
+    assert [row["step"] for row in rows(tmp_path, "best")] == [60, 61], "a run that continues has a new end"
+    assert last.metadata.state.best_loss == load_checkpoint(tmp_path / LAST).metadata.state.best_loss
+
+
+def test_interrupted_run_does_not_read_the_whole_split(data_dir: Path, tmp_path: Path) -> None:
+    class InterruptedTrainer(train.Trainer):
+        def step(self, batch: torch.Tensor) -> StepMetrics:
+            if self.state.step == 39:
+                signal.raise_signal(signal.SIGTERM)
+            return super().step(batch)
+
+    settings = tiny_settings(data_dir, tmp_path, **SAMPLING)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "Trainer", InterruptedTrainer)
+        train.main(settings)
+    assert list(validation_losses(tmp_path)) == [20, 40]
+    assert rows(tmp_path, "best") == []
+    train.main(settings.model_copy(update={"resume": True}))
+    assert [row["step"] for row in rows(tmp_path, "best")] == [60]
 
 
 def test_evaluation_is_deterministic(diverging_run: Path, data_dir: Path) -> None:
@@ -259,6 +381,17 @@ def test_patience_stops_the_run_early(data_dir: Path, tmp_path: Path, capsys: py
     assert (tmp_path / LAST).read_bytes() == before
 
 
+@pytest.mark.parametrize("eval_tokens", [0, "auto"])
+def test_patience_ends_where_losses_improve_by_less_than_their_standard_error(
+    eval_tokens: object, data_dir: Path, tmp_path: Path
+) -> None:
+    slow = {"learning_rate": 1e-5, "min_lr": 0, "warmup_steps": 0, "schedule": "constant"}
+    train.main(tiny_settings(data_dir, tmp_path, patience=2, max_steps=60, eval_tokens=eval_tokens, **slow))
+    losses = list(validation_losses(tmp_path).values())
+    assert losses == sorted(losses, reverse=True), "every evaluation must be better than the one before"
+    assert saved_step(tmp_path) == saved_step(tmp_path, BEST) == (30 if eval_tokens == "auto" else 60)
+
+
 def test_metrics_have_the_documented_keys(run: Path) -> None:
     common = {"kind", "step", "loss", "tokens", "seconds"}
     for row in rows(run, "train"):
@@ -309,9 +442,11 @@ def test_diverged_run_can_be_resumed(eval_every: int, data_dir: Path, tmp_path: 
     diverging = tiny_settings(data_dir, tmp_path, learning_rate=1e30, grad_clip=0, eval_every=eval_every)
     with pytest.raises(UserError, match="learning_rate"):
         train.main(diverging)
+    assert saved_step(tmp_path) == 0
     train.main(tiny_settings(data_dir, tmp_path, eval_every=eval_every, resume=True))
-    assert saved_step(tmp_path) == 20
-    assert rows(tmp_path, "train")[-1]["loss"] < rows(tmp_path, "train")[0]["loss"]
+    initial_loss = rows(tmp_path, "train")[0]["loss"]
+    assert validation_losses(tmp_path)[20] < initial_loss
+    assert saved_step(tmp_path, BEST) > 0
 
 
 @pytest.mark.parametrize(
