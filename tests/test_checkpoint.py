@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from conftest import MODERN, SWITCHES, tiny_config, tiny_model
@@ -111,6 +114,45 @@ def test_invalid_state_is_rejected(tmp_path: Path, change: dict[str, Any]) -> No
     save_checkpoint(Checkpoint(metadata, {}), tmp_path / BEST)
     with pytest.raises(UserError, match="its header does not describe a model"):
         load_checkpoint(tmp_path / BEST)
+
+
+LOSSES = st.floats(0, 10, width=16)  # few enough values that some are equal
+
+
+@given(st.lists(st.tuples(LOSSES, st.floats(0, 1, width=16))))
+def test_recorded_losses_count_towards_patience_unless_they_improve_by_more_than_their_error(
+    evaluations: list[tuple[float, float]],
+) -> None:
+    state, losses = TrainState(), [loss for loss, _ in evaluations]
+    improvements = [(-1, math.inf)]
+    for number, (loss, standard_error) in enumerate(evaluations):
+        best = state.record(loss, standard_error)
+        assert best == (loss < min(losses[:number], default=math.inf))
+        if improvements[-1][1] - loss > standard_error:
+            improvements.append((number, loss))
+        assert state.evaluations_since_improvement == number - improvements[-1][0]
+        assert state.improved_loss == improvements[-1][1]
+    assert state.best_loss == min(losses, default=math.inf)
+    assert TrainState.model_validate_json(state.model_dump_json()) == state
+
+
+@given(st.lists(LOSSES))
+def test_without_an_error_every_best_loss_is_an_improvement(losses: list[float]) -> None:
+    state = TrainState()
+    for loss in losses:
+        assert state.record(loss, 0.0) == (state.evaluations_since_improvement == 0)
+        assert state.improved_loss == state.best_loss
+
+
+def test_many_small_improvements_add_up() -> None:
+    """Losses are compared with the last improvement, not with the best loss so far."""
+    state = TrainState()
+    counts = []
+    for loss in (3.0, 2.95, 2.91, 2.89, 2.95, 2.88):
+        state.record(loss, 0.1)
+        counts.append(state.evaluations_since_improvement)
+    assert counts == [0, 1, 2, 0, 1, 2]
+    assert (state.best_loss, state.improved_loss) == (2.88, 2.89)
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: "-".join(map(str, network.values())))
