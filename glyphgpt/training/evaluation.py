@@ -130,7 +130,7 @@ def evaluate(
 
 
 def evaluate_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> Score:
-    """Return the score of a run's best model on the validation split.
+    """Return the score of a run's best model, or of its last one if none has been evaluated, on the validation split.
 
     Raises:
         UserError: There is no model, or its vocabulary is not the dataset's.
