@@ -15,7 +15,7 @@ import types
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -211,9 +211,11 @@ def is_value(word: str, field: FieldInfo | None) -> bool:
 def bounds(field: FieldInfo) -> list[str]:
     """Return a setting's bounds in words, as in ["at least 0", "below 1"], without very large ones."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    of_choices = [choice for choice in get_args(field.annotation) if get_origin(choice) is Annotated]
+    nested = [bound for choice in of_choices for info in choice.__metadata__ for bound in info.metadata]
     return [
         f"{phrase} {getattr(bound, name)}"
-        for bound in field.metadata
+        for bound in (*field.metadata, *nested)
         for name, phrase in words.items()
         if hasattr(bound, name) and getattr(bound, name) < LARGE_BOUND
     ]
@@ -227,6 +229,8 @@ def expected(field: FieldInfo) -> str:
 def type_name(annotation: Any) -> str:
     """Return a setting's type in words."""
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
     if origin is Literal:
         return " or ".join(repr(choice) for choice in get_args(annotation))
     if origin in (Union, types.UnionType):
@@ -251,6 +255,8 @@ def default_text(field: FieldInfo) -> str:
 
 def metavar(annotation: Any) -> str:
     """Return a setting's type as help shows it: INT, or the choices."""
+    if get_origin(annotation) is Annotated:
+        return metavar(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):

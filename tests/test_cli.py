@@ -4,7 +4,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tomli_w
@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from glyphgpt.cli import NANOGPT_NAMES, help_text, parse, resolve
+from glyphgpt.cli import NANOGPT_NAMES, explain, help_text, metavar, parse, resolve
 from glyphgpt.errors import UsageError
 from glyphgpt.settings import (
     ConvertSettings,
@@ -131,6 +131,8 @@ def test_plain_words_are_returned_in_order() -> None:
         (["--min_lr=inf"], "--min_lr must be a number, at least 0, not 'inf'"),
         (["--resume=perhaps"], "--resume must be true or false, not 'perhaps'"),
         (["--compile=perhaps"], "--compile must be 'auto' or true or false, not 'perhaps'"),
+        (["--eval_tokens=all"], "--eval_tokens must be 'auto' or a whole number, at least 0, not 'all'"),
+        (["--eval_tokens=-1"], "--eval_tokens must be 'auto' or a whole number, at least 0, not '-1'"),
         (["--position=Rotary"], "--position must be 'learned' or 'sinusoidal' or 'rotary', not 'Rotary'"),
         (["--n_layer"], "--n_layer needs a value: a whole number, at least 1"),
         (["--n_layer", "--resume"], "--n_layer needs a value: a whole number, at least 1"),
@@ -337,10 +339,20 @@ def test_help_shows_every_setting_with_its_meaning_and_default(settings_class: t
             assert f"default{default})" in shown[key]
 
 
+@pytest.mark.parametrize("settings_class", CLASSES)
+def test_every_setting_has_a_description_of_its_values(settings_class: type[Settings]) -> None:
+    for key, field in settings_class.model_fields.items():
+        line = explain(settings_class, "command line", key, None)
+        assert line.startswith(f"command line: --{key} needs a value: ")
+        assert ("TEXT" in metavar(field.annotation)) == (str in (field.annotation, *get_args(field.annotation)))
+
+
 def test_help_shows_types_bounds_and_headings() -> None:
     shown = " ".join(help_text(TrainSettings, "usage", "description").split())
     assert "--n_layer INT Number of blocks. (at least 1; default 4)" in shown
     assert "--compile auto|true|false Compile the model with torch.compile" in shown
+    assert "--eval_tokens auto|INT Tokens of each evaluation" in shown
+    assert "(at least 0; default auto)" in shown
     assert "(at least 0; below 1; default 0.0)" in shown
     for heading in (
         "Data and results:",
