@@ -106,11 +106,17 @@ class Runs:
             {**folders, **sizes, "minutes": 10, "compile": False, "device": "cpu", "plot": False, "report": False}
         )
 
+    def sampled(self, name: str, parallel: str = "ddp") -> TrainSettings:
+        """Return the settings of a run that evaluates on samples, and on the whole split at the end."""
+        sampling = {"eval_tokens": "auto", "max_steps": 60, "eval_every": 20}
+        return tiny_settings(self.data_dir, self.folder / name, parallel=parallel, **sampling)
+
     def train(self, world_size: int) -> None:
         """Train the runs of `world_size` processes, and record their output."""
         runs = [settings for network in NETWORKS for settings in self.settings_for(world_size, network)]
         if world_size == 2:
             runs += [self.bfloat16("bfloat16-two"), self.timed("timed"), self.long("uninterrupted")]
+            runs += [self.sampled(f"sampled-{parallel}", parallel) for parallel in ("ddp", "fsdp")]
         log = self.folder / f"log-{world_size}"
         processes = start_processes(world_size, log, runs)
         for process in processes:
@@ -178,11 +184,24 @@ def test_bfloat16_differs_only_by_rounding(runs: Runs) -> None:
     assert losses(runs.folder / "bfloat16-one") == pytest.approx(losses(runs.folder / "bfloat16-two"), abs=3e-3)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_evaluate_the_sample_and_the_split_of_one(runs: Runs, parallel: str, tmp_path: Path) -> None:
+    train.main(runs.sampled("one").model_copy(update={"out_dir": str(tmp_path)}))
+    one, two = (
+        [row for row in read_metrics(folder) if row["kind"] != "train"]
+        for folder in (tmp_path, runs.folder / f"sampled-{parallel}")
+    )
+    assert [(row["kind"], row["step"]) for row in one] == [("val", 20), ("val", 40), ("val", 60), ("best", 60)]
+    assert [row["kind"] for row in two] == [row["kind"] for row in one]
+    for first, second in zip(one, two, strict=True):
+        assert {**second, "kind": 0, "seconds": 0} == pytest.approx({**first, "kind": 0, "seconds": 0}, rel=1e-4)
+
+
 def test_only_the_main_process_prints(runs: Runs) -> None:
     output, errors = runs.output[2]
     assert output.count(f"{runs.folder / 'bfloat16-two'}: ") == 1
     assert "bfloat16, 2 processes; 64 tokens a step" in output
-    assert output.count("best validation loss") == len(NETWORKS) * 6 + 3
+    assert output.count("best validation loss") == len(NETWORKS) * 6 + 5
     assert not [line for line in errors.splitlines() if line.startswith("warning")]
 
 
