@@ -49,7 +49,7 @@ OPTIMIZER: Values = {
 NETWORKS = ((2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512), (12, 768))
 """Numbers of blocks and channels, from small to large."""
 HEAD_SIZE = 64
-TOKENS_PER_WEIGHT = 12.0
+TOKENS_PER_WEIGHT = 10.0
 """A network pays if it sees this many tokens for each weight of its blocks, or a small text MAX_EPOCHS times."""
 WEIGHTS_PER_TOKEN = 100
 """Weights of the blocks, for each token of the text, above which a larger network does not help."""
@@ -228,7 +228,7 @@ class Dial:
         size = STEP_TOKENS * max(1.0, tokens / FEW_TOKENS) ** (1 / 3)
         if tokens < in_time:
             size = min(size, max(tokens / ENOUGH_STEPS, LEAST_STEP_TOKENS))
-            context = 128 if tokens < CONTEXTS[1][0] else 256
+            context = CONTEXTS[-1][1]
         else:
             context = next(context for limit, context in CONTEXTS if tokens <= limit)
         context = min(context, self.dataset.train.tokens - 1)
