@@ -40,7 +40,15 @@ from glyphgpt.training.evaluation import Score, affordable_tokens, evaluate, eva
 from glyphgpt.training.init_from import load_init_model
 from glyphgpt.training.metrics import check_trackers
 from glyphgpt.training.optimizers import clip_gradients, make_optimizers, set_learning_rate
-from glyphgpt.training.run import Run, StepMetrics, check_lengths, diverged, resume_after_restart, run_finished
+from glyphgpt.training.run import (
+    Run,
+    StepMetrics,
+    check_lengths,
+    check_train_length,
+    diverged,
+    resume_after_restart,
+    run_finished,
+)
 from glyphgpt.training.schedule import learning_rate
 from glyphgpt.training.torch_state import load_weights, model_arrays, optimizer_arrays, restore_optimizers
 from model import GPT, GPTConfig
@@ -81,6 +89,7 @@ def main(settings: TrainSettings, *_configs: str) -> None:
 
 def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings, seconds: float) -> Costs:
     """Return the costs of a run with these settings, from a few steps of it that take about this many seconds."""
+    check_train_length(settings, dataset)
     trainer = Trainer(settings, dataset, runtime.configured(settings.dtype, settings.threads))
     trainer.forward = trainer.make_forward()
     times: list[float] = []
@@ -89,7 +98,7 @@ def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings, seconds
         start = time.perf_counter()
         trainer.step(trainer.next_batch())
         times.append(time.perf_counter() - start)
-        total = runtime.sum(sum(times))[0] / runtime.world_size  # all processes take equally many steps
+        total = runtime.mean(sum(times))  # all processes take equally many steps
     start = time.perf_counter()
     tokens = trainer.evaluate(max_tokens=settings.tokens_per_step).eval_tokens
     return Costs(step=median(times[1:]), eval_token=(time.perf_counter() - start) / tokens)

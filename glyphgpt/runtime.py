@@ -64,6 +64,10 @@ class Runtime:
         dist.all_reduce(totals)
         return totals.tolist()
 
+    def mean(self, value: float) -> float:
+        """Return the mean of a value over all processes."""
+        return self.sum(value)[0] / self.world_size
+
     def barrier(self) -> None:
         """Wait until every process has called this."""
         if self.world_size > 1:
@@ -247,6 +251,11 @@ class StopRequest:
             os.write(2, b"\nstopping and saving after this step; Ctrl-C exits at once\n")  # print is not reentrant
 
 
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Return whether memory ran out; torch.OutOfMemoryError is a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 @contextmanager
 def oom_hint(settings_to_lower: str) -> Iterator[None]:
     """Turn an out-of-memory error into one line that says which settings to lower.
@@ -256,7 +265,7 @@ def oom_hint(settings_to_lower: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise UserError(f"out of memory; lower {settings_to_lower}") from error
         raise

@@ -171,7 +171,8 @@ class Evaluation(Settings):
     """Tokens of each evaluation: a random sample of the validation split, the same each time; 0 reads the whole split.
     auto: at most a tenth of the time of a run, and the whole split once at the end if it fits into that time."""
     patience: CountOrZero = 0
-    """Stop after this many evaluations in a row without a better loss; 0 never stops early."""
+    """Stop after this many evaluations in a row without a loss that is better by more than its standard error; 0 never
+    stops early."""
     sample_tokens: CountOrZero = 120
     """Tokens of sample text printed at each evaluation."""
     log_every: Count = 10
@@ -220,7 +221,7 @@ class Mode(Settings):
     overwrite: bool = False
     """Replace the run that out_dir holds."""
     eval_only: bool = False
-    """Evaluate out_dir/best.safetensors, and exit."""
+    """Evaluate out_dir/best.safetensors, or last.safetensors if there is no best one yet, and exit."""
     summary: bool = False
     """Print a summary of the model, its shapes, parameters and operations, and exit."""
 

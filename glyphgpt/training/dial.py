@@ -3,8 +3,7 @@
 The module is a recipe; `Dial.choose` follows it from top to bottom. Settings that a config or a flag gives stay, and
 the others are chosen around them. The result is ordinary settings, which the run's config.toml repeats.
 
-bench/LOG.md ("The dial") has the experiments that the constants were fitted to, and bench/RESULTS.md what they reach
-on texts that were kept aside.
+The constants were fitted to the experiments in bench/LOG.md, under "the dial".
 """
 
 from glyphgpt.startup import seconds_since_start
@@ -21,7 +20,7 @@ import torch
 
 from glyphgpt.data.dataset import Dataset
 from glyphgpt.errors import UsageError
-from glyphgpt.runtime import Runtime
+from glyphgpt.runtime import Runtime, is_out_of_memory
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.evaluation import affordable_tokens, sample_tokens
 from glyphgpt.training.optimizers import NGRAM_LR_SCALE
@@ -90,6 +89,9 @@ class Costs:
     """The evaluation of a token."""
 
 
+UNKNOWN = Costs(math.inf, math.inf)
+
+
 class Dial:
     """The choice of settings for a run of `minutes`.
 
@@ -113,20 +115,22 @@ class Dial:
         self.given = set(settings.model_fields_set)
         self.seconds = settings.minutes * 60
         self.measure_here = measure
-        self.costs = Costs(math.inf, math.inf)
-
-    def mean(self, value: float) -> float:
-        """Return the mean of a measurement over all processes."""
-        return self.runtime.sum(value)[0] / self.runtime.world_size
+        self.measuring_seconds = 0.0
+        self.costs = UNKNOWN
 
     def clock(self) -> float:
         """Return the seconds since the start of the program."""
-        return self.mean(seconds_since_start())
+        return self.runtime.mean(seconds_since_start())
 
     def measure(self, settings: TrainSettings) -> Costs:
-        """Return the costs of a run with these settings."""
-        costs = self.measure_here(settings, MEASURE_TIME * self.seconds)
-        return Costs(self.mean(costs.step), self.mean(costs.eval_token))
+        """Return the costs of a run with these settings, infinite ones if memory runs out."""
+        try:
+            costs = self.measure_here(settings, MEASURE_TIME * self.seconds)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            costs = UNKNOWN
+        return Costs(self.runtime.mean(costs.step), self.runtime.mean(costs.eval_token))
 
     def choose(self) -> TrainSettings:
         """Return the settings.
@@ -166,7 +170,7 @@ class Dial:
         """Choose the largest network that sees enough tokens in the time."""
         for layers, channels in NETWORKS:
             candidate = self.with_values(**self.network(layers, channels), **self.batch())
-            first = math.isinf(self.costs.step)
+            first = self.costs == UNKNOWN
             if candidate == self.settings and not first:
                 continue  # the sizes are given
             if not first and not self.pays(candidate, self.costs):
@@ -231,7 +235,7 @@ class Dial:
             context = CONTEXTS[-1][1]
         else:
             context = next(context for limit, context in CONTEXTS if tokens <= limit)
-        context = min(context, self.dataset.train.tokens - 1)
+        context = max(1, min(context, self.dataset.train.tokens - 1))
         context = self.settings.block_size if "block_size" in self.given else context
         world_size = self.runtime.world_size  # processes share a batch evenly
         return {"block_size": context, "batch_size": world_size * max(1, round(size / context / world_size))}
@@ -255,27 +259,32 @@ class Dial:
     def choose_steps(self) -> None:
         """Choose as many steps as the time allows, and when to evaluate."""
 
+        def with_steps(steps: int) -> TrainSettings:
+            return self.with_values(max_steps=steps, **self.evaluations(steps))
+
         def seconds(steps: int) -> float:
-            settings = self.with_values(max_steps=steps, **self.evaluations(steps))
-            val = self.dataset.val.tokens
-            evaluated = min(sample_tokens(settings) or val, val) * ((steps - 1) // settings.eval_every)
-            return steps * self.costs.step + evaluated * self.costs.eval_token + self.end_seconds(steps)
+            settings = with_steps(steps)
+            evaluations = (steps - 1) // settings.eval_every * self.evaluation_seconds(settings)
+            return steps * self.costs.step + evaluations + self.end_seconds(settings)
 
         left = self.seconds * (1 - MARGIN) - self.clock()
-        steps = max(1, bisect_right(range(1, max(2, self.most_steps())), left, key=seconds))
-        self.set(max_steps=steps, **self.evaluations(steps))
+        self.settings = with_steps(max(1, bisect_right(range(1, self.most_steps() + 1), left, key=seconds)))
 
     def most_steps(self) -> int:
         """Return after how many steps the text has been read MAX_EPOCHS times."""
-        return MAX_EPOCHS * self.dataset.train.tokens // self.settings.tokens_per_step
+        return max(1, MAX_EPOCHS * self.dataset.train.tokens // self.settings.tokens_per_step)
 
-    def end_seconds(self, steps: int) -> float:
+    def evaluation_seconds(self, settings: TrainSettings) -> float:
+        """Return the time of an evaluation during training."""
+        val = self.dataset.val.tokens
+        return min(sample_tokens(settings) or val, val) * self.costs.eval_token
+
+    def end_seconds(self, settings: TrainSettings) -> float:
         """Return the time between the last step and the end of the program."""
-        settings, val = self.with_values(max_steps=steps, **self.evaluations(steps)), self.dataset.val.tokens
-        tokens = min(sample_tokens(settings) or val, val)
-        if settings.eval_tokens == "auto" and val <= affordable_tokens(settings, steps):
-            tokens += val
-        return END_SECONDS + tokens * self.costs.eval_token
+        seconds, val = END_SECONDS + self.evaluation_seconds(settings), self.dataset.val.tokens
+        if settings.eval_tokens == "auto" and val <= affordable_tokens(settings, settings.max_steps):
+            seconds += val * self.costs.eval_token
+        return seconds
 
     def evaluations(self, steps: int) -> Values:
         """Return when to evaluate: at the end, and ten times in a run of minutes."""
@@ -298,15 +307,9 @@ class Dial:
         """Return what keeps the run to its time, or None if the number of steps is given."""
         if "max_steps" in self.given:
             return None
-        settings = self.settings
-        sample = min(sample_tokens(settings) or math.inf, self.dataset.val.tokens)
-        return Pace(
-            self.mean,
-            end=self.seconds * (1 - MARGIN) - self.end_seconds(settings.max_steps),
-            evaluation=sample * self.costs.eval_token,
-            settings=settings,
-            most_steps=self.most_steps(),
-        )
+        end = self.seconds * (1 - MARGIN) - self.end_seconds(self.settings)
+        evaluation = self.evaluation_seconds(self.settings)
+        return Pace(self.runtime, self.settings, end=end, evaluation=evaluation, most_steps=self.most_steps())
 
     def description(self) -> str:
         """Return what was chosen and why, in a few lines."""
@@ -332,22 +335,15 @@ class Pace:
     """Keeps a run to its time: changes its number of steps when the machine becomes slower or faster."""
 
     def __init__(
-        self,
-        mean: Callable[[float], float],
-        *,
-        end: float,
-        evaluation: float,
-        settings: TrainSettings,
-        most_steps: int,
+        self, runtime: Runtime, settings: TrainSettings, *, end: float, evaluation: float, most_steps: int
     ) -> None:
         """Let the last step end `end` seconds after the start of the program.
 
         Args:
-            mean: Returns the mean of a number over all processes.
             evaluation: Seconds of an evaluation.
             most_steps: The run never gets longer than this.
         """
-        self.mean, self.end, self.evaluation, self.most_steps = mean, end, evaluation, most_steps
+        self.runtime, self.end, self.evaluation, self.most_steps = runtime, end, evaluation, most_steps
         self.every, self.eval_every = max(1, settings.max_steps // CHECKS), settings.eval_every
         self.times = deque[float](maxlen=self.every * RECENT_CHECKS)
         self.last = 0.0
@@ -364,8 +360,8 @@ class Pace:
         if step % self.every or step < FEWEST_CHECKS * self.every or step >= max_steps:
             return None
         evaluations = (max_steps - 1) // self.eval_every - step // self.eval_every
-        left = self.end - self.mean(now) - evaluations * self.evaluation
-        step_seconds = self.mean(sum(self.times) / max(1, len(self.times)))
+        left = self.end - self.runtime.mean(now) - evaluations * self.evaluation
+        step_seconds = self.runtime.mean(sum(self.times) / max(1, len(self.times)))
         revised = min(step + max(1, int(left / max(step_seconds, 1e-6))), self.most_steps)
         return revised if abs(revised - max_steps) > TOLERANCE * max_steps else None
 

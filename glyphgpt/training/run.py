@@ -100,18 +100,28 @@ def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSett
     return settings.model_copy(update=mode)
 
 
+def check_train_length(settings: TrainSettings, dataset: Dataset) -> None:
+    """Check that the training split fills a window.
+
+    Raises:
+        UserError: It is shorter than one window.
+    """
+    train, block_size = dataset.train.tokens, settings.block_size
+    if train <= block_size:
+        raise UserError(
+            f"{dataset.folder}: its {train:,} training tokens do not fill a window of block_size + 1 = "
+            f"{block_size + 1:,}; lower block_size to at most {train - 1:,}, or prepare a longer text"
+        )
+
+
 def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
     """Check that the training split fills a window; warn if the validation split does not.
 
     Raises:
         UserError: The training split is shorter than one window.
     """
-    train, val, block_size = dataset.train.tokens, dataset.val.tokens, settings.block_size
-    if train <= block_size:
-        raise UserError(
-            f"{dataset.folder}: its {train:,} training tokens do not fill a window of block_size + 1 = "
-            f"{block_size + 1:,}; lower block_size to at most {train - 1:,}, or prepare a longer text"
-        )
+    check_train_length(settings, dataset)
+    val, block_size = dataset.val.tokens, settings.block_size
     if val <= block_size:
         warn(f"the validation split has only {val:,} tokens, fewer than block_size = {block_size:,}: its loss is noisy")
 

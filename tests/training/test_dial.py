@@ -14,7 +14,7 @@ import train
 from conftest import read_metrics, same_tensors, saved_step, tiny_settings
 from glyphgpt.cli import parse
 from glyphgpt.data.dataset import Dataset
-from glyphgpt.errors import UsageError
+from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import CONFIG
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
@@ -150,6 +150,30 @@ def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_a_network_that_does_not_fit_into_memory_is_not_chosen() -> None:
+    def measure(settings: TrainSettings, seconds: float) -> Costs:
+        if settings.n_embd > 192:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return machine(100)(settings, seconds)
+
+    assert choose(60, 10**9, machine(100)).n_embd > 192
+    assert choose(60, 10**9, measure).n_embd == 192
+
+
+def test_other_errors_of_a_measurement_are_raised() -> None:
+    def measure(_settings: TrainSettings, _seconds: float) -> Costs:
+        raise RuntimeError("some other error")
+
+    with pytest.raises(RuntimeError, match="some other error"):
+        choose(60, 10**9, measure)
+
+
+def test_a_text_shorter_than_the_given_context_is_an_error(data_dir: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(minutes=1, dataset="small", data_dir=str(data_dir), out_dir=str(tmp_path), block_size=9999)
+    with pytest.raises(UserError, match=r"training tokens do not fill a window .* lower block_size to at most"):
+        train.main(settings)
+
+
 def test_a_given_number_of_steps_is_kept() -> None:
     settings = TrainSettings(minutes=1, max_steps=7)
     dial = Dial(settings, a_text(10**6), CPU, machine())
@@ -172,7 +196,7 @@ def test_a_run_keeps_to_its_time_when_the_machine_changes(
 ) -> None:
     """A minute is planned with steps of 0.05 seconds. Up to half of it, they may become four times as slow."""
     settings = TrainSettings(minutes=1, max_steps=1100, eval_every=10**6)
-    pace = Pace(lambda x: x, end=57.0, evaluation=0.5, settings=settings, most_steps=10**6)
+    pace = Pace(CPU, settings, end=57.0, evaluation=0.5, most_steps=10**6)
     max_steps = settings.max_steps
     for step, now in enumerate(step_times(0.05, late, change_at), start=1):
         monkeypatch.setattr(dial_module, "seconds_since_start", lambda now=now: now)
