@@ -351,7 +351,7 @@ class Pace:
     def revise(self, step: int, max_steps: int) -> int | None:
         """Return how many steps the time allows if that differs much from `max_steps`, otherwise None.
 
-        Every process must call this after every step.
+        Every process must call this after every step, before the step's evaluation.
         """
         now = seconds_since_start()
         if self.last and (step - 1) % self.eval_every:  # otherwise the time includes an evaluation
@@ -359,7 +359,7 @@ class Pace:
         self.last = now
         if step % self.every or step < FEWEST_CHECKS * self.every or step >= max_steps:
             return None
-        evaluations = (max_steps - 1) // self.eval_every - step // self.eval_every
+        evaluations = (max_steps - 1) // self.eval_every - (step - 1) // self.eval_every  # the one of this step is due
         left = self.end - self.runtime.mean(now) - evaluations * self.evaluation
         step_seconds = self.runtime.mean(sum(self.times) / max(1, len(self.times)))
         revised = min(step + max(1, int(left / max(step_seconds, 1e-6))), self.most_steps)

@@ -19,7 +19,7 @@ from glyphgpt.files import CONFIG
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training import dial as dial_module
-from glyphgpt.training.dial import MAX_EPOCHS, TOLERANCE, Costs, Dial, Pace, weights
+from glyphgpt.training.dial import MAX_EPOCHS, TOLERANCE, WEIGHTS_PER_TOKEN, Costs, Dial, Pace, weights
 from glyphgpt.training.run import resume_after_restart
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -118,6 +118,13 @@ def test_a_small_text_is_read_a_few_times_and_a_large_one_once() -> None:
     assert large.max_steps * large.tokens_per_step < 10**9
     assert small.weight_decay > large.weight_decay
     assert small.tokens_per_step < large.tokens_per_step
+    assert weights(small) <= WEIGHTS_PER_TOKEN * 20_000 < weights(choose(10, 10**9, machine(10)))
+
+
+def test_the_learning_rate_falls_with_the_number_of_steps() -> None:
+    short, long = choose(0.1, 10**8), choose(60, 10**8)
+    assert short.max_steps < long.max_steps
+    assert short.learning_rate > 2 * long.learning_rate
 
 
 @pytest.mark.parametrize("better", [1, 2])
@@ -204,6 +211,16 @@ def test_a_run_keeps_to_its_time_when_the_machine_changes(
         if step >= max_steps:
             break
     assert 54 * (1 - TOLERANCE) < now < 60
+
+
+def test_planned_evaluations_do_not_change_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 0.05 seconds, and each of five evaluations 3 seconds."""
+    settings = TrainSettings(minutes=1, max_steps=800, eval_every=160)
+    pace = Pace(CPU, settings, end=2 + 800 * 0.05 + 4 * 3, evaluation=3, most_steps=10**6)
+    for step in range(1, 801):
+        now = START_SECONDS + step * 0.05 + (step - 1) // 160 * 3
+        monkeypatch.setattr(dial_module, "seconds_since_start", lambda now=now: now)
+        assert pace.revise(step, 800) is None, step
 
 
 @pytest.mark.parametrize(

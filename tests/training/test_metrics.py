@@ -10,7 +10,7 @@ import pytest
 import train
 from conftest import contents, read_metrics, tiny_settings
 from glyphgpt.errors import UsageError, UserError
-from glyphgpt.training.metrics import METRICS, SAMPLES, JsonlWriter, Metrics, check_trackers, read_rows
+from glyphgpt.training.metrics import METRICS, SAMPLES, JsonlWriter, Metrics, check_trackers, overfitting, read_rows
 
 
 def test_rows_are_written_immediately(tmp_path: Path) -> None:
@@ -210,3 +210,39 @@ def test_tracker_that_fails_later_only_causes_a_warning(
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2, wandb=True))
     assert capsys.readouterr().err.count("warning: WeightsAndBiases ") == 1
     assert read_metrics(tmp_path)[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("val", "train", "found"),
+    [
+        ((2.0, 1.5, 1.6), (2.0, 1.5, 1.2), True),
+        ((2.0, 1.5, 1.505), (2.0, 1.5, 1.2), False),  # noise
+        ((2.0, 1.5, 1.4), (2.0, 1.5, 1.2), False),
+        ((2.0, 1.5, 1.6), (2.0, 1.5, 1.7), False),  # the run diverges
+        ((), (2.0, 1.5, 1.2), False),
+        ((2.0, 1.5, 1.6), (), False),
+    ],
+)
+def test_overfitting_is_a_rising_validation_loss_beside_a_falling_training_loss(
+    val: tuple[float, ...], train: tuple[float, ...], found: bool
+) -> None:
+    rows = [
+        {"kind": kind, "step": step, "loss": loss}
+        for kind, losses in (("train", train), ("val", val))
+        for number, loss in enumerate(losses, start=1)
+        for step in (range(number * 100 - 99, number * 100 + 1) if kind == "train" else [number * 100])
+    ]
+    notice = overfitting(rows)
+    assert bool(notice) == found
+    if found:
+        assert (
+            "since step 200 the validation loss rose from 1.500 to 1.600, while the training loss fell from" in notice
+        )
+
+
+def test_a_rise_within_two_standard_errors_is_not_overfitting() -> None:
+    rows = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "val", "step": 1, "loss": 1.5}]
+    rows += [{"kind": "train", "step": 9, "loss": 1.0}, {"kind": "val", "step": 9, "loss": 1.6, "standard_error": 0.06}]
+    assert overfitting(rows) == ""
+    rows[-1]["standard_error"] = 0.04
+    assert overfitting(rows) != ""
