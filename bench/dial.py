@@ -1,6 +1,6 @@
 """Measure the dial, `train.py --minutes`, on texts of many kinds, and print a table.
 
-    python bench/dial.py                                              every text for 0.1, 1 and 5 minutes: three hours
+    python bench/dial.py                                              ten texts for 0.1, 1 and 5 minutes each
     python bench/dial.py --corpora=shakespeare,chinese --minutes=1
     python bench/dial.py --corpora=linux --minutes=1 --against='config/quick.toml --max_steps=1200'
 

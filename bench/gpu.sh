@@ -57,7 +57,8 @@ import torch
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/metrics.jsonl")):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    best = min(row["loss"] for row in rows if row["kind"] == "val")
+    losses = {kind: [row["loss"] for row in rows if row["kind"] == kind] for kind in ("val", "best")}
+    best = min(losses["best"] or losses["val"])  # on the whole validation split, if it was read
     # no evaluation falls between two consecutive rows of training loss
     pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a["kind"] == b["kind"] == "train"]
     speeds = sorted((b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs)

@@ -248,7 +248,8 @@ def compare_training(programs: Programs, table: Table, rows: dict[str, TrainingR
         for name, row in rows.items():
             flags = (*programs.path_flags(f"{name}-{number}"), f"--seed={1 + number}")
             times[name].append(programs.run_glyphgpt("train.py", row.config, *flags, warm=warm).seconds)
-            losses[name].append(read_metrics(programs.out_dir(f"{name}-{number}"), "val")[-1]["loss"])
+            scored = programs.run_glyphgpt("train.py", row.config, *flags, "--eval_only", "--eval_tokens=0").output
+            losses[name].append(float(scored.split("validation loss ")[1].split(",")[0]))
             tqdm.write(f"{name}, seed {1 + number}: {times[name][-1]:.1f} s, loss {losses[name][-1]:.4f}")
     nanogpt_seconds = median(nanogpt_times)
     spread = format_spread(nanogpt_times, "s")
