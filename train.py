@@ -30,7 +30,7 @@ from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
-from glyphgpt.reports.run_report import write_reports
+from glyphgpt.reports.run_report import try_write_report
 from glyphgpt.reports.summary import ModelSummary
 from glyphgpt.runtime import Runtime, TorchLM, compile_or_eager, init_runtime, oom_hint, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
@@ -176,8 +176,8 @@ class Trainer:
         interrupted = self.stopping and not run_finished(self.settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
         run.log_end(self.state, stopped_by)
-        if self.runtime.is_main:
-            write_reports(run.folder, self.settings, run.log, with_plot=not stopped_by)
+        if self.runtime.is_main and self.settings.report:
+            try_write_report(run.folder, run.log)
         if status := run.exit_status(stopped_by):
             raise SystemExit(status)
 

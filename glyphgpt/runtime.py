@@ -24,6 +24,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "cpp.vec_isa_ok": True,  # skips ten seconds of test compilations, one for each vector instruction set
     "cpp.use_decompose_tanh": True,  # computes tanh from exp, in half the time
     "fallback_random": True,  # compiled random numbers are slow on CPUs
+    "deterministic": True,
 }
 GLOO_SECONDS = 0.3
 """Pause before the process exits. Gloo's threads outlive the process group and may still have to release a tensor. If
@@ -118,7 +119,7 @@ def use_deterministic_algorithms() -> None:
 
     Not for GPUs, where deterministic kernels are slower or missing.
     """
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler, for a second
     # filling costs time, and nothing here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

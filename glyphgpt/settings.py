@@ -179,8 +179,6 @@ class Evaluation(Settings):
     """Steps between lines of training loss in metrics.jsonl."""
     save_every: CountOrZero = 0
     """Also save last.safetensors every this many steps; 0 saves at evaluations only."""
-    plot: bool = True
-    """Plot the run into out_dir/metrics.png at its end, if matplotlib is installed (pip install matplotlib)."""
     report: bool = True
     """Write out_dir/report.html at the end: curves, samples and settings, for any browser."""
     tensorboard: bool = False

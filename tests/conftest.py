@@ -212,7 +212,6 @@ def tiny_settings(data_dir: Path, out_dir: Path, **changes: object) -> TrainSett
         "eval_every": 10,
         "eval_tokens": 0,
         "sample_tokens": 10,
-        "plot": False,
         "report": False,
         "log_every": 1,
         "warmup_steps": 2,

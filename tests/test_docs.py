@@ -47,8 +47,7 @@ SCRIPTS: dict[str, type[Settings]] = {
     "glyphgpt/reports/run_report.py": ReportSettings,
 }
 SMALL = {  # flags that make a command of a page short, added to its own
-    "train.py": "--max_steps=1 --eval_tokens=100 --sample_tokens=5 --batch_size=1 --device=cpu --compile=False "
-    "--plot=False",
+    "train.py": "--max_steps=1 --eval_tokens=100 --sample_tokens=5 --batch_size=1 --device=cpu --compile=False",
     "sample.py": "--max_new_tokens=3 --device=cpu --skip_unknown",  # the small text lacks some letters
 }
 ABSENT = re.compile(r"config/gpt2\.toml|tokenizer=gpt2|init_from=gpt2|^gpt2$|nanoGPT/")

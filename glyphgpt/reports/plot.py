@@ -39,15 +39,6 @@ def main() -> None:
     print(f"{path}: written")
 
 
-def is_available() -> bool:
-    """Return whether matplotlib can be imported."""
-    try:
-        import matplotlib  # noqa: F401, PLC0415  (optional)
-    except Exception:  # not installed, or broken
-        return False
-    return True
-
-
 def write_plot(runs: Sequence[Path], path: Path) -> None:
     """Write a plot of runs as a PNG file.
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from glyphgpt.checkpoint import Metadata, TrainState, read_metadata
 from glyphgpt.cli import command, groups, parse, read_toml, resolve
 from glyphgpt.errors import UsageError, UserError, exit_on_error, warn
-from glyphgpt.files import BEST, CONFIG, LAST, PLOT, REPORT, write_atomic
-from glyphgpt.reports import plot
+from glyphgpt.files import BEST, CONFIG, LAST, REPORT, write_atomic
+from glyphgpt.reports.plot import read_metrics
 from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, Mode, ReportSettings, TrainSettings
@@ -43,22 +43,15 @@ def main() -> None:
     print(f"{path}: written")
 
 
-def write_reports(run: Path, settings: TrainSettings, log: Callable[[str], None], *, with_plot: bool) -> None:
-    """Write the report and the plot that a run's settings ask for. A failure is only a warning: the run is saved."""
+def try_write_report(run: Path, log: Callable[[str], None]) -> None:
+    """Write the report of a run that has ended, and log its path. A failure is only a warning: the run is saved."""
     if (run / METRICS).is_file() and not (run / METRICS).stat().st_size:
         return  # the run was interrupted before the first row
-    if settings.report:
-        try:
-            write_report(run, run / REPORT)
-            log(f"report: {run / REPORT}")
-        except (UserError, OSError) as error:
-            warn(str(error))
-    if settings.plot and with_plot and plot.is_available():
-        try:
-            plot.write_plot([run], run / PLOT)
-            log(f"plot: {run / PLOT}")
-        except Exception as error:  # matplotlib may raise anything, for example if the disk is full
-            warn(f"the run could not be plotted: {error}")
+    try:
+        write_report(run, run / REPORT)
+        log(f"report: {run / REPORT}")
+    except (UserError, OSError) as error:
+        warn(str(error))
 
 
 def write_report(run: Path, path: Path) -> None:
@@ -76,7 +69,7 @@ def page_data(run: Path) -> dict[str, Any]:
     Raises:
         UserError: The run has no metrics, or one of its files cannot be read.
     """
-    rows = plot.read_metrics(run)
+    rows = read_metrics(run)
     samples = read_rows(run / SAMPLES, check_sample) if (run / SAMPLES).exists() else []
     config = str(run / CONFIG)
     settings = resolve(TrainSettings, [(config, read_toml(config))])

@@ -1,7 +1,7 @@
 """A summary of a model: shape, parameters and multiply-accumulates (MACs) of each layer, in the order of execution.
 
-The real model runs on torch's meta device, which computes shapes but no numbers. Hooks record its layers, and torch's
-FLOP counter their operations.
+The real model runs with small sizes, each of which has a prime factor of its own, and hooks record its layers. The
+factors of a number then tell which sizes it is a product of.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from glyphgpt.settings import Network
 
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from model import GPT
 
 SHAPE_LETTERS = "B batch, T time, C channels, H heads, D = C / H head size, V vocabulary"
-PROBE = {"B": 2, "T": 3, "H": 5, "D": 14, "C": 70, "V": 11}
-"""Sizes whose multiples by 1, 3 and 4 are all different, so that each size in a shape identifies one letter."""
+PROBE = {"B": 5, "T": 7, "H": 11, "D": 26, "V": 17, "R": 19}
+"""The small sizes. D is even, as rotary positions need it; R is the rows of an n-gram table."""
 BLOCK = "blocks.0."
 
 
@@ -32,10 +31,10 @@ class LayerSummary:
     name: str
     shape: tuple[int, ...]
     """Shape of the output."""
-    parameters: int = 0
-    macs: int = 0
+    parameters: int
+    macs: int
     """MACs of the forward pass over the whole batch; only matrix products count."""
-    symbolic_shape: str = ""
+    symbolic_shape: str
     """The shape in letters, as in "B T 4C"."""
 
 
@@ -50,14 +49,15 @@ class ModelSummary:
     @cached_property
     def sections(self) -> list[tuple[str, int, list[LayerSummary]]]:
         """The layers before, in and after the blocks: heading, how often the layers are repeated, layers."""
-        small = {"block_size": PROBE["T"], "n_head": PROBE["H"], "n_embd": PROBE["C"], "ngram_rows": 1}
-        probe = trace(self.network.model_copy(update=small), PROBE["V"], PROBE["B"])
-        layers = [
-            replace(layer, symbolic_shape=symbolic_shape(probed.shape), name=layer.name.removeprefix(BLOCK))
-            for layer, probed in zip(trace(self.network, self.vocab_size, self.batch_size), probe, strict=True)
-        ]
-        inside = [number for number, layer in enumerate(probe) if layer.name.startswith(BLOCK)]
+        network = self.network
+        sizes = {
+            "B": self.batch_size, "T": network.block_size, "H": network.n_head, "D": network.n_embd // network.n_head,
+            "V": self.vocab_size, "R": network.ngram_rows,
+        }  # fmt: skip
+        layers = trace(network, sizes)
+        inside = [number for number, layer in enumerate(layers) if layer.name.startswith(BLOCK)]
         first, last = inside[0], inside[-1] + 1
+        layers = [replace(layer, name=layer.name.removeprefix(BLOCK)) for layer in layers]
         return [
             ("before the blocks", 1, layers[:first]),
             (f"each of {self.network.n_layer} blocks", self.network.n_layer, layers[first:last]),
@@ -113,34 +113,57 @@ def table_row(layer: LayerSummary) -> str:
     return f"  {layer.name:34}{layer.symbolic_shape:10}{numbers:20}{parameters:>13}{macs:>18}"
 
 
-def symbolic_shape(shape: tuple[int, ...]) -> str:
-    """Return a shape of the probe in letters.
+def factors(number: int) -> tuple[dict[str, int], int]:
+    """Return how often each size of the probe is a factor of a number, and the rest of the number.
 
-    >>> symbolic_shape((2, 3, 280))
-    'B T 4C'
+    >>> factors(3 * PROBE["T"] * PROBE["T"])
+    ({'B': 0, 'T': 2, 'H': 0, 'D': 0, 'V': 0, 'R': 0}, 3)
     """
-    letters = {size * factor: f"{factor}{letter}" for factor in (3, 4) for letter, size in PROBE.items()}
-    letters |= {size: letter for letter, size in PROBE.items()} | {1: "1"}
-    return " ".join(letters[size] for size in shape or (1,))
+    counts = dict.fromkeys(PROBE, 0)
+    for letter, size in PROBE.items():
+        while number and number % size == 0:
+            number //= size
+            counts[letter] += 1
+    return counts, number
 
 
-def trace(network: Network, vocab_size: int, batch_size: int) -> list[LayerSummary]:
-    """Run a network with a single block on the meta device, and return its layers in the order of execution."""
+def symbol(number: int) -> str:
+    """Return a size of the probe in letters.
+
+    >>> symbol(4 * PROBE["H"] * PROBE["D"])
+    '4C'
+    """
+    counts, rest = factors(number)
+    letters = "".join(letter * count for letter, count in counts.items()).replace("HD", "C")
+    return f"{rest if rest > 1 or not letters else ''}{letters}"
+
+
+def resize(number: int, sizes: dict[str, int]) -> int:
+    """Return a product of the probe's sizes with other sizes in their places."""
+    counts, rest = factors(number)
+    return rest * math.prod(sizes[letter] ** count for letter, count in counts.items())
+
+
+def trace(network: Network, sizes: dict[str, int]) -> list[LayerSummary]:
+    """Run a network with a single block and the probe's sizes; return its layers in the order of execution."""
     from model import GPT, GPTConfig  # noqa: PLC0415  (the package imports model.py only when it needs it)
 
-    fields = {**network.model_dump(include=set(Network.model_fields)), "vocab_size": vocab_size, "n_layer": 1}
-    layers: list[LayerSummary] = []
-    with torch.device("meta"), torch.no_grad():
-        model = GPT(GPTConfig(**fields)).eval()
+    fields = {
+        **network.model_dump(include=set(Network.model_fields)), "n_layer": 1, "n_head": PROBE["H"],
+        "n_embd": PROBE["H"] * PROBE["D"], "block_size": PROBE["T"], "ngram_rows": PROBE["R"],
+    }  # fmt: skip
+    tracer = Tracer(sizes)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = GPT(GPTConfig(vocab_size=PROBE["V"], **fields)).eval()
         for name, module in shown_modules(model):
-            module.register_forward_pre_hook(partial(record_module, layers, name))
-        tokens = torch.zeros(batch_size, network.block_size, dtype=torch.long)
-        record(layers, "tokens", lambda: tokens)
+            module.register_forward_pre_hook(partial(tracer.record_module, name))
+        tokens = torch.zeros(PROBE["B"], PROBE["T"], dtype=torch.long)
+        tracer.record("tokens", lambda: tokens)
         hidden = model.hidden(tokens)
         head = "head (tied to token_embedding)" if model.head is None else "head"
-        record(layers, head, lambda: model.logits(hidden), model.head)
-        layers.append(LayerSummary("loss", ()))
-    return layers
+        tracer.record(head, lambda: model.logits(hidden), model.head, summed=hidden.shape[-1])
+        tracer.record("loss", lambda: torch.zeros(()))
+    return tracer.layers
 
 
 def shown_modules(model: "GPT") -> Iterator[tuple[str, nn.Module]]:
@@ -153,27 +176,47 @@ def shown_modules(model: "GPT") -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def record_module(layers: list[LayerSummary], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Append a module to the layers, as a forward pre-hook."""
-    if not name.endswith("attention"):
-        record(layers, f"{name} ({type(module).__name__})", lambda: module.forward(*inputs), module)
-        return
-    attention: Any = module
-    record(layers, f"{name}.qkv (Linear)", lambda: attention.qkv(inputs[0]), attention.qkv)
-    q, k, v = attention.project_qkv(inputs[0])
-    record(layers, f"{BLOCK}queries, keys, values", lambda: q)
-    scores = record(layers, f"{BLOCK}scores = q k^T / sqrt(D)", lambda: q @ k.mT)
-    weights = record(layers, f"{BLOCK}weights = softmax(masked scores)", lambda: scores.softmax(-1))
-    y = record(layers, f"{BLOCK}outputs = weights v", lambda: weights @ v)
-    record(layers, f"{name}.out (Linear)", lambda: attention.project_out(y), attention.out)
+class Tracer:
+    """Records the layers of a forward pass, with other sizes in place of the probe's."""
 
+    def __init__(self, sizes: dict[str, int]) -> None:
+        """Begin with no layers; `sizes` has the letters of PROBE."""
+        self.sizes = sizes
+        self.layers: list[LayerSummary] = []
 
-def record(
-    layers: list[LayerSummary], name: str, function: Callable[[], Tensor], module: nn.Module | None = None
-) -> Tensor:
-    """Call a function and return its output; append its shape, the MACs and the module's parameters to the layers."""
-    with FlopCounterMode(display=False) as counter:
+    def record_module(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Record a module, as a forward pre-hook."""
+        if not name.endswith("attention"):
+            self.record(f"{name} ({type(module).__name__})", lambda: module.forward(*inputs), module)
+            return
+        attention: Any = module
+        self.record(f"{name}.qkv (Linear)", lambda: attention.qkv(inputs[0]), attention.qkv)
+        q, k, v = attention.project_qkv(inputs[0])
+        self.record(f"{BLOCK}queries, keys, values", lambda: q)
+        scores = self.record(f"{BLOCK}scores = q k^T / sqrt(D)", lambda: q @ k.mT, summed=PROBE["D"])
+        weights = self.record(f"{BLOCK}weights = softmax(masked scores)", lambda: scores.softmax(-1))
+        y = self.record(f"{BLOCK}outputs = weights v", lambda: weights @ v, summed=PROBE["T"])
+        self.record(f"{name}.out (Linear)", lambda: attention.project_out(y), attention.out)
+
+    def record(
+        self, name: str, function: Callable[[], Tensor], module: nn.Module | None = None, *, summed: int = 0
+    ) -> Tensor:
+        """Call a function and return its output; record its shape, its MACs and the module's parameters.
+
+        Args:
+            summed: Number of products that are summed for each number of the output, for other modules than Linear.
+        """
         output = function()
-    parameters = sum(parameter.numel() for parameter in module.parameters()) if module else 0
-    layers.append(LayerSummary(name, tuple(output.shape), parameters, counter.get_total_flops() // 2))
-    return output
+        if isinstance(module, nn.Linear):
+            summed = module.in_features
+        parameters = [parameter.numel() for parameter in module.parameters()] if module else []
+        self.layers.append(
+            LayerSummary(
+                name,
+                tuple(resize(size, self.sizes) for size in output.shape),
+                sum(resize(number, self.sizes) for number in parameters),
+                resize(output.numel() * summed, self.sizes),
+                " ".join(map(symbol, output.shape)) or "1",
+            )
+        )
+        return output

@@ -316,7 +316,7 @@ def train_settings(data_dir: Path, out_dir: Path, **changes: Any) -> TrainSettin
     """Return the settings of a short run, without those of the network."""
     chosen = {
         "dataset": "bpe", "data_dir": data_dir, "out_dir": out_dir, "batch_size": 4, "max_steps": 30,
-        "eval_every": 15, "sample_tokens": 3, "warmup_steps": 2, "learning_rate": 0.01, "plot": False,
+        "eval_every": 15, "sample_tokens": 3, "warmup_steps": 2, "learning_rate": 0.01,
         "dtype": "float32", "device": "cpu", "compile": False,
     } | changes  # fmt: skip
     return TrainSettings.model_validate({key: str(value) for key, value in chosen.items()})

@@ -25,18 +25,9 @@ def write_run(folder: Path, *lines: str) -> Path:
     return folder
 
 
-def test_training_writes_a_plot_and_logs_its_path(
-    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train.main(tiny_settings(data_dir, tmp_path, plot=True))
-    assert (tmp_path / PLOT).read_bytes().startswith(PNG)
-    assert capsys.readouterr().out.endswith(f"plot: {tmp_path / PLOT}\n")
-
-
 def test_training_does_not_need_matplotlib(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    train.main(tiny_settings(data_dir, tmp_path, plot=True))
-    assert not (tmp_path / PLOT).exists()
+    train.main(tiny_settings(data_dir, tmp_path))
     with pytest.raises(UserError, match=r"^a plot needs matplotlib: pip install matplotlib$"):
         write_plot([tmp_path], tmp_path / PLOT)
 

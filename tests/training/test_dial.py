@@ -242,7 +242,7 @@ def test_a_timed_run_is_an_ordinary_run(
 ) -> None:
     """Its config.toml repeats it, to the last bit, and it resumes like any other."""
     monkeypatch.undo()
-    flags = f"--minutes=60 --compile=False --dataset=small --data_dir={data_dir} --out_dir={tmp_path} --plot=False "
+    flags = f"--minutes=60 --compile=False --dataset=small --data_dir={data_dir} --out_dir={tmp_path} "
     flags += "--n_layer=2 --n_embd=16 --block_size=16 --ngram_rows=100 --sample_tokens=0 --device=cpu --threads=1"
     settings, _ = parse(TrainSettings, flags.split(), "", "", files=True)
     train.main(settings)

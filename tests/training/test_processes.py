@@ -103,7 +103,7 @@ class Runs:
         folders = {"dataset": "small", "data_dir": str(self.data_dir), "out_dir": str(self.folder / name)}
         sizes = {"n_layer": 2, "n_embd": 16, "block_size": 16, "ngram_rows": 100}
         return TrainSettings.model_validate(
-            {**folders, **sizes, "minutes": 10, "compile": False, "device": "cpu", "plot": False, "report": False}
+            {**folders, **sizes, "minutes": 10, "compile": False, "device": "cpu", "report": False}
         )
 
     def sampled(self, name: str, parallel: str = "ddp") -> TrainSettings:

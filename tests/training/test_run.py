@@ -25,7 +25,8 @@ from conftest import (
 )
 from glyphgpt.checkpoint import TrainState, load_checkpoint
 from glyphgpt.errors import UsageError, UserError
-from glyphgpt.files import BEST, CONFIG, LAST, LOCK, NEW, READY
+from glyphgpt.files import BEST, CONFIG, LAST, LOCK, NEW, PLOT, READY
+from glyphgpt.reports.plot import write_plot
 from glyphgpt.runtime import Runtime
 from glyphgpt.training.metrics import METRICS, SAMPLES
 from glyphgpt.training.run import Run, outcome
@@ -230,7 +231,8 @@ def test_first_save_of_a_run_deletes_the_best_model_of_the_one_it_replaces(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the earlier run is left that could be taken for the new one's."""
-    train.main(tiny_settings(data_dir, tmp_path, report=True, plot=True, max_steps=4, seed=7))
+    train.main(tiny_settings(data_dir, tmp_path, report=True, max_steps=4, seed=7))
+    write_plot([tmp_path], tmp_path / PLOT)
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
         patch.setattr(train.Trainer, "step", fail)
         train.main(tiny_settings(data_dir, tmp_path, overwrite=True, max_steps=2))
