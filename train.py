@@ -203,12 +203,12 @@ class Trainer:
 
     def keep_pace(self) -> None:
         """Change max_steps if the run would otherwise end too late or too early for `minutes`."""
-        steps = self.pace.revise(self.state.step, self.settings.max_steps) if self.pace else None
-        if steps:
+        settings = self.pace.revise(self.state.step, self.settings) if self.pace else self.settings
+        if settings != self.settings:
             self.state.planned_rate = learning_rate(self.state, self.settings)
             self.state.planned_at = self.state.step
-            self.settings = self.settings.model_copy(update={"max_steps": steps})
-            self.run.change_settings(self.settings)
+            self.settings = settings
+            self.run.change_settings(settings)
 
     def next_batch(self) -> Tensor:
         """Return this process's sequences of the next update, (sequences, block_size + 1): inputs and targets."""

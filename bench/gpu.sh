@@ -38,11 +38,13 @@ fi
 
 $PYTHON prepare.py shakespeare_char
 $PYTHON prepare.py shakespeare
-char="train.py config/shakespeare_char.toml"
+char="train.py --dataset=shakespeare_char"
 timed tests 80 $PYTHON -m pytest -m gpu tests/test_runtime.py tests/test_gpu.py
-timed versus 360 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md"
-timed char 40 $PYTHON $char --out_dir="$RUNS/char"
-torchrun="-m torch.distributed.run --standalone --nproc_per_node=gpu $char --compile=False --max_steps=100 --eval_every=100"
+timed versus 160 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md"
+mkdir "$RUNS/dial" && cp -r data/downloads "$RUNS/dial"
+timed dial 240 $PYTHON bench/dial.py --nanogpt="$NANOGPT" --corpora=shakespeare --parts=0.1,0.2,1 --folder="$RUNS/dial"
+timed char 40 $PYTHON $char --minutes=0.5 --out_dir="$RUNS/char"
+torchrun="-m torch.distributed.run --standalone --nproc_per_node=gpu $char --minutes=0.5 --compile=False"
 timed ddp 35 $PYTHON $torchrun --out_dir="$RUNS/ddp"
 timed fsdp 35 $PYTHON $torchrun --out_dir="$RUNS/fsdp" --parallel=fsdp --activation_checkpointing  # shards need two GPUs
 timed sample 30 $PYTHON sample.py "$RUNS/char" --num_samples=10 --max_new_tokens=500

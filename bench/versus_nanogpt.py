@@ -1,15 +1,13 @@
-"""Compare glyphgpt with nanoGPT on this machine, and add a table to bench/RESULTS.md.
+"""Compare the speed of glyphgpt with nanoGPT's on this machine, and add a table to bench/RESULTS.md.
 
     git clone https://github.com/karpathy/nanoGPT
-    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about 80 minutes
+    python bench/versus_nanogpt.py --nanogpt=nanoGPT                  every CPU row; about half an hour
     python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=sampling,stream --runs=5
     python bench/versus_nanogpt.py --nanogpt=nanoGPT --rows=gpu       the rows of a CUDA GPU, as in bench/gpu.sh
 
 Both programs run unmodified and alternately, in processes of their own: nanoGPT with the commands of its README, in a
-copy of the checkout, and glyphgpt with one committed config for each row. Unless a row says otherwise, times are those
-of whole processes from a cold start of Python, with empty compiler caches on a CPU and filled ones on a GPU. A row
-quotes the median of its runs. Validation losses cover the whole validation split, in consecutive windows of the model's
-block size; the script evaluates nanoGPT's saved weights in the same way.
+copy of the checkout. Unless a row says otherwise, times are those of whole processes from a cold start of Python, with
+empty compiler caches. A row quotes the median of its runs. bench/dial.py compares the losses.
 """
 
 import argparse
@@ -20,59 +18,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 from tqdm import tqdm
 
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import decode
-from prepare_speed import peak_bytes, write_text
+from nanogpt import README_CPU, README_GPU, Finished, NanoGPT, run
+from prepare_speed import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "RESULTS.md"
-SHAKESPEARE = "config/train_shakespeare_char.py"
-README_CPU = (
-    f"train.py {SHAKESPEARE} --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
-    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-).split()
-README_GPU = ["train.py", SHAKESPEARE]
 README_SAMPLE = ["sample.py", "--out_dir=out-shakespeare-char", "--device=cpu"]
 SHORT = ["--max_iters=200", "--eval_interval=1000"]
 GPT2_BENCH = ["bench.py", "--real_data=False"]
 SMALL_MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BABY_MODEL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
-
-
-@dataclass(frozen=True)
-class TrainingRow:
-    """A row that compares time and loss of a config with those of a training in nanoGPT's README."""
-
-    title: str
-    config: str
-    minimum: str
-    """A speedup such as 10x, or a validation loss."""
-    target: str
-    nanogpt_args: tuple[str, ...] = tuple(README_CPU)
-
-
-TRAINING_ROWS = {
-    "loss-1.88": TrainingRow("CPU, time to loss 1.88", "config/quick.toml", "10x", "20x"),
-    "1x-time": TrainingRow("CPU, loss in nanoGPT's time", "config/shakespeare_char.toml", "<= 1.55", "<= 1.50"),
-    "2x-time": TrainingRow("CPU, loss in 2x its time", "config/shakespeare_char_long.toml", "<= 1.50", "<= 1.4697"),
-    "5x-time": TrainingRow("CPU, loss in 5x its time", "config/shakespeare_char_best.toml", "<= 1.4697", "<= 1.44"),
-}
-GPU_TRAINING_ROWS = {
-    "gpu-loss-1.4697": TrainingRow(
-        "GPU, time to loss 1.4697", "config/shakespeare_char.toml", "8x", "20x", tuple(README_GPU)
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -114,21 +81,6 @@ import torch
 print(f"torch {torch.__version__}", f"on one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
 """
 # Python runs these in nanoGPT's folder, where `model` is nanoGPT's.
-NANOGPT_EVALUATE = """
-import numpy as np, torch
-from model import GPT, GPTConfig
-device = "cuda" if torch.cuda.is_available() else "cpu"
-saved = torch.load("out-shakespeare-char/ckpt.pt", map_location=device)
-model = GPT(GPTConfig(**saved["model_args"])).eval().to(device)
-model.load_state_dict({name.removeprefix("_orig_mod."): weight for name, weight in saved["model"].items()})
-tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16).astype(np.int64)).to(device)
-T, total = model.config.block_size, 0.0
-with torch.no_grad():
-    for start in range(0, len(tokens) - 1, T):
-        window = tokens[start : start + T + 1][None]
-        total += model(window[:, :-1], window[:, 1:])[1].item() * (window.size(1) - 1)
-print(saved["iter_num"], total / (len(tokens) - 1))
-"""
 NANOGPT_UNTRAINED = """
 import sys, json, torch
 from model import GPT, GPTConfig
@@ -154,18 +106,13 @@ print(1000 / (time.perf_counter() - started))
 class Programs:
     """Both programs with their data, in a scratch folder."""
 
-    nanogpt: Path
+    nanogpt: NanoGPT
     scratch: Path
     runs: int
 
-    def run_nanogpt(self, *args: str) -> "Finished":
-        """Run Python in nanoGPT's folder."""
-        return run([sys.executable, *args], self.nanogpt)
-
-    def run_glyphgpt(self, *args: str, warm: bool = False) -> "Finished":
-        """Run one of glyphgpt's scripts, with empty compiler caches, or with those of earlier warm runs."""
-        with tempfile.TemporaryDirectory() as empty:
-            cache = str(self.scratch / "cache") if warm else empty
+    def run_glyphgpt(self, *args: str) -> Finished:
+        """Run one of glyphgpt's scripts, with empty compiler caches."""
+        with tempfile.TemporaryDirectory() as cache:
             environment = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
             return run([sys.executable, *args], ROOT, environment)
 
@@ -176,15 +123,6 @@ class Programs:
     def path_flags(self, name: str) -> tuple[str, ...]:
         """Return the flags of a run of glyphgpt for its data and its folder."""
         return f"--data_dir={self.scratch}", f"--out_dir={self.out_dir(name)}"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A process that ended with status 0."""
-
-    output: str
-    seconds: float
-    peak_bytes: int
 
 
 @dataclass
@@ -213,65 +151,11 @@ class Table:
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)])
 
 
-def run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> Finished:
-    """Run a command; exit with its output if it fails. Python caches bytecode, as it does by default."""
-    environment = {"PYTHONDONTWRITEBYTECODE": "", **(environment or {})}
-    with tempfile.TemporaryFile("w+") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
-    if status:
-        sys.exit(f"{' '.join(command[:3])} ... failed:\n{text[-2000:]}")
-    return Finished(text, seconds, peak_bytes(usage))
-
-
-def compare_training(programs: Programs, table: Table, rows: dict[str, TrainingRow]) -> None:
-    """Compare configs with one training of nanoGPT's README; every run of a config has another seed."""
-    (nanogpt_args,) = {row.nanogpt_args for row in rows.values()}
-    warm = nanogpt_args == tuple(README_GPU)
-    nanogpt_times, nanogpt_loss = [], 0.0
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    losses: dict[str, list[float]] = {name: [] for name in rows}
-    if warm:
-        for row in rows.values():
-            programs.run_glyphgpt("train.py", row.config, *programs.path_flags("warm-up"), "--max_steps=1", warm=True)
-    for number in tqdm(range(programs.runs), unit="round", desc="training"):
-        nanogpt_times.append(programs.run_nanogpt(*nanogpt_args).seconds)
-        step, loss = programs.run_nanogpt("-c", NANOGPT_EVALUATE).output.split()[-2:]
-        nanogpt_loss = float(loss)
-        for name, row in rows.items():
-            flags = (*programs.path_flags(f"{name}-{number}"), f"--seed={1 + number}")
-            times[name].append(programs.run_glyphgpt("train.py", row.config, *flags, warm=warm).seconds)
-            scored = programs.run_glyphgpt("train.py", row.config, *flags, "--eval_only", "--eval_tokens=0").output
-            losses[name].append(float(scored.split("validation loss ")[1].split(",")[0]))
-            tqdm.write(f"{name}, seed {1 + number}: {times[name][-1]:.1f} s, loss {losses[name][-1]:.4f}")
-    nanogpt_seconds = median(nanogpt_times)
-    spread = format_spread(nanogpt_times, "s")
-    table.notes.append(f"Training of nanoGPT's README: {spread}; the loss is that of its weights of step {step}.")
-    for name, row in rows.items():
-        seconds, mean_loss = median(times[name]), mean(losses[name])
-        each_loss = ", ".join(f"{loss:.4f}" for loss in losses[name])
-        table.add(
-            f"{row.title} (`{row.config}`)",
-            f"{nanogpt_seconds:.0f} s, loss {nanogpt_loss:.4f}",
-            f"{seconds:.1f} s = {seconds / nanogpt_seconds:.2f} of its time, loss {mean_loss:.4f} ({each_loss})",
-            f"{nanogpt_seconds / seconds:.1f}x" if row.minimum.endswith("x") else f"{mean_loss:.4f}",
-            row.minimum,
-            row.target,
-        )
-
-
 def compare_training_speed(programs: Programs, table: Table, row: SpeedRow) -> None:
     """Compare the tokens per second of training, without the start of the programs."""
     glyphgpt, nanogpt = [], []
     for number in tqdm(range(programs.runs), unit="round", desc=row.title):
-        log = programs.run_nanogpt(*row.nanogpt_args).output
+        log = programs.nanogpt.run(*row.nanogpt_args).output
         times = [float(line.split("time ")[1].split("ms")[0]) for line in log.splitlines() if line.startswith("iter")]
         times += [
             float(line.split("iteration: ")[1].split("ms")[0]) for line in log.splitlines() if "iteration: " in line
@@ -300,7 +184,7 @@ def compare_sampling(programs: Programs, table: Table) -> None:
     run_dir = make_untrained(programs, BABY_MODEL)
     nanogpt, glyphgpt = [], []
     for _ in tqdm(range(programs.runs), unit="round", desc="sampling"):
-        nanogpt.append(programs.run_nanogpt(*README_SAMPLE).seconds)
+        nanogpt.append(programs.nanogpt.run(*README_SAMPLE).seconds)
         flags = ("--num_samples=10", "--max_new_tokens=500", "--top_k=200")
         glyphgpt.append(programs.run_glyphgpt("sample.py", str(run_dir), *flags).seconds)
     title = "CPU, sampling 10 x 500 characters, 10.65M parameters"
@@ -326,7 +210,7 @@ def compare_stream(
     run_dir = make_untrained(programs, model)
     nanogpt, glyphgpt, fractions = [], [], []
     for _ in tqdm(range(programs.runs), unit="round", desc=title):
-        nanogpt.append(float(programs.run_nanogpt("-c", NANOGPT_STREAM, device).output.split()[-1]))
+        nanogpt.append(float(programs.nanogpt.run("-c", NANOGPT_STREAM, device).output.split()[-1]))
         output = programs.run_glyphgpt("bench/decode_speed.py", str(run_dir), f"--device={device}").output
         speed, bound = map(float, output.split()[-2:])
         glyphgpt.append(speed)
@@ -337,15 +221,15 @@ def compare_stream(
 
 def compare_prepare(programs: Programs, table: Table) -> None:
     """Compare the seconds and the peak memory of whole processes that prepare 100 MB of text as characters."""
-    folder = programs.nanogpt / "data" / "large"
+    folder = programs.nanogpt.folder / "data" / "large"
     folder.mkdir()
-    shutil.copy(programs.nanogpt / "data" / "shakespeare_char" / "prepare.py", folder)
+    shutil.copy(programs.nanogpt.folder / "data" / "shakespeare_char" / "prepare.py", folder)
     text = folder / "input.txt"
     write_text(text, 100 * 10**6, accents=False)
     nanogpt, glyphgpt = [], []
     flags = ("--name=large", f"--data_dir={programs.scratch}", "--overwrite")
     for _ in tqdm(range(programs.runs), unit="round", desc="prepare"):
-        nanogpt.append(programs.run_nanogpt(str(folder / "prepare.py")))
+        nanogpt.append(programs.nanogpt.run(str(folder / "prepare.py")))
         glyphgpt.append(programs.run_glyphgpt("prepare.py", str(text), *flags))
     seconds = [[finished.seconds for finished in runs] for runs in (nanogpt, glyphgpt)]
     table.add_comparison("CPU, prepare 100 MB", *seconds, unit="s", targets=("10x", "30x"))
@@ -356,8 +240,8 @@ def compare_prepare(programs: Programs, table: Table) -> None:
 
 def make_untrained(programs: Programs, model: dict[str, int]) -> Path:
     """Save an untrained GPT-2 model of the same size for each program; return the folder of glyphgpt's."""
-    (programs.nanogpt / "out-shakespeare-char").mkdir(exist_ok=True)
-    programs.run_nanogpt("-c", NANOGPT_UNTRAINED, json.dumps(model))
+    (programs.nanogpt.folder / "out-shakespeare-char").mkdir(exist_ok=True)
+    programs.nanogpt.run("-c", NANOGPT_UNTRAINED, json.dumps(model))
     flags = [f"--{key}={value}" for key, value in model.items()]
     flags += [*programs.path_flags("untrained"), "--max_steps=0", "--eval_tokens=100", "--overwrite"]
     programs.run_glyphgpt("train.py", *flags)
@@ -381,8 +265,7 @@ def read_metrics(out_dir: Path, kind: str) -> list[dict[str, float]]:
 def prepared_programs(nanogpt: Path, runs: int, recipes: list[str]) -> Iterator[Programs]:
     """Copy nanoGPT's checkout, prepare the recipes for glyphgpt, and prepare Tiny Shakespeare for both."""
     with tempfile.TemporaryDirectory() as folder:
-        programs = Programs(Path(folder) / "nanoGPT", Path(folder), runs)
-        shutil.copytree(nanogpt, programs.nanogpt, ignore=shutil.ignore_patterns(".git", "out*"))
+        programs = Programs(NanoGPT(nanogpt, Path(folder) / "nanoGPT"), Path(folder), runs)
         if (ROOT / "data" / "downloads").exists():  # for machines without a network
             shutil.copytree(ROOT / "data" / "downloads", Path(folder) / "downloads")
         for name in recipes:
@@ -391,9 +274,9 @@ def prepared_programs(nanogpt: Path, runs: int, recipes: list[str]) -> Iterator[
         dataset = load_dataset(Path(folder) / "shakespeare_char", Path(folder))
         splits = [split.slice(0, split.tokens) for split in (dataset.train, dataset.val)]
         text = "".join(decode(dataset.tokenizer, tokens) for tokens in splits)
-        target = programs.nanogpt / "data" / "shakespeare_char"
+        target = programs.nanogpt.folder / "data" / "shakespeare_char"
         (target / "input.txt").write_text(text, encoding="utf-8", newline="")
-        programs.run_nanogpt(str(target / "prepare.py"))
+        programs.nanogpt.run(str(target / "prepare.py"))
         yield programs
 
 
@@ -415,8 +298,8 @@ def read_commit(folder: Path) -> str:
 
 def main() -> None:
     """Measure the chosen rows, and write the table."""
-    cpu: list[str] = [*TRAINING_ROWS, *SPEED_ROWS, "sampling", "stream", "prepare"]
-    gpu: list[str] = [*GPU_TRAINING_ROWS, *GPU_SPEED_ROWS, "gpu-stream"]
+    cpu: list[str] = [*SPEED_ROWS, "sampling", "stream", "prepare"]
+    gpu: list[str] = [*GPU_SPEED_ROWS, "gpu-stream"]
     other_rows: dict[str, Callable[[Programs, Table], None]] = {
         "sampling": compare_sampling,
         "stream": compare_cpu_stream,
@@ -437,9 +320,6 @@ def main() -> None:
     table = Table()
     recipes = ["shakespeare_char"] + ["shakespeare"] * ("gpu-124m" in names)
     with prepared_programs(options.nanogpt, options.runs, recipes) as programs:
-        for rows in (TRAINING_ROWS, GPU_TRAINING_ROWS):
-            if chosen := {name: row for name, row in rows.items() if name in names}:
-                compare_training(programs, table, chosen)
         for name, row in {**SPEED_ROWS, **GPU_SPEED_ROWS}.items():
             if name in names:
                 compare_training_speed(programs, table, row)

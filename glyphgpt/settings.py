@@ -243,8 +243,8 @@ class TrainSettings(Mode, Hardware, Evaluation, Optimization, Network, Files):  
             yield "init_from = 'resume' is nanoGPT's; use --resume here"
         if self.resume and self.overwrite:
             yield "resume and overwrite contradict each other; choose one"
-        if 0 < self.minutes < 0.1:
-            yield f"minutes = {self.minutes:g} is too short to start; use at least 0.1"
+        if 0 < self.minutes < 0.05:
+            yield f"minutes = {self.minutes:g} is too short to start; use at least 0.05"
         if self.minutes and self.resume:
             yield "minutes is for new runs; to train a run longer, use --resume with a larger --max_steps"
         if self.minutes and self.eval_only:

@@ -69,7 +69,7 @@ NGRAM_ROWS, MANY_NGRAM_ROWS, LARGE_VOCABULARY = 8192, 32_768, 1000
 
 COMPILE_SECONDS, COMPILE_LAYER_SECONDS, COMPILE_PAYS = 5.0, 4.0, 3
 """Time to compile a network without blocks, and each block; how many times that long a run must be to compile."""
-END_SECONDS = 1.5
+END_SECONDS = 0.5
 """Time to build the model, save it, and write the report."""
 MEASURE_TIME = 0.007
 """Fraction of the time for measuring one candidate."""
@@ -183,6 +183,21 @@ class Dial:
                 self.choose_threads()
         if (chosen := self.with_values(**self.batch())) != self.settings:
             self.settings, self.costs = chosen, self.measure(chosen)
+        self.enlarge_batch()
+
+    def enlarge_batch(self) -> None:
+        """Double small steps, which process fewer tokens a second, until a small text can be read often enough."""
+        text = self.dataset.train.tokens
+        while (
+            "batch_size" not in self.given
+            and self.settings.tokens_per_step < STEP_TOKENS
+            and self.tokens_in_time(self.settings, self.costs) < MAX_EPOCHS * text / 2
+        ):
+            larger = self.with_values(batch_size=2 * self.settings.batch_size)
+            costs = self.measure(larger)
+            if self.tokens_in_time(larger, costs) <= self.tokens_in_time(self.settings, self.costs):
+                break
+            self.settings, self.costs = larger, costs
 
     def pays(self, settings: TrainSettings, costs: Costs) -> bool:
         """Return whether a network sees enough tokens if a step has these costs."""
@@ -309,7 +324,10 @@ class Dial:
             return None
         end = self.seconds * (1 - MARGIN) - self.end_seconds(self.settings)
         evaluation = self.evaluation_seconds(self.settings)
-        return Pace(self.runtime, self.settings, end=end, evaluation=evaluation, most_steps=self.most_steps())
+        return Pace(
+            self.runtime, self.settings, end=end, evaluation=evaluation, most_steps=self.most_steps(),
+            rescale_evaluations="eval_every" not in self.given,
+        )  # fmt: skip
 
     def description(self) -> str:
         """Return what was chosen and why, in a few lines."""
@@ -335,35 +353,48 @@ class Pace:
     """Keeps a run to its time: changes its number of steps when the machine becomes slower or faster."""
 
     def __init__(
-        self, runtime: Runtime, settings: TrainSettings, *, end: float, evaluation: float, most_steps: int
+        self,
+        runtime: Runtime,
+        settings: TrainSettings,
+        *,
+        end: float,
+        evaluation: float,
+        most_steps: int,
+        rescale_evaluations: bool = True,
     ) -> None:
         """Let the last step end `end` seconds after the start of the program.
 
         Args:
             evaluation: Seconds of an evaluation.
             most_steps: The run never gets longer than this.
+            rescale_evaluations: Whether to change eval_every in proportion to max_steps.
         """
         self.runtime, self.end, self.evaluation, self.most_steps = runtime, end, evaluation, most_steps
-        self.every, self.eval_every = max(1, settings.max_steps // CHECKS), settings.eval_every
+        self.rescale_evaluations = rescale_evaluations
+        self.every = max(1, settings.max_steps // CHECKS)
         self.times = deque[float](maxlen=self.every * RECENT_CHECKS)
         self.last = 0.0
 
-    def revise(self, step: int, max_steps: int) -> int | None:
-        """Return how many steps the time allows if that differs much from `max_steps`, otherwise None.
+    def revise(self, step: int, settings: TrainSettings) -> TrainSettings:
+        """Return the settings, with other max_steps if the time allows much more or much less.
 
         Every process must call this after every step, before the step's evaluation.
         """
-        now = seconds_since_start()
-        if self.last and (step - 1) % self.eval_every:  # otherwise the time includes an evaluation
+        now, max_steps, eval_every = seconds_since_start(), settings.max_steps, settings.eval_every
+        if self.last and (step - 1) % eval_every:  # otherwise the time includes an evaluation
             self.times.append(now - self.last)
         self.last = now
         if step % self.every or step < FEWEST_CHECKS * self.every or step >= max_steps:
-            return None
-        evaluations = (max_steps - 1) // self.eval_every - (step - 1) // self.eval_every  # the one of this step is due
+            return settings
+        evaluations = (max_steps - 1) // eval_every - (step - 1) // eval_every  # the one of this step is due
         left = self.end - self.runtime.mean(now) - evaluations * self.evaluation
         step_seconds = self.runtime.mean(sum(self.times) / max(1, len(self.times)))
         revised = min(step + max(1, int(left / max(step_seconds, 1e-6))), self.most_steps)
-        return revised if abs(revised - max_steps) > TOLERANCE * max_steps else None
+        if abs(revised - max_steps) <= TOLERANCE * max_steps:
+            return settings
+        if self.rescale_evaluations:
+            eval_every = math.ceil(eval_every * revised / max_steps)
+        return settings.model_copy(update={"max_steps": revised, "eval_every": eval_every})
 
 
 def weights(settings: TrainSettings) -> int:

@@ -78,7 +78,7 @@ GIVEN: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(
-    minutes=st.floats(0.1, 600),
+    minutes=st.floats(0.05, 600),
     tokens=st.integers(300, 10**9),
     vocab_size=st.integers(2, 60_000),
     speed=st.floats(0.1, 1000),
@@ -119,6 +119,13 @@ def test_a_small_text_is_read_a_few_times_and_a_large_one_once() -> None:
     assert small.weight_decay > large.weight_decay
     assert small.tokens_per_step < large.tokens_per_step
     assert weights(small) <= WEIGHTS_PER_TOKEN * 20_000 < weights(choose(10, 10**9, machine(10)))
+
+
+def test_steps_on_a_small_text_are_as_small_as_the_time_allows() -> None:
+    short, long = choose(0.1, 40_000), choose(1, 40_000)
+    assert short.tokens_per_step > long.tokens_per_step
+    for settings in (short, long):
+        assert settings.max_steps * settings.tokens_per_step >= MAX_EPOCHS / 2 * 40_000
 
 
 def test_the_learning_rate_falls_with_the_number_of_steps() -> None:
@@ -202,14 +209,14 @@ def test_a_run_keeps_to_its_time_when_the_machine_changes(
     late: float, change_at: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A minute is planned with steps of 0.05 seconds. Up to half of it, they may become four times as slow."""
-    settings = TrainSettings(minutes=1, max_steps=1100, eval_every=10**6)
+    settings = TrainSettings(minutes=1, max_steps=1100, eval_every=1100)
     pace = Pace(CPU, settings, end=57.0, evaluation=0.5, most_steps=10**6)
-    max_steps = settings.max_steps
     for step, now in enumerate(step_times(0.05, late, change_at), start=1):
         monkeypatch.setattr(dial_module, "seconds_since_start", lambda now=now: now)
-        max_steps = pace.revise(step, max_steps) or max_steps
-        if step >= max_steps:
+        settings = pace.revise(step, settings)
+        if step >= settings.max_steps:
             break
+    assert settings.eval_every == settings.max_steps, "evaluated at the end only, as planned"
     assert 54 * (1 - TOLERANCE) < now < 60
 
 
@@ -220,7 +227,7 @@ def test_planned_evaluations_do_not_change_the_number_of_steps(monkeypatch: pyte
     for step in range(1, 801):
         now = START_SECONDS + step * 0.05 + (step - 1) // 160 * 3
         monkeypatch.setattr(dial_module, "seconds_since_start", lambda now=now: now)
-        assert pace.revise(step, 800) is None, step
+        assert pace.revise(step, settings) is settings, step
 
 
 @pytest.mark.parametrize(
@@ -228,7 +235,7 @@ def test_planned_evaluations_do_not_change_the_number_of_steps(monkeypatch: pyte
     [
         ("--minutes=1 --resume", "minutes is for new runs; to train a run longer, use --resume with a larger"),
         ("--minutes=1 --eval_only", "minutes and eval_only contradict each other"),
-        ("--minutes=0.01", "minutes = 0.01 is too short to start; use at least 0.1"),
+        ("--minutes=0.01", "minutes = 0.01 is too short to start; use at least 0.05"),
         ("--minutes=-1", "--minutes must be a number, at least 0"),
     ],
 )
