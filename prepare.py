@@ -31,7 +31,7 @@ from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
-from glyphgpt.data.recipes import DEFAULT_CONFIG, download_text, read_recipe
+from glyphgpt.data.recipes import download_text, read_recipe
 from glyphgpt.data.sources import is_stream, list_names
 from glyphgpt.data.splitting import encode_segments, split_text
 from glyphgpt.data.staging import (
@@ -104,7 +104,7 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         text = open_text(words, staging.parent, settings.encoding, field=settings.text_field, keep_documents=is_gpt2)
         meta = prepare(text, staging, settings, recipe="", vocabulary=vocabulary)
-    print_summary(meta, folder, DEFAULT_CONFIG)
+    print_summary(meta, folder)
 
 
 def prepare(
@@ -265,7 +265,7 @@ def find_short_split(train: SplitMeta, val: SplitMeta) -> str:
     return ""
 
 
-def print_summary(meta: DatasetMeta, folder: Path, config: str) -> None:
+def print_summary(meta: DatasetMeta, folder: Path, config: str = "") -> None:
     """Print the sizes of a dataset and the command that trains on it."""
     tokens, characters = meta.train.tokens + meta.val.tokens, meta.train.characters + meta.val.characters
     print(
@@ -277,10 +277,12 @@ def print_summary(meta: DatasetMeta, folder: Path, config: str) -> None:
 
 
 def train_command(folder: Path, config: str) -> str:
-    """Return the command that trains on a dataset."""
+    """Return the command that trains on a dataset, for a minute if no config is for it."""
     name = folder.name
     flags = [] if name == "shakespeare_char" else [f"--dataset={name}", f"--out_dir=out/{name}"]
     flags += [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
+    if not config:
+        return command("train.py", *flags, "--minutes=1")
     return command("train.py", from_here(ROOT / config), *flags)
 
 

@@ -12,8 +12,6 @@ from glyphgpt.data.text import read_lines
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import write_atomic
 
-DEFAULT_CONFIG = "config/quick.toml"
-
 
 class Pairs(BaseModel):
     """A text of translation pairs: each line of one file, a tab, and the same line of another file."""
@@ -44,8 +42,8 @@ class Recipe(BaseModel):
     licence: str
     tokenizer: Literal["char", "byte", "gpt2"]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    config: Annotated[str, Field(pattern=r"^[\w./-]+\.toml$")] = DEFAULT_CONFIG
-    """The settings to train with."""
+    config: Annotated[str, Field(pattern=r"^([\w./-]+\.toml)?$")] = ""
+    """The config to train with, if there is one."""
     source: RemoteFile | None = None
     pairs: Pairs | None = None
 

@@ -190,7 +190,7 @@ def test_the_summary_is_printed(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == (
         f"{tmp_path / 'data' / 'mine'}: 2,000 characters, 3,500 tokens (3,300 to train, 200 to validate)\n"
         "vocabulary: 256 (byte), 0.57 characters per token\n"
-        f"next: python train.py config/quick.toml --dataset=mine --out_dir=out/mine --data_dir={tmp_path / 'data'}\n"
+        f"next: python train.py --dataset=mine --out_dir=out/mine --data_dir={tmp_path / 'data'} --minutes=1\n"
     )
 
 
@@ -409,7 +409,7 @@ def test_a_prepared_recipe_is_not_prepared_again(
     run(recipe.stem)
     assert capsys.readouterr().out == (
         f"{tmp_path / 'data' / 'known'} is already prepared; "
-        f"next: python train.py config/quick.toml --dataset=known --out_dir=out/known --data_dir={tmp_path / 'data'}\n"
+        f"next: python train.py --dataset=known --out_dir=out/known --data_dir={tmp_path / 'data'} --minutes=1\n"
     )
     assert snapshot(tmp_path / "data") == before
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "data" / "known").iterdir())] == times

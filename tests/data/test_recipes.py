@@ -158,7 +158,7 @@ def test_prepared_tiny_shakespeare_has_the_counts_of_nanogpt(tmp_path: Path, tin
         (("86c4", "XXXX"), "source.sha256: String should match pattern '^[0-9a-f]{64}$'"),
         (("https:", "http:"), "source.url: String should match pattern '^https://'"),
         (('"tinyshakespeare.txt"', '"../x"'), "source.file: String should match pattern '^\\w[\\w.-]*$'"),
-        (("[source]", "config = '; rm'\n[source]"), "config: String should match pattern '"),
+        (('"config/quick.toml"', "'; rm'"), "config: String should match pattern '"),
         (("[source]", "[source"), "not a TOML file: "),
         (("[source]", "[pairs]"), "pairs.sources: Field required"),
         (("[source]", "[pairs]\naligned = []\n[source]"), "pairs.file: Field required"),
