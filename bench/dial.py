@@ -29,6 +29,8 @@ from glyphgpt.data.dataset import load_dataset
 from nanogpt import README_CPU, README_GPU, Finished, NanoGPT, run
 
 REPORTED_CHARACTERS = 1_000_000
+SHORTEST = 0.05
+"""Minutes that train.py takes at least."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def compare(bench: Bench, name: str, options: argparse.Namespace) -> float:
     if options.nanogpt:
         nanogpt = bench.train_nanogpt(name)
         print_row(name, "nanoGPT", f"{nanogpt.seconds:.1f}", f"{nanogpt.loss:.4f}", "")
-        parts = {part: f"--minutes={nanogpt.seconds * float(part) / 60:.4f}" for part in options.parts.split(",")}
-        rivals = {f"{part} of nanoGPT's time": [flag] for part, flag in parts.items()}
+        minutes = {part: max(SHORTEST, nanogpt.seconds * float(part) / 60) for part in options.parts.split(",")}
+        rivals = {f"{part} of nanoGPT's time": [f"--minutes={minutes[part]:.4f}"] for part in minutes}
     rivals |= {flags: shlex.split(flags) for flags in options.against}
     results: dict[str, list[Result]] = {title: [] for title in rivals}
     for seed in range(1, options.runs + 1):
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     parser.add_argument(
         "--parts",
-        default="0.03,0.04,0.05,0.065,0.083,1",
+        default="0.05,0.083,1",
         help="with --nanogpt, times to train instead of --minutes, in units of its time (default %(default)s)",
     )
     parser.add_argument("--runs", type=int, default=1, help="runs of each, with seeds 1, 2, ... (default %(default)s)")
