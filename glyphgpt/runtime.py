@@ -1,5 +1,6 @@
 """The runtime of a script: device, precision, compilation, processes, and requests to stop."""
 
+import ctypes
 import hashlib
 import os
 import signal
@@ -93,6 +94,7 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
         torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     if chosen.type == "cpu":
         use_deterministic_algorithms()
+        keep_freed_memory()
     runtime = Runtime(chosen, choose_dtype(dtype, chosen), rank, world_size)
     if world_size == 1:
         yield runtime
@@ -122,6 +124,18 @@ def use_deterministic_algorithms() -> None:
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler, for a second
     # filling costs time, and nothing here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_freed_memory() -> None:
+    """Let malloc reuse the memory of freed tensors; it otherwise returns large blocks to the system at every step.
+
+    Only glibc has these options (`man mallopt`).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+        mallopt(m_trim_threshold, largest)
+        mallopt(m_mmap_threshold, largest)
 
 
 def torchrun_id() -> str:

@@ -76,8 +76,8 @@ class Muon(Optimizer):
     """Momentum with orthogonalized updates, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     Updates are scaled to the usual size of AdamW's, so that both share one learning rate and weight decay (Liu et al.
-    2025, "Muon is scalable for LLM training"). Unlike torch.optim.Muon, it orthogonalizes all matrices of one shape
-    together, which is faster for small ones.
+    2025, "Muon is scalable for LLM training"). Unlike torch.optim.Muon, it orthogonalizes all matrices of one shape,
+    or transposed of that shape, together, which is faster for small ones.
     """
 
     def __init__(
@@ -100,27 +100,31 @@ class Muon(Optimizer):
         torch._foreach_mul_(list(map(local, parameters)), 1 - group["lr"] * group["weight_decay"])
         by_shape = defaultdict(list)
         for parameter, direction in zip(parameters, ahead, strict=True):
-            by_shape[parameter.shape].append((parameter, gather(direction, parameter)))
+            full = gather(direction, parameter)
+            wide = full.mT if full.size(0) > full.size(1) else full
+            by_shape[wide.shape].append((parameter, wide))
         for shape, pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
-            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            parts = [scatter(update, parameter) for update, (parameter, _) in zip(updates, pairs, strict=True)]
+            updates = orthogonalize(torch.stack([wide for _, wide in pairs]), self.dtype)
+            rate = group["lr"] * 0.2 * math.sqrt(shape[1])
+            parts = [
+                scatter(update if parameter.shape == shape else update.mT, parameter)
+                for update, (parameter, _) in zip(updates, pairs, strict=True)
+            ]
             torch._foreach_add_([local(parameter) for parameter, _ in pairs], parts, alpha=-rate)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return matrices (B, M, N) with nearly the same singular vectors, and singular values near 1.
+    """Return matrices (B, M, N), M <= N, with nearly the same singular vectors, and singular values near 1.
 
-    Computed in `dtype` by five Newton-Schulz iterations with Jordan's coefficients, along the shorter side.
+    Computed in `dtype` by five Newton-Schulz iterations with Jordan's coefficients.
     """
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = (matrices.mT if tall else matrices).to(dtype)
+    x = matrices.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:

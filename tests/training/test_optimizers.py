@@ -86,7 +86,7 @@ def test_muon_updates_the_matrices_of_the_blocks() -> None:
 
 def test_muon_updates_equal_those_of_torch() -> None:
     torch.manual_seed(0)
-    shapes = [(24, 8), (8, 8), (8, 32), (24, 8), (8, 32)]
+    shapes = [(24, 8), (8, 8), (8, 32), (24, 8), (32, 8)]
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
     optimizers: list[Muon | torch.optim.Muon] = [
@@ -105,7 +105,7 @@ def test_muon_updates_equal_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 8), (1, 8, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40)], ids=str)
 def test_orthogonalize_keeps_singular_vectors_and_moves_values_near_one(
     shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
 ) -> None:
