@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     parser.add_argument(
         "--parts",
-        default="0.05,0.083,1",
+        default="0.045,0.055,0.065,0.083,1",
         help="with --nanogpt, times to train instead of --minutes, in units of its time (default %(default)s)",
     )
     parser.add_argument("--runs", type=int, default=1, help="runs of each, with seeds 1, 2, ... (default %(default)s)")

@@ -64,8 +64,8 @@ LEARNING_RATE, FEW_STEPS, RATE_POWER = 0.02, 72, 0.36
 """Learning rate of a run of FEW_STEPS steps, and the power of the steps by which it falls."""
 MANY_STEPS = 700
 """A shorter run needs less weight decay."""
-NGRAM_ROWS, MANY_NGRAM_ROWS, LARGE_VOCABULARY = 8192, 32_768, 1000
-"""Rows of each n-gram table, and of one for a large vocabulary."""
+NGRAM_ROWS, MANY_NGRAM_ROWS, MANY_TOKENS, MANY_ROWS_COST = 8192, 32_768, 2_000_000, 1.1
+"""Rows of each n-gram table; more where a run sees so much text and a step takes less than so many times as long."""
 
 COMPILE_SECONDS, COMPILE_LAYER_SECONDS, COMPILE_PAYS = 5.0, 4.0, 3
 """Time to compile a network without blocks, and each block; how many times that long a run must be to compile."""
@@ -140,10 +140,9 @@ class Dial:
         """
         started = self.clock()
         self.set(**ARCHITECTURE, **OPTIMIZER)
-        large = self.dataset.tokenizer.vocab_size >= LARGE_VOCABULARY
-        self.set(init="gpt2" if self.settings.tie_embeddings else "zero")
-        self.set(ngram_rows=MANY_NGRAM_ROWS if large else NGRAM_ROWS)
+        self.set(init="gpt2" if self.settings.tie_embeddings else "zero", ngram_rows=NGRAM_ROWS)
         self.choose_network()
+        self.choose_tables()
         self.choose_precision()
         self.choose_steps()
         self.choose_rates()
@@ -185,6 +184,12 @@ class Dial:
             self.settings, self.costs = chosen, self.measure(chosen)
         self.enlarge_batch()
 
+    def choose_tables(self) -> None:
+        """Choose larger n-gram tables if the run sees much text, and they hardly slow the network down."""
+        seen = min(self.dataset.train.tokens, self.tokens_in_time(self.settings, self.costs))
+        if self.settings.ngram > 1 and seen >= MANY_TOKENS:
+            self.try_change(MANY_ROWS_COST, ngram_rows=MANY_NGRAM_ROWS)
+
     def enlarge_batch(self) -> None:
         """Double small steps, which process fewer tokens a second, until a small text can be read often enough."""
         text = self.dataset.train.tokens
@@ -219,10 +224,10 @@ class Dial:
         while self.settings.threads > 1 and self.try_change(threads=self.settings.threads // 2):
             pass
 
-    def try_change(self, **values: Any) -> bool:
-        """Choose these values if they make steps faster; return whether they do."""
+    def try_change(self, allowed: float = 1.0, **values: Any) -> bool:
+        """Choose these values if a step then takes less than `allowed` times as long; return whether it does."""
         candidate = self.with_values(**values)
-        if candidate == self.settings or (costs := self.measure(candidate)).step >= self.costs.step:
+        if candidate == self.settings or (costs := self.measure(candidate)).step >= allowed * self.costs.step:
             return False
         self.settings, self.costs = candidate, costs
         return True

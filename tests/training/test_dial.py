@@ -19,7 +19,17 @@ from glyphgpt.files import CONFIG
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training import dial as dial_module
-from glyphgpt.training.dial import MAX_EPOCHS, TOLERANCE, WEIGHTS_PER_TOKEN, Costs, Dial, Pace, weights
+from glyphgpt.training.dial import (
+    MANY_NGRAM_ROWS,
+    MAX_EPOCHS,
+    NGRAM_ROWS,
+    TOLERANCE,
+    WEIGHTS_PER_TOKEN,
+    Costs,
+    Dial,
+    Pace,
+    weights,
+)
 from glyphgpt.training.run import resume_after_restart
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -132,6 +142,14 @@ def test_the_learning_rate_falls_with_the_number_of_steps() -> None:
     short, long = choose(0.1, 10**8), choose(60, 10**8)
     assert short.max_steps < long.max_steps
     assert short.learning_rate > 2 * long.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cost", "rows"), [(10**8, 1.05, MANY_NGRAM_ROWS), (10**8, 1.3, NGRAM_ROWS), (10**6, 1.05, NGRAM_ROWS)]
+)
+def test_ngram_tables_are_large_for_much_text_where_that_costs_little(tokens: int, cost: float, rows: int) -> None:
+    measure = machine(100, rows=lambda settings: cost if settings.ngram_rows > NGRAM_ROWS else 1.0)
+    assert choose(30, tokens, measure).ngram_rows == rows
 
 
 @pytest.mark.parametrize("better", [1, 2])
