@@ -1,6 +1,6 @@
 """Draw docs/loss.svg, the loss curves in the README, from finished runs. Needs matplotlib.
 
-python docs/draw_loss.py out/quick out/shakespeare_char
+python docs/draw_loss.py out/quick out/two_minutes
 """
 
 import json
