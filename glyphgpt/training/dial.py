@@ -54,10 +54,10 @@ WEIGHTS_PER_TOKEN = 100
 """Weights of the blocks, for each token of the text, above which a larger network does not help."""
 MAX_EPOCHS = 6
 """Reading a text more often than this makes the validation loss worse, or hardly better."""
-CONTEXTS = ((150_000, 64), (1_500_000, 128), (math.inf, 256))
+CONTEXTS = ((1_500_000, 128), (math.inf, 256))
 """The context of runs of up to that many tokens."""
-STEP_TOKENS, FEW_TOKENS = 1024, 74_000
-"""Tokens of a step in a run of FEW_TOKENS tokens; a step grows with the cube root of the run."""
+STEP_TOKENS, FEW_TOKENS = 2048, 600_000
+"""Tokens of a step in runs of up to FEW_TOKENS tokens; in longer ones it grows with the cube root of the run."""
 ENOUGH_STEPS, LEAST_STEP_TOKENS = 1000, 256
 """Where there is time enough, a text is read in this many steps, unless they would be smaller than this."""
 LEARNING_RATE, FEW_STEPS, RATE_POWER = 0.02, 72, 0.36
