@@ -15,7 +15,8 @@ from torch import Tensor
 from glyphgpt.data.dataset import Split
 from glyphgpt.data.tokenizers import Tokens, token_dtype
 
-RESIDENT_BYTES = 1 << 30  # a split of at most this size on disk is kept on the device
+RESIDENT_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
+"""Size on disk up to which a split is copied to a device of this type; a larger copy for a CPU takes a second."""
 
 
 def windows_per_epoch(tokens: int, block_size: int) -> int:
@@ -57,7 +58,7 @@ class Windows:
         self._resident: Tensor | None = None
         self._executor = ThreadPoolExecutor(1)
         self._prefetched: tuple[NDArray[np.int64], int, Future[Tensor]] | None = None
-        if split.tokens * split.dtype.itemsize <= RESIDENT_BYTES:
+        if split.tokens * split.dtype.itemsize <= RESIDENT_BYTES[device.type]:
             # torch supports few operations on 16-bit and 32-bit unsigned integers
             dtype = np.uint8 if split.dtype == np.uint8 else np.int32
             self._resident = torch.from_numpy(split.slice(0, split.tokens).astype(dtype)).to(device)

@@ -71,6 +71,8 @@ COMPILE_SECONDS, COMPILE_LAYER_SECONDS, COMPILE_PAYS = 5.0, 4.0, 3
 """Time to compile a network without blocks, and each block; how many times that long a run must be to compile."""
 END_SECONDS = 0.5
 """Time to build the model, save it, and write the report."""
+LONG_SECONDS = 30
+"""A shorter run is evaluated only at its end, and does not try float32 where bfloat16 is the default."""
 MEASURE_TIME = 0.007
 """Fraction of the time for measuring one candidate."""
 MARGIN = 0.03
@@ -264,7 +266,7 @@ class Dial:
         """Choose the precision and whether to compile, by trying."""
         dtype = str(self.runtime.configured(self.settings.dtype, 0).dtype).removeprefix("torch.")
         self.set(dtype=dtype, compile=False)
-        if self.device == "cpu":
+        if self.device == "cpu" and self.seconds >= LONG_SECONDS:
             self.try_change(dtype="float32")
         can_compile = self.device == "cuda" or shutil.which("g++")
         compile_seconds = COMPILE_SECONDS + COMPILE_LAYER_SECONDS * self.settings.n_layer
@@ -308,7 +310,7 @@ class Dial:
 
     def evaluations(self, steps: int) -> Values:
         """Return when to evaluate: at the end, and ten times in a run of minutes."""
-        count = 1 if self.seconds < 30 else 4 if self.seconds < 120 else 10
+        count = 1 if self.seconds < LONG_SECONDS else 4 if self.seconds < 120 else 10
         return {"eval_every": -(-steps // count)}
 
     def choose_rates(self) -> None:
