@@ -308,7 +308,7 @@ def configs(workspace: Workspace, trials: int) -> Tally:
     files = sorted((ROOT / "config").glob("*.toml"))
     few_steps = {"dataset": "small", "data_dir": workspace.data_dir, "device": "cpu", "save_every": 1}
     few_steps |= {"max_steps": 12, "log_every": 1, "eval_every": 10**6, "eval_tokens": 500}
-    few_steps |= {"report": False, "plot": False}
+    few_steps |= {"report": False}
     environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_CACHE_DIR": str(workspace.scratch / "compiled")}
 
     def start(file: Path, out_dir: Path, **changes: object) -> "subprocess.Popen[str]":

@@ -112,7 +112,7 @@ class Workspace:
             "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "position": "rotary", "ngram": 2,
             "ngram_rows": 20, "batch_size": 4, "max_steps": STEPS, "optimizer": "muon", "learning_rate": 0.03,
             "warmup_steps": 5, "schedule": "constant", "dropout": 0.1, "eval_every": 10, "eval_tokens": 200,
-            "save_every": 1, "sample_tokens": 5, "log_every": 1, "plot": False,
+            "save_every": 1, "sample_tokens": 5, "log_every": 1,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in {**settings, **changes}.items()]
 

@@ -1,7 +1,6 @@
 """nanoGPT (https://github.com/karpathy/nanoGPT) as the benchmarks run it: unmodified, in a copy of a checkout."""
 
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,12 @@ README_CPU = [
 ]  # fmt: skip
 """The trainings of its README, of 0.8M parameters on a CPU and of 10.65M on a GPU."""
 
-# Python runs this in nanoGPT's folder, where `model` is nanoGPT's.
+# Python runs these in nanoGPT's folder, where `model` is nanoGPT's.
+WRITE_META = """
+import pickle, sys
+with open("data/shakespeare_char/meta.pkl", "wb") as file:
+    pickle.dump({"vocab_size": int(sys.argv[1])}, file)
+"""
 EVALUATE = """
 import sys, numpy as np, torch
 from model import GPT, GPTConfig
@@ -85,7 +89,7 @@ class NanoGPT:
         folder = self.folder / "data" / "shakespeare_char"
         for name, tokens in splits.items():
             np.asarray(tokens).astype(np.uint16).tofile(folder / f"{name}.bin")
-        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+        self.run("-c", WRITE_META, str(vocab_size))
 
     def evaluate(self, split: str) -> float:
         """Return the loss of its saved weights on a split, in consecutive windows of the model's context."""

@@ -24,7 +24,7 @@ from prepare_speed import ROOT, write_text
 
 STEPS = 3000
 FLAGS = [
-    "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=64", "--batch_size=64", "--device=cpu", "--plot=False",
+    "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=64", "--batch_size=64", "--device=cpu",
     f"--max_steps={STEPS}", "--log_every=100", f"--eval_every={STEPS}", "--eval_tokens=1000", "--sample_tokens=0",
 ]  # fmt: skip
 

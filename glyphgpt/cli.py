@@ -105,7 +105,11 @@ def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
         UsageError: The file cannot be read, or the folder holds no run.
     """
     path = Path(word)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # for example because the name is too long
+        raise UsageError(f"{word}: cannot read this settings file: {error.strerror}") from error
+    if is_folder:
         path /= CONFIG
         if not path.exists():
             raise UsageError(f"{word}: not the folder of a run; it has no {CONFIG}")

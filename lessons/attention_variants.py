@@ -167,7 +167,7 @@ def make_train_settings(
 ) -> TrainSettings:
     """Return the settings with which train.py trains a variant."""
     changes: dict[str, Any] = {"data_dir": settings.data_dir, "out_dir": out_dir, "sample_tokens": 0}
-    changes |= {"plot": False, "report": False}
+    changes |= {"report": False}
     if settings.max_steps:
         changes["max_steps"] = settings.max_steps
     if variant and variant.position != "none":  # apply_variant makes "none" from rotary positions

@@ -244,6 +244,7 @@ def test_missing_file_and_folder_that_is_not_a_run(folder: Path) -> None:
     missing = folder / "missing.toml"
     line = f"{missing}: cannot read this settings file: No such file or directory"
     assert problems(TrainSettings, str(missing)) == [line]
+    assert problems(TrainSettings, "9" * 5000) == [f"{'9' * 5000}: cannot read this settings file: File name too long"]
     assert problems(TrainSettings, str(folder)) == [f"{folder}: not the folder of a run; it has no config.toml"]
 
 
