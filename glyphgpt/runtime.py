@@ -25,7 +25,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "cpp.vec_isa_ok": True,  # skips ten seconds of test compilations, one for each vector instruction set
     "cpp.use_decompose_tanh": True,  # computes tanh from exp, in half the time
     "fallback_random": True,  # compiled random numbers are slow on CPUs
-    "deterministic": True,
+    "deterministic": True,  # choices that do not depend on timings
 }
 GLOO_SECONDS = 0.3
 """Pause before the process exits. Gloo's threads outlive the process group and may still have to release a tensor. If
@@ -131,7 +131,7 @@ def keep_freed_memory() -> None:
 
     Only glibc has these options (`man mallopt`).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
         mallopt(m_trim_threshold, largest)
