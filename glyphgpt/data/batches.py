@@ -15,8 +15,8 @@ from torch import Tensor
 from glyphgpt.data.dataset import Split
 from glyphgpt.data.tokenizers import Tokens, token_dtype
 
-RESIDENT_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
-"""Size on disk up to which a split is copied to a device of this type; a larger copy for a CPU takes a second."""
+CPU_RESIDENT_BYTES, GPU_RESIDENT_BYTES = 1 << 24, 1 << 30
+"""Size on disk up to which a split is copied to the device; copying a large one for a CPU takes a second."""
 
 
 def windows_per_epoch(tokens: int, block_size: int) -> int:
@@ -58,7 +58,8 @@ class Windows:
         self._resident: Tensor | None = None
         self._executor = ThreadPoolExecutor(1)
         self._prefetched: tuple[NDArray[np.int64], int, Future[Tensor]] | None = None
-        if split.tokens * split.dtype.itemsize <= RESIDENT_BYTES[device.type]:
+        limit = CPU_RESIDENT_BYTES if device.type == "cpu" else GPU_RESIDENT_BYTES
+        if split.tokens * split.dtype.itemsize <= limit:
             # torch supports few operations on 16-bit and 32-bit unsigned integers
             dtype = np.uint8 if split.dtype == np.uint8 else np.int32
             self._resident = torch.from_numpy(split.slice(0, split.tokens).astype(dtype)).to(device)

@@ -80,7 +80,7 @@ def test_windows_hold_the_tokens_from_each_start(
 ) -> None:
     tokens = (np.arange(100) * 7919 % np.iinfo(dtype).max).astype(dtype)
     split = Split((tokens[:10], tokens[10:13], tokens[13:]), characters=100)
-    monkeypatch.setitem(batches.RESIDENT_BYTES, "cpu", split.tokens * tokens.itemsize - (not resident))
+    monkeypatch.setattr(batches, "CPU_RESIDENT_BYTES", split.tokens * tokens.itemsize - (not resident))
     windows = Windows(split, torch.device("cpu"))
     starts = np.array([90, 0, 9, 12])
     rows = windows.read(starts, 10)
