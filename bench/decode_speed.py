@@ -29,7 +29,7 @@ CHARACTERS = 1000
 def main() -> None:
     """Measure and print both speeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="the folder of a run, or a checkpoint")
+    parser.add_argument("run", type=Path, help="the folder of a run, or a checkpoint")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     checkpoint, _ = open_checkpoint(options.run, Path("data"))
