@@ -25,11 +25,11 @@ from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
 from glyphgpt.data.text import read_text
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, warn
+from glyphgpt.files import write_atomic
 from glyphgpt.inference.generate import LanguageModel, SamplingParams, TextStream, generate
 from glyphgpt.inference.loading import language_model, open_checkpoint, torch_model
+from glyphgpt.reports.model_page import write_model_page
 from glyphgpt.settings import SampleSettings
-
-LARGE_PAGE = 10**7  # attention weights, about 27 MB of HTML
 
 
 def main(settings: SampleSettings, *words: str) -> None:
@@ -91,25 +91,33 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
 
 
 def write_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-    """Write the attention weights of a text as a page or a figure.
+    """Write the attention weights of a text: the model's page with this text, or a figure.
 
     Raises:
         UserError: The text is empty or too long, or the file could not be written.
     """
-    tokens = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown)
+    tokens, path = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown), Path(settings.out)
+    if path.name.lower().endswith(".html"):
+        title = checkpoint.path.absolute().parent.name
+        write_model_page(path, checkpoint, tokenizer, title=title, text=settings.attention, view="attention")
+    else:
+        write_atomic(path, attention_figure(checkpoint, tokenizer, tokens))
+    print(f"{path}: written")
+
+
+def attention_figure(checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: Tokens) -> bytes:
+    """Return a PNG of the attention weights of tokens (T,).
+
+    Raises:
+        UserError: There are no tokens, or too many.
+    """
     with torch_model(checkpoint, "cpu", "float32", "the length of the text") as (model, _):
         from glyphgpt.reports import attention_maps  # noqa: PLC0415  (imports torch)
 
-        config, path = checkpoint.config, Path(settings.out)
-        if not 1 <= len(tokens) <= config.block_size:
+        if not 1 <= len(tokens) <= checkpoint.config.block_size:
             length = f"{len(tokens):,} {attention_maps.UNITS[tokenizer.kind]}s"
-            raise UserError(f"the text has {length}; this model's context is 1 to {config.block_size:,}")
-        weights = config.n_layer * config.n_head * len(tokens) ** 2 // 2
-        if weights > LARGE_PAGE and path.suffix.lower() == ".html":
-            warn(f"{weights:,} attention weights make a page that browsers open slowly; use a shorter text")
-        maps = attention_maps.compute_maps(model, tokenizer, tokens)
-        attention_maps.write_maps(maps, path, str(checkpoint.path))
-    print(f"{path}: written")
+            raise UserError(f"the text has {length}; this model's context is 1 to {checkpoint.config.block_size:,}")
+        return attention_maps.render_png(attention_maps.compute_maps(model, tokenizer, tokens))
 
 
 class Sampler:

@@ -6,6 +6,7 @@
     python -m glyphgpt.convert huggingface FOLDER --out=out/gpt2/best.safetensors
     python -m glyphgpt.convert to-huggingface out/run --out=FOLDER
     python -m glyphgpt.convert to-gguf out/run --out=model.gguf        for llama.cpp
+    python -m glyphgpt.convert to-html out/run --out=model.html        for any browser
 
 Nothing in a file is executed.
 """
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 from glyphgpt.cli import parse
-from glyphgpt.convert import from_huggingface, nanogpt, to_gguf, to_huggingface
+from glyphgpt.convert import from_huggingface, nanogpt, to_gguf, to_html, to_huggingface
 from glyphgpt.errors import UsageError, exit_on_error
 from glyphgpt.settings import ConvertSettings
 
@@ -26,6 +27,7 @@ KINDS = {
     "huggingface": from_huggingface.convert_model,
     "to-huggingface": to_huggingface.export_folder,
     "to-gguf": to_gguf.export_gguf,
+    "to-html": to_html.export_page,
 }
 """The kinds of conversion. Each function returns a message for the user."""
 

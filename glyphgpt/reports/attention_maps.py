@@ -1,4 +1,4 @@
-"""Attention maps: the attention weights of a text in every layer and head, as a page for a browser or as a PNG.
+"""Attention maps: the attention weights of a text in every layer and head, as a PNG for papers.
 
 The weights are the model's own, softmax(q k^T / sqrt(D)) of "Attention is all you need" (Vaswani et al. 2017), computed
 from the actual inputs of every attention module. They show which tokens a head reads, not why the model predicts what
@@ -7,16 +7,12 @@ it predicts (Jain & Wallace 2019, "Attention is not explanation").
 Shape letters as in model.py; L layers.
 """
 
-import base64
 import io
 import math
-import unicodedata
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate, groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,56 +21,39 @@ from torch import Tensor, nn
 
 from glyphgpt.data.tokenizers import Tokenizer, Tokens
 from glyphgpt.errors import UserError, optional_import
-from glyphgpt.files import write_atomic
-from glyphgpt.reports.templates import render
 
 UNITS = {"char": "character", "byte": "byte", "gpt2": "token"}
 """The name of a token, by the kind of the tokenizer."""
-TOP_TOKENS = 10  # most probable next tokens shown
-WEIGHT_ONE = 2**16 - 1  # a weight of 1 in the page's 16-bit integers
 MAX_INCHES = 20.0  # largest width or height of all panels of a PNG together
 WHITESPACE_SYMBOLS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
-
-TokenProbs = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """The attention weights of a text of T tokens, and the model's predictions."""
+    """The attention weights of a text of T tokens."""
 
     unit: str
     """The name of a token, as in `UNITS`."""
     tokens: list[str]
-    word_lengths: list[int]
-    """Number of tokens in each word."""
     weights: Tensor
     """(L, H, T, T): a row for each query, a column for each key."""
-    predictions: list[TokenProbs]
-    """For each token, the most probable next tokens, then the actual next token if it is not among them."""
 
 
 def compute_maps(model: nn.Module, tokenizer: Tokenizer, tokens: Tokens) -> AttentionMaps:
     """Return the attention maps of tokens (T,), at most block_size, under a GPT of model.py in evaluation mode.
 
     Raises:
-        UserError: The weights or the probabilities are not finite.
+        UserError: The weights are not finite.
     """
-    weights, probs = weights_and_probs(model, torch.from_numpy(tokens.astype("int64")))
-    if not (weights.isfinite().all() and probs.isfinite().all()):
+    weights = attention_weights(model, torch.from_numpy(tokens.astype("int64")))
+    if not weights.isfinite().all():
         raise UserError("the model's numbers overflow; use another checkpoint")
-    next_tokens = [*tokens.tolist()[1:], None]
-    token_bytes = [tokenizer.token_bytes(int(token)) for token in tokens]
-    return AttentionMaps(
-        UNITS[tokenizer.kind],
-        list(map(token_text, token_bytes)),
-        word_lengths(token_bytes),
-        weights,
-        [top_probs(tokenizer, row, actual) for row, actual in zip(probs, next_tokens, strict=True)],
-    )
+    texts = [token_text(tokenizer.token_bytes(int(token))) for token in tokens]
+    return AttentionMaps(UNITS[tokenizer.kind], texts, weights)
 
 
-def weights_and_probs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the attention weights (L, H, T, T) of tokens (T,), and the next-token probabilities (T, V)."""
+def attention_weights(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the attention weights (L, H, T, T) of tokens (T,)."""
     weights: list[Tensor] = []
     mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
 
@@ -87,72 +66,13 @@ def weights_and_probs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]
         for name, module in model.named_modules():
             if name.endswith(".attention"):
                 hooks.enter_context(module.register_forward_pre_hook(record_weights))
-        probs = model(tokens[None]).squeeze(0).softmax(-1)
-    return torch.stack(weights), probs
-
-
-def top_probs(tokenizer: Tokenizer, probs: Tensor, actual: int | None) -> TokenProbs:
-    """Return the most probable tokens under probs (V,), then the actual next token if it is not among them."""
-    top = probs.topk(min(TOP_TOKENS, len(probs))).indices.tolist()
-    if actual is not None and actual not in top:
-        top.append(actual)
-    return [(token_text(tokenizer.token_bytes(token)), round(float(probs[token]), 5)) for token in top]
+        model(tokens[None])
+    return torch.stack(weights)
 
 
 def token_text(token_bytes: bytes) -> str:
     r"""Return a token's text; bytes that are not a whole character are escaped, as in \xc3."""
     return token_bytes.decode("utf-8", "backslashreplace")
-
-
-def word_lengths(tokens: Sequence[bytes]) -> list[int]:
-    """Return the number of tokens in each word; runs of white space or punctuation count as words too.
-
-    A token belongs to the word at its first byte that is not white space, because GPT-2's tokens begin with a space.
-    """
-    text = b"".join(tokens).decode("utf-8", "surrogateescape")
-    runs = ["".join(run) for _, run in groupby(text, character_class)]
-    word_of_byte = [word for word, run in enumerate(runs) for _ in run.encode("utf-8", "surrogateescape")]
-    starts = accumulate(map(len, tokens[:-1]), initial=0)
-    indents = [len(token) - len(token.lstrip() or token) for token in tokens]
-    words = [word_of_byte[start + indent] for start, indent in zip(starts, indents, strict=True)]
-    return [len(list(group)) for _, group in groupby(words)]
-
-
-def character_class(character: str) -> str:
-    """Return "space", "word" for letters, combining marks and numbers, or "punctuation" for everything else."""
-    if character.isspace():
-        return "space"
-    return "word" if unicodedata.category(character)[0] in "LMN" else "punctuation"
-
-
-def write_maps(maps: AttentionMaps, path: Path, title: str) -> None:
-    """Write a page if the path ends in .html, otherwise a PNG, which has no title.
-
-    Raises:
-        UserError: The file could not be written, or matplotlib, which draws the PNG, is not installed.
-    """
-    write_atomic(path, render_page(maps, title).encode() if path.name.lower().endswith(".html") else render_png(maps))
-
-
-def render_page(maps: AttentionMaps, title: str) -> str:
-    """Return a self-contained HTML page."""
-    layers, heads, length, _ = maps.weights.shape
-    data = {
-        "title": title,
-        "unit": maps.unit,
-        "tokens": maps.tokens,
-        "word_lengths": maps.word_lengths,
-        "layers": layers,
-        "heads": heads,
-        "weights": encode_weights(maps.weights[:, :, *torch.tril_indices(length, length)]),
-        "predictions": maps.predictions,
-    }
-    return render("attention.html", data)
-
-
-def encode_weights(weights: Tensor) -> str:
-    """Encode weights as little-endian 16-bit integers in base64."""
-    return base64.b64encode((weights * WEIGHT_ONE).round().int().numpy().astype("<u2").tobytes()).decode()
 
 
 def render_png(maps: AttentionMaps) -> bytes:

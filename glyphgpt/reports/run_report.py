@@ -22,7 +22,7 @@ from glyphgpt.reports.plot import read_metrics
 from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, Mode, ReportSettings, TrainSettings
-from glyphgpt.training.metrics import METRICS, SAMPLES, Row, overfitting, read_rows
+from glyphgpt.training.metrics import METRICS, Row, overfitting, read_samples
 from glyphgpt.training.run import outcome
 
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
@@ -70,7 +70,7 @@ def page_data(run: Path) -> dict[str, Any]:
         UserError: The run has no metrics, or one of its files cannot be read.
     """
     rows = read_metrics(run)
-    samples = read_rows(run / SAMPLES, check_sample) if (run / SAMPLES).exists() else []
+    samples = read_samples(run)
     config = str(run / CONFIG)
     settings = resolve(TrainSettings, [(config, read_toml(config))])
     metadata = next((read_metadata(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
@@ -89,17 +89,6 @@ def page_data(run: Path) -> dict[str, Any]:
         "settings": settings_tables(settings),
         "summary": summary_tables(summary) if summary else None,
     }
-
-
-def check_sample(row: Any) -> Row:
-    """Check a row of samples, and return it.
-
-    Raises:
-        KeyError, TypeError: The row lacks a key, or a value has the wrong type.
-    """
-    if not (isinstance(row["step"], int) and isinstance(row["text"], str)):
-        raise TypeError
-    return dict(row)
 
 
 def model_summary(settings: TrainSettings, metadata: Metadata | None) -> ModelSummary | None:

@@ -97,6 +97,26 @@ def read_rows(path: Path, check: Callable[[Any], Row]) -> list[Row]:
         raise UserError(f"{path}: not as train.py writes it") from error
 
 
+def read_samples(folder: Path) -> list[Row]:
+    """Read the samples of a run, which may have none.
+
+    Raises:
+        UserError: The file cannot be read, or was not written by train.py.
+    """
+    return read_rows(folder / SAMPLES, check_sample) if (folder / SAMPLES).exists() else []
+
+
+def check_sample(row: Any) -> Row:
+    """Check a row of samples, and return it.
+
+    Raises:
+        KeyError, TypeError: The row lacks a key, or a value has the wrong type.
+    """
+    if not (isinstance(row["step"], int) and isinstance(row["text"], str)):
+        raise TypeError
+    return dict(row)
+
+
 def overfitting(rows: list[Row]) -> str:
     """Return in words how training and validation part in a run's metrics, and what to do; "" if they do not."""
     val, train = ([row for row in rows if row["kind"] == kind and row.get("loss")] for kind in ("val", "train"))

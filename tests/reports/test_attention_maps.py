@@ -1,6 +1,5 @@
-"""Attention maps: the weights and probabilities are the model's own, and the page and the PNG show them."""
+"""Attention maps: the weights are the model's own, and the page and the PNG show them."""
 
-import base64
 import json
 import re
 import struct
@@ -8,27 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import sample
 import train
-from conftest import MODERN, prepare_text, tiny_model, tiny_settings
+from conftest import MODERN, tiny_model, tiny_settings
 from glyphgpt.cli import parse
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.reports import attention_maps
 from glyphgpt.reports.attention_maps import (
     AttentionMaps,
+    attention_weights,
     compute_maps,
-    render_page,
     render_png,
     token_text,
-    weights_and_probs,
-    word_lengths,
 )
 from glyphgpt.settings import SampleSettings
 from model import EXPLICIT_ATTENTION, GPT, CausalSelfAttention
@@ -61,14 +55,14 @@ def maps_of(text: str, tokenizer: Tokenizer | None = None) -> AttentionMaps:
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_weights_and_probs_are_the_models_own(network: dict[str, Any]) -> None:
+def test_weights_are_the_models_own(network: dict[str, Any]) -> None:
     model = random_model(**network)
     tokens = torch.arange(model.config.block_size) % model.config.vocab_size
     calls: list[tuple[CausalSelfAttention, torch.Tensor, torch.Tensor]] = []
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):
             module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0], output)))
-    weights, probs = weights_and_probs(model, tokens)
+    weights = attention_weights(model, tokens)
     assert weights.shape == (model.config.n_layer, model.config.n_head, len(tokens), len(tokens))
     assert not weights.triu(1).any(), "no token attends to later ones"
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
@@ -76,26 +70,7 @@ def test_weights_and_probs_are_the_models_own(network: dict[str, Any]) -> None:
     for layer, (module, x, output) in zip(weights, calls, strict=True):
         _, _, v = module.project_qkv(x)
         torch.testing.assert_close(module.project_out(layer @ v), output)
-    torch.testing.assert_close(probs, model(tokens[None])[0].softmax(-1))
-    assert len(calls) == 2 * len(weights)
     assert not any(module._forward_pre_hooks for module in model.modules()), "the hooks are removed"
-
-
-def test_words_are_runs_of_letters_white_space_or_punctuation() -> None:
-    text = "Est-elle\n  délicieuse ?"
-    lengths = word_lengths([character.encode() for character in text])
-    ends = np.cumsum(lengths)
-    words = [text[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-    assert words == ["Est", "-", "elle", "\n  ", "délicieuse", " ", "?"]
-    assert word_lengths([bytes([byte]) for byte in "é è".encode()]) == [2, 1, 2]
-    assert word_lengths([b"La", b" pizza", b"\n", b" ", b" \xc3", b"\xa9", b"t", b"\xc3"]) == [1, 1, 2, 3, 1]
-
-
-@given(st.lists(st.binary(min_size=1, max_size=4) | st.text(min_size=1, max_size=3).map(str.encode), min_size=1))
-def test_every_token_is_in_one_word(tokens: list[bytes]) -> None:
-    lengths = word_lengths(tokens)
-    assert min(lengths) >= 1
-    assert sum(lengths) == len(tokens)
 
 
 def test_bytes_that_are_not_a_character_are_escaped(gpt2_data_dir: Path) -> None:
@@ -107,27 +82,6 @@ def test_bytes_that_are_not_a_character_are_escaped(gpt2_data_dir: Path) -> None
     assert maps.unit == "token"
 
 
-def test_predictions_are_the_ten_most_probable_tokens_and_the_actual_one() -> None:
-    text = "abcdefghijklmnopqrstuvwxyz"
-    model = random_model(vocab_size=26, block_size=26)
-    predictions = maps_of(text).predictions
-    probs = model(torch.arange(26)[None])[0].softmax(-1)
-    assert {len(row) for row in predictions} == {10, 11}, "the actual token is not always among the ten"
-    assert len(predictions[-1]) == 10
-    for position, row in enumerate(predictions):
-        shown = [text.index(token) for token, _ in row]
-        assert shown[:10] == probs[position].argsort(descending=True)[:10].tolist()
-        assert position == 25 or position + 1 in shown
-        assert [prob for _, prob in row] == pytest.approx(probs[position, shown].tolist(), abs=1e-5)
-    assert [len(row) for row in maps_of("abcabc").predictions] == [3] * 6, "a vocabulary may be small"
-
-
-def data_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    return dict(json.loads(found[1]))
-
-
 def test_overflow_is_reported() -> None:
     model = random_model()
     with torch.no_grad():
@@ -135,31 +89,6 @@ def test_overflow_is_reported() -> None:
     tokenizer = CharTokenizer("abcdefghijk")
     with pytest.raises(UserError, match=r"^the model's numbers overflow; use another checkpoint$"):
         compute_maps(model, tokenizer, tokenizer.encode("abc"))
-
-
-def test_the_page_contains_the_weights() -> None:
-    maps = maps_of(HOSTILE)
-    data = data_of(render_page(maps, "run"))
-    layers, heads, length, _ = maps.weights.shape
-    encoded = np.frombuffer(base64.b64decode(data["weights"]), "<u2").reshape(layers, heads, -1)
-    weights = np.zeros(maps.weights.shape)
-    weights[:, :, *np.tril_indices(length)] = encoded / 65535
-    np.testing.assert_allclose(weights, maps.weights, atol=1 / 65535)
-    assert (data["layers"], data["heads"], data["unit"]) == (layers, heads, "character")
-    assert sum(data["word_lengths"]) == length
-
-
-def test_hostile_text_cannot_add_markup_to_the_page() -> None:
-    plain, hostile = render_page(maps_of("abc"), "run"), render_page(maps_of(HOSTILE), HOSTILE)
-    assert hostile.count("<") == plain.count("<")
-    data = data_of(hostile)
-    assert "".join(data["tokens"]) == data["title"] == HOSTILE
-
-
-def test_the_page_of_a_long_text_has_a_few_megabytes() -> None:
-    weights = torch.rand(6, 6, 256, 256).softmax(-1)
-    maps = AttentionMaps("character", ["a"] * 256, [256], weights, [[("a", 0.1)] * 11] * 256)
-    assert len(render_page(maps, "run")) < 4e6
 
 
 def png_size(png: bytes) -> tuple[int, int]:
@@ -172,10 +101,10 @@ def test_a_png_has_a_panel_for_each_layer_and_head(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide, tall = (torch.ones(*shape, 12, 12).tril().softmax(-1) for shape in ((2, 4), (4, 2)))
-    tokens, predictions = list("To be, or no"), [[("a", 1.0)]]
-    width, height = png_size(render_png(AttentionMaps("character", tokens, [12], wide, predictions)))
+    tokens = list("To be, or no")
+    width, height = png_size(render_png(AttentionMaps("character", tokens, wide)))
     assert width > 1.3 * height
-    width, height = png_size(render_png(AttentionMaps("character", tokens, [12], tall, predictions)))
+    width, height = png_size(render_png(AttentionMaps("character", tokens, tall)))
     assert height > 1.3 * width
     assert max(png_size(render_png(maps_of(HOSTILE + "a long text " * 30)))) < 6000
     monkeypatch.setattr(attention_maps, "MAX_INCHES", 1.0)
@@ -189,6 +118,13 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("run")
     train.main(tiny_settings(data_dir, out_dir, max_steps=2))
     return out_dir
+
+
+def data_of(path: Path) -> dict[str, Any]:
+    """Return the data of a page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
+    assert found
+    return dict(json.loads(found[1]))
 
 
 def write_attention(run: Path, path: Path, text: str, **changes: object) -> None:
@@ -205,11 +141,10 @@ def test_sample_writes_a_file_and_prints_its_path(
         write_attention(run, tmp_path / name, "the king")
         assert capsys.readouterr().out == f"{tmp_path / name}: written\n"
     png_size((tmp_path / "attention.png").read_bytes())
-    data = data_of((tmp_path / "attention.html").read_text(encoding="utf-8"))
-    assert data["tokens"] == list("the king")
-    assert data["title"] == str(run / "best.safetensors")
-    write_attention(run, tmp_path / ".HTML", "the qking", skip_unknown=True)
-    assert data_of((tmp_path / ".HTML").read_text(encoding="utf-8"))["tokens"] == list("the king")
+    data = data_of(tmp_path / "attention.html")
+    assert (data["text"], data["view"], data["title"]) == ("the king", "attention", run.name)
+    write_attention(run, tmp_path / ".HTML", "the qking, longer than the context", skip_unknown=True)
+    assert data_of(tmp_path / ".HTML")["text"] == "the qking, longer than the context"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +159,7 @@ def test_unsuitable_texts_are_refused(
     text: str, changes: dict[str, str], message: str, run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        write_attention(run, tmp_path / "a.html", text, **changes)
+        write_attention(run, tmp_path / "a.png", text, **changes)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,14 +174,6 @@ def test_only_a_png_needs_matplotlib(run: Path, tmp_path: Path, monkeypatch: pyt
         write_attention(run, tmp_path / "a.png", "the king")
     write_attention(run, tmp_path / "a.html", "the king")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
-
-
-def test_byte_tokens_are_single_bytes(tmp_path: Path) -> None:
-    prepare_text("était délicieuse\n" * 60, tmp_path, tokenizer="byte")
-    train.main(tiny_settings(tmp_path, tmp_path / "run", max_steps=1))
-    write_attention(tmp_path / "run", tmp_path / "a.html", "é😀")
-    tokens = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))["tokens"]
-    assert tokens == [r"\xc3", r"\xa9", r"\xf0", r"\x9f", r"\x98", r"\x80"]
 
 
 @pytest.mark.parametrize(
