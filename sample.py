@@ -4,6 +4,7 @@
     python sample.py out/quick --prompt="ROMEO:" --num_samples=3
     python sample.py best.safetensors --interactive               any checkpoint file; ask for prompts
     python sample.py out/quick --score=my.txt                     or --score=shakespeare_char, a prepared dataset
+    python sample.py out/quick --novelty=shakespeare_char         how much of its text it has copied
     python sample.py out/quick --attention="To be, or not" --out=attention.html
 
 A checkpoint contains its vocabulary (except GPT-2's, which is downloaded once), so one file is enough. The context
@@ -19,15 +20,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
 from glyphgpt.data.text import read_text
-from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_text, start_token
+from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import write_atomic
-from glyphgpt.inference.generate import LanguageModel, SamplingParams, TextStream, generate
-from glyphgpt.inference.loading import language_model, open_checkpoint, torch_model
+from glyphgpt.inference.api import Model, open_model
+from glyphgpt.inference.loading import open_checkpoint, torch_model
+from glyphgpt.inference.novelty import LENGTHS, Points, find_copied, read_points
 from glyphgpt.reports.model_page import write_model_page
 from glyphgpt.settings import SampleSettings
 
@@ -40,32 +43,25 @@ def main(settings: SampleSettings, *words: str) -> None:
     """
     if len(words) != 1:
         raise UsageError(f"name one run or checkpoint: {glyphgpt.startup.USAGE['sample.py']}")
-    checkpoint, tokenizer = open_checkpoint(Path(words[0]), Path(settings.data_dir))
-    if settings.score:
-        print_score(checkpoint, tokenizer, settings)
-        return
     if settings.attention:
-        write_attention(checkpoint, tokenizer, settings)
+        write_attention(Path(words[0]), settings)
         return
-    with language_model(checkpoint, settings.device, settings.dtype, "num_samples") as model:
-        sampler = Sampler(model, checkpoint.config.block_size, tokenizer, settings)
-        if settings.interactive:
-            sampler.interact()
+    remedy = "num_samples" if not settings.score else "the load of the GPU"
+    with open_model(
+        words[0], device=settings.device, dtype=settings.dtype, data_dir=settings.data_dir, remedy=remedy
+    ) as model:
+        if settings.score:
+            split, description = load_split(model.tokenizer, settings)
+            print(f"{description}, {model.score_split(split)}")
+            return
+        settings = settings.model_copy(update={"stop": tuple(map(unescape, settings.stop))})
+        warn_of_unknown_stops(model.tokenizer, settings)
+        if settings.novelty:
+            print_novelty(model, settings)
+        elif settings.interactive:
+            interact(model, settings)
         else:
-            sampler.print_samples()
-
-
-def print_score(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-    """Print the model's loss on a text, or on a dataset's validation split."""
-    from glyphgpt.data.batches import Windows  # noqa: PLC0415  (imports torch)
-    from glyphgpt.training.evaluation import evaluate  # noqa: PLC0415
-
-    split, description = load_split(tokenizer, settings)
-    remedy = "the load of the GPU, or use --device=cpu"
-    with torch_model(checkpoint, settings.device, settings.dtype, remedy) as (model, runtime):
-        windows = Windows(split, runtime.device)
-        score = evaluate(model, windows, runtime, block_size=checkpoint.config.block_size, batch_size=16)
-    print(f"{description}, {score}")
+            print_samples(model, settings)
 
 
 def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, str]:
@@ -90,19 +86,58 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
     return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{skipped}"
 
 
-def write_attention(checkpoint: Checkpoint, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+def print_novelty(model: Model, settings: SampleSettings) -> None:
+    """Print how much of samples, and of as much validation text, stands in the training text."""
+    data_dir = Path(settings.data_dir)
+    dataset = load_dataset(find_dataset(settings.novelty, data_dir), data_dir)
+
+    def train() -> Iterator[Points]:
+        return read_points(dataset.train, dataset.tokenizer, "reading the training text")
+
+    samples = find_copied(write_samples(model, settings), train)
+    val = find_copied(pieces_of(dataset.val, dataset.tokenizer, settings), train)
+    print(f"characters in runs that stand in the training text of {settings.novelty}, by the length of the runs:")
+    print(f"{'':16}" + "".join(f"{f'{length} or more':>14}" for length in LENGTHS) + f"{'longest':>10}")
+    for name, copied in (("samples", samples), ("validation text", val)):
+        cells = "".join(f"{fraction:14.1%}" for fraction in copied.fractions.values())
+        print(f"{name:16}{cells}{len(copied.longest):10,}")
+    if samples.longest:
+        print(f"longest run of the samples, at character {samples.place:,}: {samples.longest!r}")
+
+
+def write_samples(model: Model, settings: SampleSettings) -> list[str]:
+    """Return samples, without the prompt, after showing a progress bar."""
+    texts = [""] * settings.num_samples
+    parts_of_samples = model.samples(read_prompt(settings), settings)
+    total = settings.max_new_tokens
+    for parts in tqdm(parts_of_samples, "writing samples", total, leave=False, delay=1, unit="token", disable=None):
+        texts = [text + part for text, part in zip(texts, parts, strict=True)]
+    return texts
+
+
+def pieces_of(split: Split, tokenizer: Tokenizer, settings: SampleSettings) -> list[str]:
+    """Return num_samples pieces of max_new_tokens tokens of a text, from random places."""
+    rng, last = np.random.default_rng(settings.seed), max(1, split.tokens - settings.max_new_tokens + 1)
+    starts = rng.integers(last, size=settings.num_samples).tolist()
+    return [
+        decode(tokenizer, split.slice(start, min(start + settings.max_new_tokens, split.tokens))) for start in starts
+    ]
+
+
+def write_attention(path: Path, settings: SampleSettings) -> None:
     """Write the attention weights of a text: the model's page with this text, or a figure.
 
     Raises:
         UserError: The text is empty or too long, or the file could not be written.
     """
-    tokens, path = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown), Path(settings.out)
-    if path.name.lower().endswith(".html"):
+    checkpoint, tokenizer = open_checkpoint(path, Path(settings.data_dir))
+    tokens, out = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown), Path(settings.out)
+    if out.name.lower().endswith(".html"):
         title = checkpoint.path.absolute().parent.name
-        write_model_page(path, checkpoint, tokenizer, title=title, text=settings.attention, view="attention")
+        write_model_page(out, checkpoint, tokenizer, title=title, text=settings.attention, view="attention")
     else:
-        write_atomic(path, attention_figure(checkpoint, tokenizer, tokens))
-    print(f"{path}: written")
+        write_atomic(out, attention_figure(checkpoint, tokenizer, tokens))
+    print(f"{out}: written")
 
 
 def attention_figure(checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: Tokens) -> bytes:
@@ -120,97 +155,62 @@ def attention_figure(checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: Token
         return attention_maps.render_png(attention_maps.compute_maps(model, tokenizer, tokens))
 
 
-class Sampler:
-    """A model, its tokenizer, and the settings of sampling."""
+def warn_of_unknown_stops(tokenizer: Tokenizer, settings: SampleSettings) -> None:
+    """Warn of stop strings that the model cannot write."""
+    for stop in settings.stop:
+        if unknown := tokenizer.unknown_characters(stop):
+            warn(f"stop = {stop!r} cannot occur: {unknown[0]!r} is not in the model's vocabulary")
 
-    def __init__(self, model: LanguageModel, block_size: int, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-        """Prepare to sample."""
-        self.model, self.block_size, self.tokenizer, self.settings = model, block_size, tokenizer, settings
-        self.params = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-        self.stops = list(map(unescape, settings.stop))
-        for stop in self.stops:
-            if unknown := tokenizer.unknown_characters(stop):
-                warn(f"stop = {stop!r} cannot occur: {unknown[0]!r} is not in the model's vocabulary")
 
-    def print_samples(self) -> None:
-        """Print samples: the first one while it is generated, then the others."""
-        prompt = self.prompt()
-        tokens = self.encode(prompt)
-        if not tokens.size:
-            tokens = np.array([start_token(self.tokenizer)])
-        streams = [TextStream(self.tokenizer, self.stops) for _ in range(self.settings.num_samples)]
-        print(prompt, end="", flush=True)
-        for new_tokens in self.generate(tokens, self.settings.seed):
-            for number, (stream, token) in enumerate(zip(streams, new_tokens, strict=True)):
-                text = stream.feed(token)
-                if number == 0:
-                    print(text, end="", flush=True)
-            if all(stream.finished for stream in streams):
-                break
-        print(streams[0].end())
-        for stream in streams[1:]:
-            stream.end()
-            print(f"{'-' * 20}\n{prompt}{stream.text}")
+def print_samples(model: Model, settings: SampleSettings) -> None:
+    """Print samples: the first one while it is generated, then the others."""
+    prompt = read_prompt(settings)
+    texts = [""] * settings.num_samples
+    for number, parts in enumerate(model.samples(prompt, settings)):
+        texts = [text + part for text, part in zip(texts, parts, strict=True)]
+        print(parts[0] if number else prompt + parts[0], end="", flush=True)
+    print()
+    for text in texts[1:]:
+        print(f"{'-' * 20}\n{prompt}{text}")
 
-    def interact(self) -> None:
-        """Ask for text in a loop, and continue the whole conversation each time."""
-        print("Type a text to continue; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
-        with suppress(ImportError, OSError):
-            import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
-        history = np.array([start_token(self.tokenizer)])
-        end_of_line = "" if self.tokenizer.unknown_characters("\n") else "\n"
-        opening = self.prompt()
-        for turn in range(sys.maxsize):
-            try:
-                line = (opening if opening else input("> ")) + end_of_line
-                opening = ""
-            except EOFError:
-                print()
-                return
-            try:
-                history = np.concatenate([history, self.encode(line)])
-            except UserError as error:
-                warn(str(error))
-                continue
-            history = np.concatenate([history, self.reply(history, self.settings.seed + turn)])
 
-    def reply(self, history: Tokens, seed: int) -> Tokens:
-        """Print one sample that continues the history, and return its tokens."""
-        stream, tokens = TextStream(self.tokenizer, self.stops), []
+def interact(model: Model, settings: SampleSettings) -> None:
+    """Ask for text in a loop, and continue the whole conversation each time."""
+    print("Type a text to continue; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
+    with suppress(ImportError, OSError):
+        import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
+    tokenizer, opening = model.tokenizer, read_prompt(settings)
+    history = decode(tokenizer, [start_token(tokenizer)])
+    end_of_line = "" if tokenizer.unknown_characters("\n") else "\n"
+    for turn in range(sys.maxsize):
         try:
-            for (token,) in self.generate(history, seed):
-                tokens.append(token)
-                print(stream.feed(token), end="", flush=True)
-                if stream.finished:
-                    break
-        except KeyboardInterrupt:
-            pass
-        print(stream.end())
-        return np.array(tokens, dtype=np.int64)
+            line = (opening if opening else input("> ")) + end_of_line
+            opening = ""
+        except EOFError:
+            print()
+            return
+        try:
+            encode_text(line, tokenizer, skip=settings.skip_unknown)
+        except UserError as error:
+            warn(str(error))
+            continue
+        history += line
+        for part in reply(model, history, settings.model_copy(update={"seed": settings.seed + turn})):
+            print(part, end="", flush=True)
+            history += part
+        print()
 
-    def generate(self, prompt: Tokens, seed: int) -> Iterator[list[int]]:
-        """Yield lists with the next token of every sample."""
-        tokens = generate(
-            self.model,
-            prompt.astype(np.int64),
-            block_size=self.block_size,
-            num_samples=self.settings.num_samples,
-            max_new_tokens=self.settings.max_new_tokens,
-            params=self.params,
-            seed=seed,
-            use_cache=self.settings.cache,
-        )
-        return (new_tokens.tolist() for new_tokens in tokens)
 
-    def encode(self, text: str) -> Tokens:
-        """Return the tokens of a text, without unknown characters if the settings say so."""
-        return encode_text(text, self.tokenizer, skip=self.settings.skip_unknown)
+def reply(model: Model, history: str, settings: SampleSettings) -> Iterator[str]:
+    """Yield the parts of one sample that continues the history, until it ends or Ctrl-C is pressed."""
+    with suppress(KeyboardInterrupt):
+        for part, *_ in model.samples(history, settings):
+            yield part
 
-    def prompt(self) -> str:
-        """Return the prompt of the settings, from the file if they name one."""
-        if self.settings.prompt_file:
-            return read_text(self.settings.prompt_file)
-        return self.settings.prompt
+
+def read_prompt(settings: SampleSettings) -> str:
+    """Return the prompt of the settings, from the file if they name one."""
+    return read_text(settings.prompt_file) if settings.prompt_file else settings.prompt
 
 
 def unescape(text: str) -> str:

@@ -30,13 +30,14 @@ from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
-from glyphgpt.reports.run_report import try_write_report
+from glyphgpt.inference.score import Score
+from glyphgpt.reports.run_report import LiveReport
 from glyphgpt.reports.summary import ModelSummary
 from glyphgpt.runtime import Runtime, TorchLM, compile_or_eager, init_runtime, oom_hint, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
 from glyphgpt.training.dial import Costs, Dial, Pace
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
-from glyphgpt.training.evaluation import Score, affordable_tokens, evaluate, evaluate_best, sample_tokens
+from glyphgpt.training.evaluation import affordable_tokens, evaluate, evaluate_best, sample_tokens
 from glyphgpt.training.init_from import load_init_model
 from glyphgpt.training.metrics import check_trackers
 from glyphgpt.training.optimizers import clip_gradients, make_optimizers, set_learning_rate
@@ -152,6 +153,7 @@ class Trainer:
         self.val_windows = Windows(dataset.val, runtime.device)
         self.state = TrainState()
         self.run = Run(settings, runtime)
+        self.report = LiveReport(self.run.folder, self.run.log, enabled=runtime.is_main and settings.report)
         self.stopping = False
 
     def train(self) -> None:
@@ -169,6 +171,7 @@ class Trainer:
                 self.forward = self.make_forward()
                 if not checkpoint:
                     self.begin()
+                self.report.begin()
                 self.loop()
                 if run_finished(self.settings, self.state) and math.isinf(self.state.best_loss):
                     self.evaluate_and_save()  # resumed with a max_steps that it had already reached
@@ -176,8 +179,7 @@ class Trainer:
         interrupted = self.stopping and not run_finished(self.settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
         run.log_end(self.state, stopped_by)
-        if self.runtime.is_main and self.settings.report:
-            try_write_report(run.folder, run.log)
+        self.report.finish()
         if status := run.exit_status(stopped_by):
             raise SystemExit(status)
 
@@ -198,6 +200,7 @@ class Trainer:
             self.keep_pace()
             if state.step % self.settings.eval_every == 0 or state.step == self.settings.max_steps:
                 self.evaluate_and_save()
+                self.report.renew()
             elif self.stopping or (self.settings.save_every and state.step % self.settings.save_every == 0):
                 self.save(self.weights())
 

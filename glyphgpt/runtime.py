@@ -231,6 +231,13 @@ class TorchLM:
             logits: Tensor = self.model.next_logits(torch.from_numpy(tokens).to(self.runtime.device), cache)
         return logits.float().cpu().numpy()
 
+    @torch.inference_mode()
+    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the logits (B, T, V) of the token that follows each of the tokens (B, T)."""
+        with self.runtime.autocast():
+            logits: Tensor = self.model(torch.from_numpy(tokens).to(self.runtime.device))
+        return logits.float().cpu().numpy()
+
 
 class StopRequest:
     """A flag that Ctrl-C, SIGTERM and SIGHUP set, so that a loop can finish its step; another Ctrl-C exits at once."""

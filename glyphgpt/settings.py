@@ -180,7 +180,7 @@ class Evaluation(Settings):
     save_every: CountOrZero = 0
     """Also save last.safetensors every this many steps; 0 saves at evaluations only."""
     report: bool = True
-    """Write out_dir/report.html at the end: curves, samples and settings, for any browser."""
+    """Write out_dir/report.html: curves, samples and settings, for any browser. It renews itself during the run."""
     tensorboard: bool = False
     """Write TensorBoard logs to out_dir (pip install tensorboard)."""
     wandb: bool = False
@@ -281,6 +281,9 @@ class SampleSettings(Settings):
     score: PathStr = ""
     """Instead of sampling, print the model's loss on this text file, on standard input (-), or on this dataset's
     validation split."""
+    novelty: str = ""
+    """Instead of printing samples, print how much of them stands word for word in the training text of this dataset,
+    and how much of its validation text does, which is normal for this text."""
     attention: str = ""
     """Instead of sampling, write the attention weights of this text, in every layer and head, to out; computed in
     float32 on the CPU."""
@@ -294,7 +297,7 @@ class SampleSettings(Settings):
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, otherwise the CPU."""
     dtype: DType = "auto"
-    """Precision of matrix products on a GPU, and of --score; a CPU samples in float32. auto: bfloat16 where the
+    """Precision of matrix products on a GPU; a CPU computes in float32. auto: bfloat16 where the
     hardware supports it, float16 on an older GPU, otherwise float32."""
 
     def conflicts(self) -> Iterator[str]:
@@ -305,10 +308,9 @@ class SampleSettings(Settings):
             yield "interactive shows one sample at a time; leave num_samples out"
         if self.interactive and "-" in (self.prompt_file, self.score):
             yield "interactive reads standard input; pass the prompt with --prompt"
-        if self.score and self.interactive:
-            yield "score and interactive contradict each other; choose one"
-        if self.attention and (self.score or self.interactive):
-            yield f"attention and {'score' if self.score else 'interactive'} contradict each other; choose one"
+        modes = [name for name in ("attention", "score", "novelty", "interactive") if getattr(self, name)]
+        if len(modes) > 1:
+            yield f"{' and '.join(modes[:2])} contradict each other; choose one"
         if self.attention and not self.out:
             yield "attention needs a file to write: --out=attention.html, or attention.png"
         if self.out and not self.attention:

@@ -1,6 +1,7 @@
 """Every command in the documentation works, every link has a target, and every setting and message exists."""
 
 import ast
+import doctest
 import io
 import re
 import runpy
@@ -178,6 +179,14 @@ def test_every_command_runs_or_parses(page: str, demo: Path, tmp_path: Path, mon
         name, rest = script_of(words) if words[0] == "python" else ("", [])
         if name in SCRIPTS and not is_recipe(name, rest) and not any(map(ABSENT.search, rest)):
             run(name, rest, monkeypatch)
+
+
+def test_the_python_examples_print_what_they_show(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    page = str(PAGES["docs/python.md"])
+    failed, tried = doctest.testfile(page, module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+    assert tried > 5
 
 
 def test_the_pages_show_every_script_and_conversion() -> None:

@@ -262,7 +262,8 @@ def encode_text(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     unknown = tokenizer.unknown_characters(text)
     if unknown and not skip:
         raise UserError(
-            f"the model has never seen {describe_characters(unknown)}; change the text, or add --skip_unknown"
+            f"the model has never seen {describe_characters(unknown)}; change the text, or leave them out with "
+            "--skip_unknown (in Python skip_unknown=True)"
         )
     return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
 
@@ -291,6 +292,11 @@ def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Cou
 def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
     """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
     return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
+
+
+def token_text(token_bytes: bytes) -> str:
+    r"""Return a token's text; bytes that are not a whole character are escaped, as in \xc3."""
+    return token_bytes.decode("utf-8", "backslashreplace")
 
 
 def start_token(tokenizer: Tokenizer) -> int:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from glyphgpt.inference.generate import Floats, Ids, LanguageModel
+from glyphgpt.inference.generate import Ids, LanguageModel, log_softmax
 
 
 def beam_search(model: LanguageModel, prompts: Ids, *, end: int, beam: int, max_new_tokens: int) -> list[Ids]:
@@ -44,10 +44,3 @@ def beam_search(model: LanguageModel, prompts: Ids, *, end: int, beam: int, max_
             cache.reorder(rows)
         logits = model.next_logits(token.reshape(-1, 1), cache)
     return [best[: np.argmax(np.append(best, end) == end)] for best in hypotheses[:, 0]]
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Map logits (..., V) to log-probabilities, in float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))

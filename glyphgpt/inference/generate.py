@@ -67,6 +67,13 @@ class SamplingParams:
         return (self.probs(logits) / times).argmax(-1)
 
 
+def log_softmax(logits: Floats) -> Floats:
+    """Map logits (..., V) to log-probabilities, in float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
 def context_start(length: int, block_size: int) -> int:
     """Return where the context for the next token starts in a text of `length` tokens.
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from glyphgpt.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from glyphgpt.data.tokenizers import Tokenizer, tokenizer_from_dict
 from glyphgpt.errors import UserError
-from glyphgpt.inference.generate import LanguageModel
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 
 if TYPE_CHECKING:
-    from glyphgpt.runtime import Runtime
+    from glyphgpt.runtime import Runtime, TorchLM
     from model import GPT
 
 
@@ -32,7 +31,7 @@ def open_checkpoint(path: Path, data_dir: Path) -> tuple[Checkpoint, Tokenizer]:
 
 
 @contextmanager
-def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator[LanguageModel]:
+def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator["NumpyGPT | TorchLM"]:
     """Yield a checkpoint's model on a device, ready to decode; `remedy` names what to lower when memory runs out.
 
     Raises:

@@ -62,15 +62,22 @@ class NumpyGPT:
 
     def next_logits(self, tokens: NDArray[np.int64], cache: NumpyKVCache) -> Array:
         """Return the logits (B, V) of the token that follows tokens (B, T), which follow the cached ones."""
+        return self._logits(tokens, cache, slice(tokens.shape[1] - 1, None, tokens.shape[1]))
+
+    def logits(self, tokens: NDArray[np.int64]) -> Array:
+        """Return the logits (B, T, V) of the token that follows each of the tokens (B, T)."""
+        return self._logits(tokens, self.new_cache(len(tokens)), slice(None)).reshape(*tokens.shape, -1)
+
+    def _logits(self, tokens: NDArray[np.int64], cache: NumpyKVCache, keep: slice) -> Array:
+        """Return the logits after the rows `keep` of tokens (B T): all, or the last token of each sequence."""
         start, T = cache.length, tokens.shape[1]
         S = start + T
         x = self._embed(tokens, cache).reshape(-1, self.config.n_embd)  # (B T, C)
         rotation = position_waves(start, S, self.config.head_size) if self.config.position == "rotary" else None
         mask = np.triu(np.full((T, S), -np.inf, np.float32), start + 1) if T > 1 else None
         for block, keys_values in zip(self.blocks, cache.keys_values[:, :, :, :, :S], strict=True):
-            # The last block computes only the last of T tokens, whose logits are wanted.
-            keep = slice(T - 1, None, T) if block is self.blocks[-1] else slice(None)
-            x = x[keep] + block.attention(x, keep, keys_values, rotation, mask)
+            rows = keep if block is self.blocks[-1] else slice(None)
+            x = x[rows] + block.attention(x, rows, keys_values, rotation, mask)
             x += block.mlp(x)
         cache.length = S
         return self.head(x)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glyphgpt.data.tokenizers import Tokenizer, Tokens
+from glyphgpt.data.tokenizers import Tokenizer, Tokens, token_text
 from glyphgpt.errors import UserError, optional_import
 
 UNITS = {"char": "character", "byte": "byte", "gpt2": "token"}
@@ -68,11 +68,6 @@ def attention_weights(model: nn.Module, tokens: Tensor) -> Tensor:
                 hooks.enter_context(module.register_forward_pre_hook(record_weights))
         model(tokens[None])
     return torch.stack(weights)
-
-
-def token_text(token_bytes: bytes) -> str:
-    r"""Return a token's text; bytes that are not a whole character are escaped, as in \xc3."""
-    return token_bytes.decode("utf-8", "backslashreplace")
 
 
 def render_png(maps: AttentionMaps) -> bytes:

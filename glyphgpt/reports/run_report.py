@@ -3,12 +3,14 @@
     python -m glyphgpt.reports.run_report out/quick                      writes out/quick/report.html
     python -m glyphgpt.reports.run_report out/quick --out=quick.html
 
-train.py writes this page at the end of a run. The page is self-contained and opens in any browser.
+train.py writes this page at the start of a run, after evaluations, and at the end; until then an open page renews
+itself. The page is self-contained and opens in any browser.
 """
 
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -27,6 +29,8 @@ from glyphgpt.training.run import outcome
 
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+LIVE_TIME = 0.02
+"""Fraction of a run's time for writing its report."""
 MAX_POINTS = 1000
 """Maximum number of points of a curve, and of samples, which bounds the size of the page."""
 
@@ -43,45 +47,80 @@ def main() -> None:
     print(f"{path}: written")
 
 
-def try_write_report(run: Path, log: Callable[[str], None]) -> None:
-    """Write the report of a run that has ended, and log its path. A failure is only a warning: the run is saved."""
-    if (run / METRICS).is_file() and not (run / METRICS).stat().st_size:
-        return  # the run was interrupted before the first row
-    try:
-        write_report(run, run / REPORT)
-        log(f"report: {run / REPORT}")
-    except (UserError, OSError) as error:
-        warn(str(error))
+class LiveReport:
+    """The report of a run, which is written again while the run goes on, in at most LIVE_TIME of its time.
+
+    A failure is only a warning: the run is saved.
+    """
+
+    def __init__(self, run: Path, log: Callable[[str], None], *, enabled: bool) -> None:
+        """Prepare to write; nothing is ever written unless `enabled`."""
+        self.run, self.log, self.enabled = run, log, enabled
+        self.next_time = 0.0
+        """Earliest time of the next page."""
+
+    def begin(self) -> None:
+        """Write the first page, and log its path."""
+        if self._write(running=True):
+            self.log(f"report: {self.run / REPORT}, renewed during the run")
+
+    def renew(self) -> None:
+        """Write the page again unless that has just been done."""
+        if time.monotonic() >= self.next_time:
+            self._write(running=True)
+
+    def finish(self) -> None:
+        """Write the last page, and log its path."""
+        if self._write(running=False):
+            self.log(f"report: {self.run / REPORT}")
+
+    def _write(self, *, running: bool) -> bool:
+        """Write the page; return whether that succeeded."""
+        started = time.monotonic()
+        try:
+            if self.enabled:
+                write_report(self.run, self.run / REPORT, running=running)
+        except (UserError, OSError) as error:
+            warn(str(error))
+            self.enabled = False
+        now = time.monotonic()
+        self.next_time = now + (now - started) / LIVE_TIME
+        return self.enabled
 
 
-def write_report(run: Path, path: Path) -> None:
-    """Write the report of a run.
+def write_report(run: Path, path: Path, *, running: bool = False) -> None:
+    """Write the report of a run, which may still be running.
 
     Raises:
         UserError: The run has no metrics, one of its files cannot be read, or the page cannot be written.
     """
-    write_atomic(path, render(REPORT, page_data(run)).encode())
+    write_atomic(path, render(REPORT, page_data(run, running=running)).encode())
 
 
-def page_data(run: Path) -> dict[str, Any]:
+def page_data(run: Path, *, running: bool = False) -> dict[str, Any]:
     """Return the data of a run's page.
 
     Raises:
         UserError: The run has no metrics, or one of its files cannot be read.
     """
-    rows = read_metrics(run)
+    has_rows = not (run / METRICS).is_file() or (run / METRICS).stat().st_size > 0  # none before the first step
+    rows = read_metrics(run) if has_rows else []
     samples = read_samples(run)
     config = str(run / CONFIG)
     settings = resolve(TrainSettings, [(config, read_toml(config))])
     metadata = next((read_metadata(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
     state = metadata.state if metadata else TrainState()
-    state.step = max(state.step, rows[-1]["step"])
+    state.step = max(state.step, *(row["step"] for row in rows[-1:]), 0)
     evaluations = [row for row in rows if row["kind"] == "val" and row.get("loss") is not None]
     summary = model_summary(settings, metadata)
     end = outcome(settings, state, run)
+    status = progress(settings, rows, state.step) if running else end.text
     return {
         "name": str(run),
-        "outcome": ". ".join(f"{text[0].upper()}{text[1:]}" for text in (end.text, overfitting(rows)) if text) + ".",
+        "outcome": ". ".join(f"{text[0].upper()}{text[1:]}" for text in (status, overfitting(rows)) if text) + ".",
+        "running": running,
+        "written": time.time(),
+        "interval": step_seconds(rows) * min(settings.eval_every, settings.max_steps),
         "commands": [("Sample", command("sample.py", run)), ("Continue training", end.resume)],
         "highlights": highlights(settings, rows, evaluations, step=state.step, summary=summary),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},
@@ -89,6 +128,18 @@ def page_data(run: Path) -> dict[str, Any]:
         "settings": settings_tables(settings),
         "summary": summary_tables(summary) if summary else None,
     }
+
+
+def step_seconds(rows: list[Row]) -> float:
+    """Return the mean time of a step, evaluations included, or 0 before the first row."""
+    return rows[-1]["seconds"] / max(1, rows[-1]["step"]) if rows else 0.0
+
+
+def progress(settings: TrainSettings, rows: list[Row], step: int) -> str:
+    """Return how far a run is that goes on."""
+    left = (settings.max_steps - step) * step_seconds(rows)
+    time_left = f", about {format_duration(left)} left" if rows else ""
+    return f"running: step {step:,} of {settings.max_steps:,}{time_left}"
 
 
 def model_summary(settings: TrainSettings, metadata: Metadata | None) -> ModelSummary | None:
@@ -105,7 +156,7 @@ def highlights(
     """Return the numbers at the top of the page: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
     step_of_best = best["step"]
-    if rows[-1]["kind"] == "best":  # the same model on the whole validation split
+    if rows and rows[-1]["kind"] == "best":  # the same model on the whole validation split
         best = rows[-1]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return [
@@ -114,7 +165,7 @@ def highlights(
         ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
         ("Tokens", f"{step * settings.tokens_per_step:,}", f"{settings.tokens_per_step:,} per step"),
-        ("Time", format_duration(rows[-1]["seconds"]), "including evaluations and samples"),
+        ("Time", format_duration(rows[-1]["seconds"] if rows else 0), "including evaluations and samples"),
         ("Tokens per second", format_number(median(speeds) if speeds else None, ",.0f"), "median, without evaluations"),
         ("Parameters", format_number(summary.parameters if summary else None, ","), f"in {settings.n_layer} blocks"),
     ]

@@ -1,7 +1,6 @@
 """Evaluation: the loss on a validation split, over the same tokens every time, so that it is reproducible."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from glyphgpt.cli import command
 from glyphgpt.data.batches import Windows
 from glyphgpt.data.dataset import Dataset
 from glyphgpt.errors import UserError
+from glyphgpt.inference.score import BAR_SECONDS, Score, make_score
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.torch_state import build_model
@@ -28,30 +28,6 @@ NEARLY_ALL = 0.8
 """Fraction of the blocks above which a sample is the whole split instead."""
 MIN_BLOCKS = 10
 """Least number of blocks in a sample."""
-BAR_SECONDS = 1.0  # no progress bar for shorter evaluations
-
-
-@dataclass(frozen=True)
-class Score:
-    """A model's loss on a text, in three units."""
-
-    loss: float
-    """Nats per token."""
-    standard_error: float
-    """Standard error of a sample's loss as an estimate of the whole split's; 0 if the whole split was read."""
-    bits_per_character: float
-    perplexity: float
-    """exp(loss), per token."""
-    eval_tokens: int
-    """Number of tokens predicted."""
-
-    def __str__(self) -> str:
-        """Return all of it in one line."""
-        error = f" ± {self.standard_error:.4f}" if self.standard_error else ""
-        return (
-            f"loss {self.loss:.4f}{error}, {self.bits_per_character:.3f} bits per character, perplexity "
-            f"{self.perplexity:.2f} ({self.eval_tokens:,} tokens)"
-        )
 
 
 def affordable_tokens(settings: TrainSettings, steps: int) -> int:
@@ -118,15 +94,8 @@ def evaluate(
     total, squares = runtime.sum(total, squares)
     tokens = count * block_size + rest
     variance = max(0.0, squares - total**2 / count) / (count - 1) if count < blocks else 0.0  # of a block's loss
-    loss = total / tokens
-    tokens_per_character = windows.split.tokens / windows.split.characters
-    return Score(
-        loss=loss,
-        standard_error=math.sqrt(variance / count * (1 - count / blocks)) / block_size if variance else 0.0,
-        bits_per_character=loss * tokens_per_character / math.log(2),
-        perplexity=math.exp(loss) if loss < 700 else math.inf,  # exp overflows above 709
-        eval_tokens=tokens,
-    )
+    standard_error = math.sqrt(variance / count * (1 - count / blocks)) / block_size if variance else 0.0
+    return make_score(total / tokens, tokens, windows.split, standard_error)
 
 
 def evaluate_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> Score:

@@ -29,10 +29,11 @@ from glyphgpt.files import (
     replace_files,
     write_atomic,
 )
+from glyphgpt.inference.score import Score
 from glyphgpt.reports.plot import read_metrics
 from glyphgpt.runtime import Runtime, StopRequest, torchrun_id
 from glyphgpt.settings import PATHS, Mode, ModelConfig, Optimization, TrainSettings
-from glyphgpt.training.evaluation import Score, check_vocabulary
+from glyphgpt.training.evaluation import check_vocabulary
 from glyphgpt.training.metrics import Metrics, overfitting
 
 LOG_SECONDS = 15  # longest time between log lines if no progress bar is shown

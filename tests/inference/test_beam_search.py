@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MODERN, decoder_of, random_model
-from glyphgpt.inference.beam_search import beam_search, log_softmax
-from glyphgpt.inference.generate import Floats, Ids, LanguageModel
+from glyphgpt.inference.beam_search import beam_search
+from glyphgpt.inference.generate import Floats, Ids, LanguageModel, log_softmax
 from glyphgpt.runtime import TorchLM, init_runtime
 
 END = 0

@@ -1,6 +1,5 @@
 """Attention maps: the weights are the model's own, and the page and the PNG show them."""
 
-import json
 import re
 import struct
 import sys
@@ -12,9 +11,9 @@ import torch
 
 import sample
 import train
-from conftest import MODERN, tiny_model, tiny_settings
+from conftest import MODERN, page_json, tiny_model, tiny_settings
 from glyphgpt.cli import parse
-from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, token_text
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.reports import attention_maps
 from glyphgpt.reports.attention_maps import (
@@ -22,7 +21,6 @@ from glyphgpt.reports.attention_maps import (
     attention_weights,
     compute_maps,
     render_png,
-    token_text,
 )
 from glyphgpt.settings import SampleSettings
 from model import EXPLICIT_ATTENTION, GPT, CausalSelfAttention
@@ -120,13 +118,6 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-def data_of(path: Path) -> dict[str, Any]:
-    """Return the data of a page."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
-    assert found
-    return dict(json.loads(found[1]))
-
-
 def write_attention(run: Path, path: Path, text: str, **changes: object) -> None:
     settings = {"attention": text, "out": str(path), **changes}
     sample.main(SampleSettings.model_validate(settings), str(run))
@@ -141,10 +132,10 @@ def test_sample_writes_a_file_and_prints_its_path(
         write_attention(run, tmp_path / name, "the king")
         assert capsys.readouterr().out == f"{tmp_path / name}: written\n"
     png_size((tmp_path / "attention.png").read_bytes())
-    data = data_of(tmp_path / "attention.html")
+    data = page_json(tmp_path / "attention.html")
     assert (data["text"], data["view"], data["title"]) == ("the king", "attention", run.name)
     write_attention(run, tmp_path / ".HTML", "the qking, longer than the context", skip_unknown=True)
-    assert data_of(tmp_path / ".HTML")["text"] == "the qking, longer than the context"
+    assert page_json(tmp_path / ".HTML")["text"] == "the qking, longer than the context"
 
 
 @pytest.mark.parametrize(

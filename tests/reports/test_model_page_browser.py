@@ -84,16 +84,15 @@ class Page:
         """Move the mouse over a piece of the text, and click it."""
         box = self.script("return spans[arguments[0]].getBoundingClientRect()", piece)
         actions = ActionChains(self.browser)
-        actions.w3c_actions.pointer_action.move_to_location(
-            int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)
-        )
+        place = int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)
+        actions.w3c_actions.pointer_action.move_to_location(*place)  # type: ignore[no-untyped-call]
         if click:
             actions.click()
         actions.perform()
 
     def messages(self) -> list[Any]:
         """Return the messages of the browser's console since the last call."""
-        return list(self.browser.get_log("browser"))
+        return list(self.browser.get_log("browser"))  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
@@ -174,7 +173,9 @@ def test_a_click_on_an_alternative_continues_from_there(page: Page) -> None:
     assert page.text("#inspect-heading").endswith("“k”")
     assert page.script("return document.querySelector('#copy .selected').textContent") == "k"
     bars = page.browser.find_elements(By.CSS_SELECTOR, "#probs button")
-    other = next(bar for bar in bars if "actual" not in bar.get_attribute("class") and len(bar.text.split()[0]) == 1)
+    other = next(
+        bar for bar in bars if "actual" not in str(bar.get_attribute("class")) and len(bar.text.split()[0]) == 1
+    )
     chosen = other.text.split()[0]
     other.click()
     page.wait(lambda: page.text("#go") == "Continue")

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from conftest import script, tiny_settings
+from conftest import page_json, script, tiny_settings
 from glyphgpt.errors import UserError
 from glyphgpt.files import REPORT
-from glyphgpt.reports.run_report import MAX_POINTS, page_data, subsample, write_report
+from glyphgpt.reports import run_report
+from glyphgpt.reports.run_report import MAX_POINTS, LiveReport, page_data, subsample, write_report
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import Mode
 from glyphgpt.training.run import StepMetrics
@@ -38,7 +39,7 @@ def write_run(
     folder: Path, rows: list[dict[str, Any]], samples: list[tuple[int, str]] | None = None, **changes: Any
 ) -> Path:
     """Write a run's folder as train.py does, without checkpoints."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     settings = tiny_settings(folder, folder, **changes).model_dump(exclude=set(Mode.model_fields))
     (folder / "config.toml").write_bytes(tomli_w.dumps(settings).encode())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,7 +100,7 @@ def test_an_interrupted_run_has_a_report_with_the_command_to_resume(
     assert data["commands"][1] == ("Continue training", f"python train.py --resume {tmp_path}")
 
 
-def test_a_run_that_is_interrupted_before_its_first_row_has_no_report(
+def test_a_run_that_is_interrupted_before_its_first_row_has_a_report(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class InterruptedTrainer(train.Trainer):
@@ -112,11 +113,51 @@ def test_a_run_that_is_interrupted_before_its_first_row_has_no_report(
         patch.setattr(train, "Trainer", InterruptedTrainer)
         train.main(settings)
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1].startswith("interrupted at step 1 of 20 by SIGTERM, saved; resume it: ")
+    assert captured.out.splitlines()[-2].startswith("interrupted at step 1 of 20 by SIGTERM, saved; resume it: ")
     assert "warning" not in captured.err
-    assert not (tmp_path / REPORT).exists()
+    assert page_data(tmp_path)["outcome"] == "Interrupted at step 1 of 20."
     train.main(settings.model_copy(update={"resume": True}))
-    assert (tmp_path / REPORT).exists()
+    assert page_data(tmp_path)["outcome"] == "All 20 steps done."
+
+
+def test_the_report_is_written_while_the_run_goes_on(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages: list[dict[str, Any]] = []
+
+    class ReadingTrainer(train.Trainer):
+        def next_batch(self) -> torch.Tensor:
+            pages.append(page_json(tmp_path / REPORT))
+            self.report.next_time = 0  # evaluations of a small run are close together
+            return super().next_batch()
+
+    monkeypatch.setattr(train, "Trainer", ReadingTrainer)
+    train.main(tiny_settings(data_dir, tmp_path, report=True))
+    assert capsys.readouterr().out.index(f"report: {tmp_path / REPORT}, renewed") < 200
+    assert [page["running"] for page in pages] == [True] * 20
+    assert (pages[0]["outcome"], pages[9]["outcome"]) == ("Running: step 0 of 20.",) * 2
+    assert re.fullmatch(r"Running: step 10 of 20, about [\d.]+ s left\.", pages[10]["outcome"])
+    assert [len(page["samples"]) for page in pages] == [0] * 10 + [1] * 10
+    assert page_json(tmp_path / REPORT)["running"] is False
+
+
+def test_writing_the_report_takes_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = [100.0], []
+
+    def write(*_: object, **__: object) -> None:
+        written.append(clock[0])
+        clock[0] += 0.1  # as long as a page takes
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_report, "write_report", write)
+    report = LiveReport(tmp_path, lambda _: None, enabled=True)
+    report.begin()
+    for _ in range(200):
+        clock[0] += 0.2
+        report.renew()
+    assert len(written) == 1 + 8
+    report.finish()
+    assert len(written) == 10
 
 
 def test_training_only_warns_if_the_report_cannot_be_written(
@@ -349,6 +390,41 @@ def test_the_buttons_and_the_slider_select_a_sample(run: Path, browser: Browser)
     browser.one("input[type=range]").send_keys("\ue010")  # End
     assert browser.text("#sample") == texts[-1]
     assert browser.console_messages() == []
+
+
+def test_the_page_of_a_run_that_goes_on_renews_itself_in_its_place(tmp_path: Path, browser: Browser) -> None:
+    rows, samples = [val(0, 4.0), val(1, 3.5, 10)], [(0, "one"), (1, "two"), (2, "three")]
+    run = write_run(tmp_path / "run", rows, samples[:2], max_steps=4)
+    write_report(run, run / REPORT, running=True)
+    browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.driver.get((run / REPORT).as_uri())
+    assert re.fullmatch(r"Written \d+ s ago\. This page renews itself\.", browser.text("#age"))
+    browser.driver.execute_script("""
+        document.querySelector("input[value=seconds]").click();
+        document.getElementById("all").open = true;
+        document.querySelector("[aria-label='previous sample']").click();
+        scrollTo(0, 300);
+    """)
+    write_run(run, [*rows, val(2, 3.25, 20)], samples, max_steps=4)
+    write_report(run, run / REPORT, running=True)
+    deadline = time.monotonic() + 20
+    while "step 2 of 4" not in browser.text("#outcome"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.2)  # for the first frame, after which the page scrolls
+    place = "return [xKey, document.getElementById('all').open, scrollY]"
+    assert browser.driver.execute_script(place) == ["seconds", True, 300]
+    assert browser.text("#sample") == "one"
+    assert browser.console_messages() == []
+
+
+def test_the_page_of_a_run_that_died_says_so(tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", [val(0, 4.0), val(1, 3.5, 10)], [], max_steps=4)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 1000)
+    write_report(run, run / REPORT, running=True)
+    browser.driver.get((run / REPORT).as_uri())
+    assert re.match(r"Nothing was written for 17 min\. .* continued with the command below\.", browser.text("#age"))
 
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1200])

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from conftest import prepare_text, some_text, tiny_model
 from glyphgpt.data.batches import Windows
 from glyphgpt.data.dataset import Split, load_dataset
+from glyphgpt.inference.score import Score
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
-from glyphgpt.training.evaluation import EVAL_COST, Score, affordable_tokens, evaluate, sample_blocks, sample_tokens
+from glyphgpt.training.evaluation import EVAL_COST, affordable_tokens, evaluate, sample_blocks, sample_tokens
 from model import GPT
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -19,9 +19,10 @@ from glyphgpt.data.batches import window_starts
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.errors import UserError, exit_on_error
 from glyphgpt.files import BEST, LAST
+from glyphgpt.inference.score import Score
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
-from glyphgpt.training.evaluation import Score, evaluate_best
+from glyphgpt.training.evaluation import evaluate_best
 from glyphgpt.training.metrics import SAMPLES, read_rows
 from glyphgpt.training.run import StepMetrics
 from glyphgpt.training.schedule import learning_rate
