@@ -51,8 +51,8 @@ def main(settings: SampleSettings, *words: str) -> None:
         words[0], device=settings.device, dtype=settings.dtype, data_dir=settings.data_dir, remedy=remedy
     ) as model:
         if settings.score:
-            split, description = load_split(model.tokenizer, settings)
-            print(f"{description}, {model.score_split(split)}")
+            split, name = load_split(model.tokenizer, settings)
+            print(f"{name}: {model.score_split(split)}")
             return
         settings = settings.model_copy(update={"stop": tuple(map(unescape, settings.stop))})
         warn_of_unknown_stops(model.tokenizer, settings)
@@ -65,7 +65,7 @@ def main(settings: SampleSettings, *words: str) -> None:
 
 
 def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, str]:
-    """Return the tokens to score, and a description of them.
+    """Return the tokens to score, and their name.
 
     Raises:
         UserError: There are too few tokens, or the vocabularies differ.
@@ -76,14 +76,14 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
         dataset = load_dataset(folder, data_dir)
         if dataset.meta.tokenizer != tokenizer.to_dict():
             raise UserError(f"{folder}: its vocabulary differs from the model's; score its text: --score=FILE")
-        return dataset.val, f"{folder}: validation split: {dataset.val.tokens:,} tokens"
+        return dataset.val, f"{folder}: validation split"
     text = read_text(settings.score)
     tokens = encode_text(text, tokenizer, skip=settings.skip_unknown)
     if len(tokens) < 2:
         raise UserError(f"{settings.score}: {len(tokens)} tokens; a score needs at least 2")
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown_characters(text))
     skipped = f" ({len(text) - known:,} unknown characters skipped)" if known < len(text) else ""
-    return Split((tokens,), known), f"{settings.score}: {len(tokens):,} tokens{skipped}"
+    return Split((tokens,), known), f"{settings.score}{skipped}"
 
 
 def print_novelty(model: Model, settings: SampleSettings) -> None:

@@ -178,40 +178,36 @@ def test_score_equals_the_validation_loss(
     validation_text = some_text(6000)[5400:]
     file = tmp_path / "validation.txt"
     file.write_bytes(validation_text.encode())
-    assert run_sample(score=str(file), dtype="float32") == f"{file}: 600 tokens, {evaluated}"
+    assert run_sample(score=str(file)) == f"{file}: {evaluated}"
     file.write_bytes("qz字".join(validation_text).encode())
     with pytest.raises(UserError, match=r"'q' \(U\+0071\), 'z' \(U\+007A\), '字' \(U\+5B57\)"):
         run_sample(score=str(file))
     skipped = "(1,797 unknown characters skipped)"
-    assert (
-        run_sample(score=str(file), skip_unknown=True, dtype="float32") == f"{file}: 600 tokens {skipped}, {evaluated}"
-    )
+    assert run_sample(score=str(file), skip_unknown=True) == f"{file} {skipped}: {evaluated}"
 
 
 def test_score_accepts_a_dataset(
     data_dir: Path, run_sample: RunSample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "small").write_text(some_text(6000)[5400:], encoding="utf-8")
-    loss = run_sample(score=str(tmp_path / "small")).partition(" 600 tokens, ")[2]
-    expected = f"{data_dir / 'small'}: validation split: 600 tokens, {loss}"
+    loss = run_sample(score=str(tmp_path / "small")).removeprefix(f"{tmp_path / 'small'}: ")
+    expected = f"{data_dir / 'small'}: validation split: {loss}"
     assert run_sample(score="small", data_dir=str(data_dir)) == run_sample(score=str(data_dir / "small")) == expected
     prepare_text(some_text(1000) + "z", data_dir, "other")
     with pytest.raises(UserError, match=r"other: its vocabulary differs from the model's; score its text: --score="):
         run_sample(score="other", data_dir=str(data_dir))
     monkeypatch.chdir(tmp_path)
-    assert run_sample(score="small", data_dir=str(data_dir)).startswith("small: 600 tokens, "), "a file has precedence"
+    assert run_sample(score="small", data_dir=str(data_dir)).startswith("small: loss "), "a file has precedence"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "text.txt").write_text("the king", encoding="utf-8")
-    assert run_sample(score="other", data_dir=str(data_dir)).startswith("other: 8 tokens, "), (
-        "a folder of texts has precedence"
-    )
+    assert run_sample(score="other", data_dir=str(data_dir)).startswith("other: loss "), "a folder has, too"
 
 
 def test_score_reads_standard_input(run_sample: RunSample, monkeypatch: pytest.MonkeyPatch) -> None:
     standard_input(b"the king", monkeypatch)
     output = run_sample(score="-")
     score = r"loss \d\.\d+, \d\.\d+ bits per character, perplexity \d+\.\d+ \(7 tokens\)"
-    assert re.fullmatch(rf"-: 8 tokens, {score}\n", output)
+    assert re.fullmatch(rf"-: {score}\n", output)
 
 
 @pytest.mark.parametrize(("text", "count"), [("", 0), ("t", 1)])
@@ -332,3 +328,20 @@ def test_stop_may_contain_escapes_and_impossible_stops_are_a_warning(
     assert run_sample(max_new_tokens=200, stop=("\\n",)) == full.partition("\n")[0] + "\n"
     sample.main(settings(stop=("%",)), str(run))
     assert capsys.readouterr().err == "warning: stop = '%' cannot occur: '%' is not in the model's vocabulary\n"
+
+
+def test_novelty_compares_samples_and_validation_text_with_the_training_text(
+    run_sample: RunSample, data_dir: Path
+) -> None:
+    output = run_sample(novelty="small", data_dir=str(data_dir), num_samples=3, max_new_tokens=200, temperature=0.5)
+    title, head, samples, val, longest = output.splitlines()
+    assert title.endswith("training text of small, by the length of the runs:")
+    assert head.split() == ["20", "or", "more", "50", "or", "more", "100", "or", "more", "longest"]
+    fractions = [[float(cell.rstrip("%")) for cell in row.split()[-4:]] for row in (samples, val)]
+    for *shares, _ in fractions:
+        assert 100 >= shares[0] >= shares[1] >= shares[2] >= 0
+    assert fractions[1][0] > 50, "the phrases of the text repeat"
+    place, copied = re.fullmatch(r"longest run of the samples, at character ([\d,]+): '(.*)'", longest).groups()  # type: ignore[union-attr]
+    assert len(copied) == int(fractions[0][-1])
+    text = some_text(6000)[: int(0.9 * 6000)]
+    assert text[int(place.replace(",", "")) :].startswith(copied)

@@ -30,21 +30,25 @@ class Weight {
   // Adds a row to `out`. Tables stay small in memory, because only the rows that a text needs are converted.
   addRow(row, out) {
     const { columns, values, factors } = this, start = row * columns;
-    if (factors) for (let i = 0; i < columns; i++) out[i] += factors[row] * values[start + i];
-    else if (values instanceof Uint16Array) for (let i = 0; i < columns; i++) out[i] += Weight.float16[values[start + i]];
-    else for (let i = 0; i < columns; i++) out[i] += values[start + i];
+    if (factors) {
+      for (let i = 0; i < columns; i++) out[i] += factors[row] * values[start + i];
+    } else if (values instanceof Uint16Array) {
+      for (let i = 0; i < columns; i++) out[i] += Weight.float16[values[start + i]];
+    } else {
+      for (let i = 0; i < columns; i++) out[i] += values[start + i];
+    }
   }
 
   // Returns all rows in float32.
   toFloat32() {
     if (this.values instanceof Float32Array) return this.values;
-    const all = new Float32Array(this.rows * this.columns);
-    for (let row = 0; row < this.rows; row++) this.addRow(row, all.subarray(row * this.columns, (row + 1) * this.columns));
+    const { rows, columns } = this, all = new Float32Array(rows * columns);
+    for (let row = 0; row < rows; row++) this.addRow(row, all.subarray(row * columns, (row + 1) * columns));
     return all;
   }
 }
 
-// Returns Weights by their names, from their index and their bytes in base64, as glyphgpt/reports/model_page.py makes them.
+// Returns Weights by their names, from their index and their bytes in base64 (glyphgpt/reports/model_page.py).
 function readWeights(index, base64) {
   const binary = atob(base64), bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
@@ -201,7 +205,8 @@ class GPT {
     const x = new Float32Array(this.config.n_embd);
     this.embedding.addRow(tokens[position], x);
     if (!this.tables.length) return x;
-    let key = BigInt(tokens[position] + 1), rows = BigInt(this.config.ngram_rows); // 0 is for positions before the context
+    let key = BigInt(tokens[position] + 1); // 0 is for positions before the context
+    const rows = BigInt(this.config.ngram_rows);
     this.tables.forEach((table, i) => {
       const earlier = i < position ? tokens[position - 1 - i] + 1 : 0;
       key = BigInt.asIntN(64, key * HASH_FACTOR + BigInt(earlier)); // wraps around as in PyTorch

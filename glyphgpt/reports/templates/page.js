@@ -13,24 +13,48 @@ const NAMES = { " ": "space", "\n": "new line", "\t": "tab", "\r": "carriage ret
 const VIEWS = {
   surprise: {
     name: "surprise",
-    hint: "The stronger the color of a character, the less the model expected it. Point at a character to see what was expected there; click to keep it.",
-    scale: [[0, "0 bits"], [2, "2"], [4, "4"], [6, "6"], [8, "8 or more"]].map(([bits, name]) => [bits / MANY_BITS, name]),
+    hint: "The stronger the color of a character, the less the model expected it. Point at a character to see what " +
+      "was expected there; click to keep it.",
+    scale: [[0, "0 bits"], [0.25, "2"], [0.5, "4"], [0.75, "6"], [1, "8 or more"]],
   },
   attention: {
     name: "attention",
-    hint: "The color of a character is the attention that it got when the outlined one was predicted. Point at another one; click to keep it.",
+    hint: "The color of a character is the attention that it got when the outlined one was predicted. Point at " +
+      "another one; click to keep it.",
     scale: [0.01, 0.1, 0.25, 0.5, 1].map((weight) => [Math.sqrt(weight), `${100 * weight}\u202f%`]),
   },
-  plain: { name: "none", hint: "Point at a character to see what the model expected there; click to keep it.", scale: [] },
+  plain: {
+    name: "none",
+    hint: "Point at a character to see what the model expected there; click to keep it.",
+    scale: [],
+  },
 };
 
 const CONTROLS = [
-  { id: "temperature", name: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8, help: "Below 1 the text becomes more conservative, above 1 more random. 0 always takes the most probable token." },
-  { id: "topK", name: "Top k", min: 0, max: 100, step: 1, value: 0, help: "Draws only from the k most probable tokens. 0 allows all." },
-  { id: "topP", name: "Top p", min: 0.05, max: 1, step: 0.05, value: 1, help: "Draws only from the most probable tokens whose probabilities add up to p." },
-  { id: "minP", name: "Min p", min: 0, max: 0.5, step: 0.01, value: 0, help: "Draws only from tokens at least this fraction as probable as the most probable one." },
-  { id: "length", name: "Length", min: 10, max: 2000, step: 10, value: 300, help: "How many tokens the model writes before it stops." },
-  { id: "seed", name: "Seed", min: 1, max: 1000, step: 1, value: 1, help: "The same seed, text and settings give the same continuation." },
+  {
+    id: "temperature", name: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8,
+    help: "Below 1 the text becomes more conservative, above 1 more random. 0 always takes the most probable token.",
+  },
+  {
+    id: "topK", name: "Top k", min: 0, max: 100, step: 1, value: 0,
+    help: "Draws only from the k most probable tokens. 0 allows all.",
+  },
+  {
+    id: "topP", name: "Top p", min: 0.05, max: 1, step: 0.05, value: 1,
+    help: "Draws only from the most probable tokens whose probabilities add up to p.",
+  },
+  {
+    id: "minP", name: "Min p", min: 0, max: 0.5, step: 0.01, value: 0,
+    help: "Draws only from tokens at least this fraction as probable as the most probable one.",
+  },
+  {
+    id: "length", name: "Length", min: 10, max: 2000, step: 10, value: 300,
+    help: "How many tokens the model writes before it stops.",
+  },
+  {
+    id: "seed", name: "Seed", min: 1, max: 1000, step: 1, value: 1,
+    help: "The same seed, text and settings give the same continuation.",
+  },
 ];
 
 const $ = (id) => document.getElementById(id);
@@ -51,7 +75,18 @@ function setHeat(node, strength) {
 function bar(tag, label, fraction) {
   const filled = element("span", "");
   filled.style.setProperty("--fraction", fraction);
-  return element(tag, "bar", element("bdi", "token", label), element("span", "track", filled), element("span", "number", percent(fraction)));
+  const number = element("span", "number", percent(fraction));
+  return element(tag, "bar", element("bdi", "token", label), element("span", "track", filled), number);
+}
+
+function radio(name, checked, onChange) {
+  const input = Object.assign(element("input", ""), { type: "radio", name, checked });
+  input.addEventListener("change", onChange);
+  return input;
+}
+
+function sum(numbers) {
+  return numbers.reduce((a, b) => a + b, 0);
 }
 
 function percent(fraction) {
@@ -167,8 +202,9 @@ function updateText() {
     end.before(span);
   }
   const text = toArea(story.text);
-  if (text.startsWith(area.value)) area.setRangeText(text.slice(area.value.length), area.value.length, area.value.length, "preserve");
-  else if (area.value !== text) area.value = text;
+  const { length } = area.value;
+  if (!text.startsWith(area.value)) area.value = text;
+  else if (text.length > length) area.setRangeText(text.slice(length), length, length, "preserve");
 }
 
 const end = element("span", "", "\u200b"); // gives the last line its height
@@ -185,7 +221,8 @@ function pieceBits() {
   let token = 0;
   return story.pieces.map(({ tokens }) => {
     const bits = story.bits.slice(token, (token += tokens.length));
-    return tokens.length && bits.length === tokens.length && bits[0] !== undefined ? bits.reduce((a, b) => a + b) : undefined;
+    const known = tokens.length && bits.length === tokens.length && bits[0] !== undefined;
+    return known ? sum(bits) : undefined;
   });
 }
 
@@ -214,11 +251,11 @@ function attentionOf(layer, head) {
 
 // Gives every piece of a word the sum of their weights.
 function sumWords(weights) {
-  const kind = (text) => (/^\s/u.test(text) ? "space" : /^[\p{L}\p{M}\p{N}]/u.test(text) ? "word" : "other");
+  const kinds = story.pieces.map(({ text }) =>
+    /^\s/u.test(text) ? "space" : /^[\p{L}\p{M}\p{N}]/u.test(text) ? "word" : "other");
   for (let first = 0, last; first < weights.length; first = last) {
-    let sum = 0;
-    for (last = first; last < weights.length && kind(story.pieces[last].text) === kind(story.pieces[first].text); last++) sum += weights[last];
-    weights.fill(sum, first, last);
+    for (last = first; kinds[last] === kinds[first] && last < weights.length; ) last++;
+    weights.fill(sum(weights.subarray(first, last)), first, last);
   }
   return weights;
 }
@@ -233,8 +270,7 @@ function buildBoxes() {
   for (let layer = 0; layer < data.config.n_layer; layer++) {
     const row = element("div", "heads");
     for (let head = MEAN; head < data.config.n_head; head++) {
-      const input = Object.assign(element("input", ""), { type: "radio", name: "head", checked: layer === state.layer && head === state.head });
-      input.addEventListener("change", () => {
+      const input = radio("head", layer === state.layer && head === state.head, () => {
         Object.assign(state, { layer, head });
         update();
       });
@@ -252,8 +288,10 @@ function updateAttention() {
   $("attention").hidden = $("attention-of-head").hidden = state.view !== "attention";
   if (state.view !== "attention") return;
   const weights = attentionOf(state.layer, state.head);
-  const largest = [...weights.keys()].filter((i) => weights[i] > 0).sort((a, b) => weights[b] - weights[a]).slice(0, TOP);
-  $("keys-heading").textContent = `Layer ${state.layer + 1}, ${state.head === MEAN ? "mean of the heads" : `head ${state.head + 1}`} looked at`;
+  const read = [...weights.keys()].filter((piece) => weights[piece] > 0);
+  const largest = read.sort((a, b) => weights[b] - weights[a]).slice(0, TOP);
+  const head = state.head === MEAN ? "mean of the heads" : `head ${state.head + 1}`;
+  $("keys-heading").textContent = `Layer ${state.layer + 1}, ${head} looked at`;
   $("keys").replaceChildren(...largest.map((piece) => bar("li", contextLabel(piece), weights[piece])));
   for (const box of boxes) {
     const weights = attentionOf(box.layer, box.head), top = weights.indexOf(Math.max(...weights));
@@ -265,8 +303,10 @@ function updateAttention() {
 
 // Returns a piece in bold among its neighbors.
 function contextLabel(piece) {
-  const text = (first, last) => visible(story.pieces.slice(Math.max(0, first), last).map((p) => p.text).join(""));
-  return element("span", "", element("span", "muted", text(piece - 4, piece)), element("b", "", text(piece, piece + 1)), element("span", "muted", text(piece + 1, piece + 5)));
+  const part = (tag, className, first, last) =>
+    element(tag, className, visible(story.pieces.slice(Math.max(0, first), last).map(({ text }) => text).join("")));
+  return element("span", "", part("span", "muted", piece - 4, piece), part("b", "", piece, piece + 1),
+    part("span", "muted", piece + 1, piece + 5));
 }
 
 // ---------------------------------------------------------------- what the model expected
@@ -287,48 +327,58 @@ function nameOf(text) {
 function tokenText(token) {
   const bytes = story.tokenizer.tokenBytes(token);
   const text = new TextDecoder().decode(bytes);
-  return text.includes("\ufffd") ? Array.from(bytes, (byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("") : text;
+  if (!text.includes("\ufffd")) return text;
+  return Array.from(bytes, (byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
+}
+
+// Returns why there are no probabilities for the selected piece, or "" if there are.
+function obstacle(piece, index) {
+  if (piece && !piece.tokens.length) return "The model does not know this character, and did not see it.";
+  if (!index && piece) return "Nothing stands before the first character, so the model could not predict it.";
+  if (!index) return "Type a text, or let the model begin.";
+  return isPredicted(index) ? "" : "The model has not read this far yet.";
 }
 
 function updateInspector() {
-  const piece = state.selected === null ? null : story.pieces[state.selected], index = selectedToken();
-  $("inspect-heading").textContent = piece ? `What the model expected, in place of “${nameOf(piece.text)}”` : "What the model expects next";
-  $("probs").replaceChildren();
-  $("probs-note").textContent = "";
-  if (piece && !piece.tokens.length) return void ($("selected").textContent = "The model does not know this character, and did not see it.");
-  if (!index) return void ($("selected").textContent = piece ? "Nothing stands before the first character, so the model could not predict it." : "Type a text, or let the model begin.");
-  if (!isPredicted(index)) return void ($("selected").textContent = "The model has not read this far yet.");
+  const place = state.selected ?? story.pieces.length, piece = story.pieces[place], index = selectedToken();
+  $("inspect-heading").textContent = piece
+    ? `What the model expected, in place of “${nameOf(piece.text)}”` : "What the model expects next";
+  $("selected").textContent = obstacle(piece, index);
+  $("probs-note").hidden = $("probs").hidden = Boolean($("selected").textContent);
+  if ($("probs").hidden) return;
   const logits = story.logits(index), model = softmax(logits.slice()), drawn = samplingProbs(logits, params());
   const actual = piece ? story.tokens[index] : undefined;
-  const bits = piece ? pieceBits()[state.selected] : undefined;
-  $("selected").textContent = piece ? `Its probability is ${percent(model[actual])}: ${bits?.toFixed(2) ?? "?"} bits of surprise.` : "";
+  if (piece) {
+    const bits = pieceBits()[place]?.toFixed(2) ?? "?";
+    $("selected").textContent = `Its probability is ${percent(model[actual])}: ${bits} bits of surprise.`;
+  }
   const shown = [...drawn.keys()].sort((a, b) => drawn[b] - drawn[a] || model[b] - model[a]).slice(0, TOP);
   if (piece && !shown.includes(actual)) shown.push(actual);
   $("probs").replaceChildren(...shown.map((token) => {
     const button = bar("button", `${nameOf(tokenText(token))}${token === actual ? " ✓" : ""}`, drawn[token]);
-    button.type = "button";
-    button.title = "Go on from here with this one";
+    Object.assign(button, { type: "button", title: "Go on from here with this one" });
     button.classList.toggle("actual", token === actual);
-    const place = state.selected ?? story.pieces.length;
     button.addEventListener("click", () => choose(place, token));
     return element("li", "", button);
   }));
-  $("probs-note").textContent = "The bars are the probabilities of being drawn, at the settings under “How the model chooses”. Click one, and the text goes on from there.";
 }
 
 // ---------------------------------------------------------------- numbers, controls, and the rest of the page
 
 function updateNumbers() {
-  const bits = story.bits.filter((b) => b !== undefined), characters = story.pieces.filter((p) => p.tokens.length).length - 1;
-  const parts = [`${story.pieces.length.toLocaleString("en")} ${story.pieces.length === 1 ? "character" : "characters"}`];
-  if (bits.length && story.isRead) parts.push(`${(bits.reduce((a, b) => a + b) / characters).toFixed(2)} bits per character`);
+  const bits = pieceBits().filter((b) => b !== undefined), count = story.pieces.length;
+  const parts = [`${count.toLocaleString("en")} ${count === 1 ? "character" : "characters"}`];
   if (!story.isRead) parts.push(`reading: ${Math.floor((100 * story.predicted) / story.tokens.length)}\u202f%`);
-  if (state.written > 20) parts.push(`${Math.round((1000 * state.written) / state.elapsed).toLocaleString("en")} tokens a second`);
+  else if (bits.length) parts.push(`${(sum(bits) / bits.length).toFixed(2)} bits per character`);
+  const speed = Math.round((1000 * state.written) / state.elapsed);
+  if (state.written > 20) parts.push(`${speed.toLocaleString("en")} tokens a second`);
   $("numbers").textContent = parts.join(" · ");
   const unknown = [...new Set(story.pieces.filter((p) => !p.tokens.length).map((p) => p.text))];
   $("unknown").hidden = !unknown.length;
-  const list = unknown.slice(0, 5).map((c) => `“${visible(c)}” (${codePoint(c)})`).join(", ") + (unknown.length > 5 ? ", …" : "");
-  $("unknown").textContent = `Not among the ${data.config.vocab_size} characters of this model, which does not see them: ${list}`;
+  const named = unknown.slice(0, 5).map((character) => `“${visible(character)}” (${codePoint(character)})`);
+  $("unknown").textContent =
+    `Not among the ${data.config.vocab_size} characters of this model, which does not see them: ${named.join(", ")}` +
+    (unknown.length > 5 ? ", …" : "");
 }
 
 function update() {
@@ -361,9 +411,7 @@ function buildControls() {
 
 function buildViews() {
   for (const [view, { name }] of Object.entries(VIEWS)) {
-    const input = Object.assign(element("input", ""), { type: "radio", name: "view", value: view, checked: view === state.view });
-    input.addEventListener("change", () => setView(view));
-    $("views").append(element("label", "", input, name));
+    $("views").append(element("label", "", radio("view", view === state.view, () => setView(view)), name));
   }
 }
 
@@ -379,11 +427,11 @@ function setView(view) {
 }
 
 function buildAbout() {
-  const { title, tagline, about } = data;
-  document.title = visible(title).replaceAll("␣", " ");
-  $("title").textContent = document.title;
+  const { title, tagline, about } = data, line = (text) => visible(text).replaceAll("␣", " ");
+  document.title = $("title").textContent = line(title);
   $("tagline").textContent = tagline;
-  const terms = (rows) => rows.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", element("bdi", "", visible(value).replaceAll("␣", " ")))]);
+  const terms = (rows) => rows.flatMap(([name, value]) =>
+    [element("dt", "", name), element("dd", "", element("bdi", "", line(value)))]);
   $("facts").replaceChildren(...terms(about.facts));
   $("settings").replaceChildren(...terms(about.settings));
   const slider = $("sample-slider"), last = about.samples.length - 1;
@@ -433,7 +481,7 @@ $("text").addEventListener("click", (event) => {
   select(piece, piece !== null && !(state.pinned && state.selected === piece));
 });
 $("text").addEventListener("keyup", (event) => {
-  if (event.key.startsWith("Arrow") || event.key === "Home" || event.key === "End") select(pieceAtCaret(), pieceAtCaret() !== null);
+  if (/^(Arrow|Home|End|Page)/.test(event.key)) select(pieceAtCaret(), pieceAtCaret() !== null);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") select(null, false);

@@ -40,8 +40,10 @@ class ByteTokenizer {
 
 // GPT-2's byte-pair encoding. Strings stand for bytes here: each character is a byte.
 class GPT2Tokenizer {
-  static WORDS =
-    /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+  static WORDS = new RegExp([
+    "'(?:[sdmt]|ll|ve|re)", " ?\\p{L}+", " ?\\p{N}+", " ?[^\\p{White_Space}\\p{L}\\p{N}]+",
+    "\\p{White_Space}+(?!\\P{White_Space})", "\\p{White_Space}+",
+  ].join("|"), "gu");
 
   unit = "token";
 
@@ -58,7 +60,7 @@ class GPT2Tokenizer {
     return joinPieces(words.flatMap((word) => this.encodeWord(word)), this);
   }
 
-  // Returns the tokens of a word (a list of bytes): merges the pair of neighbors with the lowest id until there is none.
+  // Returns the tokens of a word, a list of bytes: merges the neighbors with the lowest id, until there are none.
   encodeWord(parts) {
     for (;;) {
       let best = Infinity, at = -1;
