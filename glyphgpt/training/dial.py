@@ -67,8 +67,9 @@ MANY_STEPS = 700
 NGRAM_ROWS, MANY_NGRAM_ROWS, MANY_TOKENS, MANY_ROWS_COST = 8192, 32_768, 2_000_000, 1.1
 """Rows of each n-gram table; more where a run sees so much text and a step takes less than so many times as long."""
 
-COMPILE_SECONDS, COMPILE_LAYER_SECONDS, COMPILE_PAYS = 5.0, 4.0, 3
-"""Time to compile a network without blocks, and each block; how many times that long a run must be to compile."""
+COMPILE_STARTS, COMPILE_LAYER_STARTS, COMPILE_PAYS = 4.5, 3.4, 3.5
+"""Time to compile a network without blocks, and each block, in units of the time in which this program started, which
+measures the machine; how many times that long a run must be to compile."""
 END_SECONDS = 0.5
 """Time to build the model, save it, and write the report."""
 LONG_SECONDS = 30
@@ -117,7 +118,7 @@ class Dial:
         self.given = set(settings.model_fields_set)
         self.seconds = settings.minutes * 60
         self.measure_here = measure
-        self.measuring_seconds = 0.0
+        self.start_seconds = self.measuring_seconds = 0.0
         self.costs = UNKNOWN
 
     def clock(self) -> float:
@@ -140,7 +141,7 @@ class Dial:
         Raises:
             UsageError: The given settings contradict each other.
         """
-        started = self.clock()
+        self.start_seconds = self.clock()
         self.set(**ARCHITECTURE, **OPTIMIZER)
         self.set(init="gpt2" if self.settings.tie_embeddings else "zero", ngram_rows=NGRAM_ROWS)
         self.choose_network()
@@ -148,7 +149,7 @@ class Dial:
         self.choose_precision()
         self.choose_steps()
         self.choose_rates()
-        self.measuring_seconds = self.clock() - started
+        self.measuring_seconds = self.clock() - self.start_seconds
         return self.settings
 
     def with_values(self, **values: Any) -> TrainSettings:
@@ -269,7 +270,7 @@ class Dial:
         if self.device == "cpu" and self.seconds >= LONG_SECONDS:
             self.try_change(dtype="float32")
         can_compile = self.device == "cuda" or shutil.which("g++")
-        compile_seconds = COMPILE_SECONDS + COMPILE_LAYER_SECONDS * self.settings.n_layer
+        compile_seconds = self.start_seconds * (COMPILE_STARTS + COMPILE_LAYER_STARTS * self.settings.n_layer)
         if can_compile and self.seconds - self.clock() > COMPILE_PAYS * compile_seconds:
             self.try_change(compile=True)
 

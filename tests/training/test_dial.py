@@ -175,6 +175,16 @@ def test_the_model_is_compiled_where_that_pays(
     assert choose(minutes, 10**6, measure).compile is compiled
 
 
+@pytest.mark.parametrize(("start", "compiled"), [(1.0, True), (3.3, False)])
+def test_a_machine_that_starts_slowly_does_not_compile_in_a_short_run(
+    start: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/g++")
+    monkeypatch.setattr(dial_module, "seconds_since_start", lambda: start)
+    measure = machine(compile=lambda settings: 0.6 if settings.compile is True else 1.0)
+    assert choose(0.8, 10**6, measure).compile is compiled
+
+
 def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
     assert (
