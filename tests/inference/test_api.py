@@ -76,7 +76,9 @@ def test_surprise_is_minus_the_logarithm_of_the_probability(run: Path) -> None:
     surprise = model.score(text).surprise
     for position in range(1, len(text)):
         expected = -math.log2(model.probabilities(text[:position])[text[position]])
-        assert surprise[position] == (text[position], pytest.approx(expected, abs=1e-4))
+        part, bits = surprise[position]
+        assert part == text[position]
+        assert bits == pytest.approx(expected, abs=1e-4)
 
 
 def test_bytes_are_joined_to_characters(byte_run: Path) -> None:
