@@ -46,7 +46,7 @@ def main(settings: SampleSettings, *words: str) -> None:
     if settings.attention:
         write_attention(Path(words[0]), settings)
         return
-    remedy = "num_samples" if not settings.score else "the load of the GPU"
+    remedy = "the load of the GPU" if settings.score else "num_samples"
     with open_model(
         words[0], device=settings.device, dtype=settings.dtype, data_dir=settings.data_dir, remedy=remedy
     ) as model:
@@ -95,7 +95,7 @@ def print_novelty(model: Model, settings: SampleSettings) -> None:
         return read_points(dataset.train, dataset.tokenizer, "reading the training text")
 
     samples = find_copied(write_samples(model, settings), train)
-    val = find_copied(pieces_of(dataset.val, dataset.tokenizer, settings), train)
+    val = find_copied(random_pieces(dataset.val, dataset.tokenizer, settings), train)
     print(f"characters in runs that stand in the training text of {settings.novelty}, by the length of the runs:")
     print(f"{'':16}" + "".join(f"{f'{length} or more':>14}" for length in LENGTHS) + f"{'longest':>10}")
     for name, copied in (("samples", samples), ("validation text", val)):
@@ -106,22 +106,19 @@ def print_novelty(model: Model, settings: SampleSettings) -> None:
 
 
 def write_samples(model: Model, settings: SampleSettings) -> list[str]:
-    """Return samples, without the prompt, after showing a progress bar."""
-    texts = [""] * settings.num_samples
-    parts_of_samples = model.samples(read_prompt(settings), settings)
-    total = settings.max_new_tokens
-    for parts in tqdm(parts_of_samples, "writing samples", total, leave=False, delay=1, unit="token", disable=None):
+    """Return samples, without the prompt; show a progress bar meanwhile."""
+    texts, samples = [""] * settings.num_samples, model.samples(read_prompt(settings), settings)
+    length = settings.max_new_tokens
+    for parts in tqdm(samples, "writing samples", length, leave=False, delay=1, unit="token", disable=None):
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
     return texts
 
 
-def pieces_of(split: Split, tokenizer: Tokenizer, settings: SampleSettings) -> list[str]:
+def random_pieces(split: Split, tokenizer: Tokenizer, settings: SampleSettings) -> list[str]:
     """Return num_samples pieces of max_new_tokens tokens of a text, from random places."""
-    rng, last = np.random.default_rng(settings.seed), max(1, split.tokens - settings.max_new_tokens + 1)
-    starts = rng.integers(last, size=settings.num_samples).tolist()
-    return [
-        decode(tokenizer, split.slice(start, min(start + settings.max_new_tokens, split.tokens))) for start in starts
-    ]
+    length = min(settings.max_new_tokens, split.tokens)
+    starts = np.random.default_rng(settings.seed).integers(split.tokens - length + 1, size=settings.num_samples)
+    return [decode(tokenizer, split.slice(start, start + length)) for start in starts.tolist()]
 
 
 def write_attention(path: Path, settings: SampleSettings) -> None:
@@ -133,8 +130,7 @@ def write_attention(path: Path, settings: SampleSettings) -> None:
     checkpoint, tokenizer = open_checkpoint(path, Path(settings.data_dir))
     tokens, out = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown), Path(settings.out)
     if out.name.lower().endswith(".html"):
-        title = checkpoint.path.absolute().parent.name
-        write_model_page(out, checkpoint, tokenizer, title=title, text=settings.attention, view="attention")
+        write_model_page(out, checkpoint, tokenizer, text=settings.attention, view="attention")
     else:
         write_atomic(out, attention_figure(checkpoint, tokenizer, tokens))
     print(f"{out}: written")

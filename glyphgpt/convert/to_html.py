@@ -17,6 +17,5 @@ def export_page(path: Path, settings: ConvertSettings) -> str:
     """
     out = output_path(settings, "model.html")
     checkpoint, tokenizer = open_checkpoint(path, Path(settings.data_dir))
-    title = settings.name or (checkpoint.path.absolute().parent.name)
-    size = write_model_page(out, checkpoint, tokenizer, title=title, int8=settings.int8)
+    size = write_model_page(out, checkpoint, tokenizer, title=settings.name, int8=settings.int8)
     return f"{out}: {size / 1e6:.1f} MB; open it in any browser, or send it to a friend"

@@ -66,7 +66,7 @@ def write_model_page(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     *,
-    title: str,
+    title: str = "",
     int8: bool = False,
     text: str = "",
     view: Literal["surprise", "attention"] = "surprise",
@@ -74,6 +74,7 @@ def write_model_page(
     """Write a page; return its size in bytes.
 
     Args:
+        title: The name of the page; by default that of the checkpoint's folder.
         int8: Store the matrices as int8 instead of float16, which halves the page.
         text: The text that the page shows first. If it is empty, the model begins to write at once.
         view: What the colors of the text show first.
@@ -81,6 +82,7 @@ def write_model_page(
     Raises:
         UserError: The checkpoint is damaged, or the page could not be written.
     """
+    title = title or checkpoint.path.absolute().parent.name
     data = page_data(checkpoint, tokenizer, title=title, int8=int8) | {"text": text, "view": view}
     page = render("page.html", data).encode()
     write_atomic(path, page)

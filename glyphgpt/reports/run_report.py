@@ -48,7 +48,7 @@ def main() -> None:
 
 
 class LiveReport:
-    """The report of a run, which is written again while the run goes on, in at most LIVE_TIME of its time.
+    """The report of a run, which is written again and again during the run, in at most LIVE_TIME of its time.
 
     A failure is only a warning: the run is saved.
     """
@@ -136,7 +136,7 @@ def step_seconds(rows: list[Row]) -> float:
 
 
 def progress(settings: TrainSettings, rows: list[Row], step: int) -> str:
-    """Return how far a run is that goes on."""
+    """Return how far an unfinished run is."""
     left = (settings.max_steps - step) * step_seconds(rows)
     time_left = f", about {format_duration(left)} left" if rows else ""
     return f"running: step {step:,} of {settings.max_steps:,}{time_left}"

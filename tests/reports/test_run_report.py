@@ -120,7 +120,7 @@ def test_a_run_that_is_interrupted_before_its_first_row_has_a_report(
     assert page_data(tmp_path)["outcome"] == "All 20 steps done."
 
 
-def test_the_report_is_written_while_the_run_goes_on(
+def test_the_report_is_written_during_the_run(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pages: list[dict[str, Any]] = []
@@ -392,7 +392,7 @@ def test_the_buttons_and_the_slider_select_a_sample(run: Path, browser: Browser)
     assert browser.console_messages() == []
 
 
-def test_the_page_of_a_run_that_goes_on_renews_itself_in_its_place(tmp_path: Path, browser: Browser) -> None:
+def test_the_page_of_an_unfinished_run_renews_itself_in_its_place(tmp_path: Path, browser: Browser) -> None:
     rows, samples = [val(0, 4.0), val(1, 3.5, 10)], [(0, "one"), (1, "two"), (2, "three")]
     run = write_run(tmp_path / "run", rows, samples[:2], max_steps=4)
     write_report(run, run / REPORT, running=True)

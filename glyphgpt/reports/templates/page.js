@@ -116,7 +116,8 @@ const state = {
   head: MEAN,
   remaining: 0, // tokens to write
   written: 0, // tokens written since the start
-  started: 0,
+  started: 0, // when it began to write, in milliseconds
+  elapsed: 0, // since then
   origin: null, // index of the piece with which the last continuation began
 };
 
@@ -144,7 +145,7 @@ function proceed() {
   work();
 }
 
-// Replaces a token of the text by another one, and lets the model go on from there.
+// Replaces a token of the text by another one, and lets the model continue from there.
 function choose(piece, token) {
   story.cut(piece);
   story.append(token);
@@ -356,7 +357,7 @@ function updateInspector() {
   if (piece && !shown.includes(actual)) shown.push(actual);
   $("probs").replaceChildren(...shown.map((token) => {
     const button = bar("button", `${nameOf(tokenText(token))}${token === actual ? " ✓" : ""}`, drawn[token]);
-    Object.assign(button, { type: "button", title: "Go on from here with this one" });
+    Object.assign(button, { type: "button", title: "Continue the text from here with this token" });
     button.classList.toggle("actual", token === actual);
     button.addEventListener("click", () => choose(place, token));
     return element("li", "", button);
