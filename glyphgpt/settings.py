@@ -361,7 +361,7 @@ class ConvertSettings(Settings):
     name: SingleLine = ""
     """Name of the dataset, or title of the page; by default the folder's name."""
     int8: bool = False
-    """Store the weights of a page as int8 instead of float16: half the size, and a slightly higher loss."""
+    """Store the weights of a page as int8 instead of float16: half the size, and nearly the same loss."""
     data_dir: PathStr = "data"
     """Folder of the datasets."""
     overwrite: bool = False
