@@ -94,8 +94,8 @@ def print_novelty(model: Model, settings: SampleSettings) -> None:
     def train() -> Iterator[Points]:
         return read_points(dataset.train, dataset.tokenizer, "reading the training text")
 
-    samples = find_copied(write_samples(model, settings), train)
-    val = find_copied(random_pieces(dataset.val, dataset.tokenizer, settings), train)
+    samples = find_copied(write_samples(model, settings), train())
+    val = find_copied(random_pieces(dataset.val, dataset.tokenizer, settings), train())
     print(f"characters in runs that stand in the training text of {settings.novelty}, by the length of the runs:")
     print(f"{'':16}" + "".join(f"{f'{length} or more':>14}" for length in LENGTHS) + f"{'longest':>10}")
     for name, copied in (("samples", samples), ("validation text", val)):

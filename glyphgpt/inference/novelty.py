@@ -1,12 +1,13 @@
 """Novelty: how much of a text stands word for word in another one.
 
-The short text is hashed, and the long one, which may have any size, is read past these hashes once or a few times. All
-windows of a length are found (with 64-bit hashes, by Karp & Rabin 1987), not only a sample of them.
+The short text is hashed, and the long one, which may have any size, is read once past these hashes. All windows of a
+length are found (with 64-bit hashes, by Karp & Rabin 1987), not only a sample of them.
 """
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ LENGTHS = (20, 50, 100)
 """Lengths of copied runs, in characters, whose share of the text is reported."""
 CHUNK_TOKENS = 2**20
 """Tokens of the long text that are read at once."""
-TRIALS = 8
-"""Lengths that are tried in one reading of the long text, to find the longest copied run."""
 HASH_BASE = 0x9E3779B97F4A7C15
+INVERSE_BASE = pow(HASH_BASE, -1, 2**64)
 FILTER_BITS = 20  # of a hash: a table of them rules out nearly all windows of the long text
 
 Points = NDArray[np.uint32]
-Hashes = NDArray[np.uint64]
+Places = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -40,117 +41,124 @@ class Copied:
     longest: str
     """The longest copied run."""
     place: int
-    """Where the longest run stands in the long text, in characters."""
+    """Where the longest run stands in the long text, in characters; -1 if there is none."""
+
+
+class Hashes:
+    """The hashes of all windows of a text: the sum over i of (1 + point i) * HASH_BASE^i, modulo 2^64."""
+
+    def __init__(self, points: Points) -> None:
+        """Prepare to hash windows of any length."""
+        self.points = points
+        terms = (points.astype(np.uint64) + np.uint64(1)) * powers(HASH_BASE, len(points))
+        self.sums = np.concatenate((np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)))
+        self.factors = powers(INVERSE_BASE, len(points))  # make a hash independent of where its window starts
+
+    def windows(self, length: int, starts: Places | None = None) -> UInt64s:
+        """Return the hashes of the windows of `length` that start at these places, by default of all."""
+        if starts is None:
+            count = self.count(length)
+            return (self.sums[length : length + count] - self.sums[:count]) * self.factors[:count]
+        return (self.sums[starts + length] - self.sums[starts]) * self.factors[starts]
+
+    def count(self, length: int) -> int:
+        """Return the number of windows of this length."""
+        return max(0, len(self.points) - length + 1)
+
+
+@lru_cache(maxsize=8)  # the parts of a long text have the same length
+def powers(base: int, count: int) -> UInt64s:
+    """Return the powers 0 to count - 1 of a number, modulo 2^64."""
+    factors = np.full(count, base, np.uint64)
+    factors[:1] = 1
+    return np.multiply.accumulate(factors)
 
 
 class Windows:
-    """The hashes of all windows of one length in some texts, and where each was found in a long text."""
+    """The windows of one length in some texts, and which of them stand in a long text."""
 
-    def __init__(self, texts: Sequence[Points], length: int) -> None:
-        """Hash the windows."""
-        self.length = length
-        self.hashes = [window_hashes(text, length) for text in texts]
-        self.known: Hashes = np.unique(np.concatenate(self.hashes))
-        self.places = np.full(len(self.known), -1)
+    def __init__(self, texts: Sequence[Hashes], length: int) -> None:
+        """Hash the windows; at least one text must be that long."""
+        self.texts, self.length = texts, length
+        hashes = np.concatenate([text.windows(length) for text in texts])
+        self.known, self.index = np.unique(hashes, return_inverse=True)
+        self.found = np.zeros(len(self.known), bool)
         self.filter = np.zeros(1 << FILTER_BITS, bool)
         self.filter[self.known >> np.uint64(64 - FILTER_BITS)] = True
 
-    def search(self, points: Points, start: int) -> None:
-        """Look for the windows in a part of the long text that starts at character `start`."""
-        hashes = window_hashes(points, self.length)
-        candidates = np.flatnonzero(self.filter[hashes >> np.uint64(64 - FILTER_BITS)])
-        index = np.searchsorted(self.known, hashes[candidates])
-        index[index == len(self.known)] = 0
-        same = self.known[index] == hashes[candidates] if len(self.known) else np.zeros(0, bool)
-        self.places[index[same]] = candidates[same] + start
+    def search(self, part: Hashes, starts: Places | None) -> Places:
+        """Return which of these windows of a part of the long text, by default of all, stand in the texts."""
+        if starts is not None:
+            starts = starts[starts < part.count(self.length)]
+        hashes = part.windows(self.length, starts)
+        maybe = np.flatnonzero(self.filter[hashes >> np.uint64(64 - FILTER_BITS)])
+        index = np.searchsorted(self.known, hashes[maybe])
+        same = self.known[np.minimum(index, len(self.known) - 1)] == hashes[maybe]
+        self.found[index[same]] = True
+        return maybe[same] if starts is None else starts[maybe[same]]
 
-    def place(self, text: int, position: int) -> int:
-        """Return where the window at a position of a text stands in the long text, or -1."""
-        return int(self.places[np.searchsorted(self.known, self.hashes[text][position])])
-
-    def found(self) -> list[NDArray[np.bool_]]:
-        """Return for each text which of its windows stand in the long text."""
-        return [self.places[np.searchsorted(self.known, hashes)] >= 0 for hashes in self.hashes]
-
-
-def window_hashes(points: Points, length: int) -> Hashes:
-    """Return a hash of each window of `length` of the points (N,), (N - length + 1,) or empty.
-
-    The hash of two adjacent parts is that of the first times a power, plus that of the second; so windows of 2, 4, 8,
-    ... points are combined to any length.
-    """
-    count = max(0, len(points) - length + 1)
-    result: Hashes = np.zeros(count, np.uint64)
-    part, size, covered, power = points.astype(np.uint64) + np.uint64(1), 1, 0, HASH_BASE
-    while size <= length:
-        if length & size:
-            result = result * np.uint64(power) + part[covered : covered + count]
-            covered += size
-        part = part[: max(0, len(part) - size)] * np.uint64(power) + part[size:]
-        power = power**2 % 2**64
-        size *= 2
-    return result
+    def covered_characters(self) -> int:
+        """Return how many characters of the texts lie in windows that were found."""
+        found, total = self.found[self.index], 0
+        for text in self.texts:
+            count = text.count(self.length)
+            steps = np.zeros(len(text.points) + 1, np.int64)
+            steps[:count] += found[:count]
+            steps[self.length : self.length + count] -= found[:count]
+            total += int((steps.cumsum() > 0).sum())
+            found = found[count:]
+        return total
 
 
-def find_copied(texts: Sequence[str], long_text: Callable[[], Iterable[Points]]) -> Copied:
-    """Return what of some texts stands in a long text, which is read several times, in parts of code points."""
-    points = [code_points(text) for text in texts]
-    total, highest = sum(map(len, points)), max(map(len, points), default=0)
-    lengths = [*LENGTHS, *(LENGTHS[-1] * 2**i for i in range(1, 20))]
-    tried = search_all(points, [n for n in lengths if n <= highest], long_text)
-    fractions = {n: covered_characters(points, tried[n]) / total if n in tried else 0.0 for n in LENGTHS}
-    low, high = 0, highest + 1  # the longest run has at least `low` characters, and less than `high`
-    trials = sorted(tried)
-    while True:
-        low = max([low, *(n for n in trials if any_found(tried[n]))])
-        high = min([high, *(n for n in trials if n > low)])
-        if high - low <= 1:
-            break
-        trials = sorted({int(n) for n in np.linspace(low, high, TRIALS + 2)[1:-1]} - {low}) or [low + 1]
-        tried |= search_all(points, trials, long_text)
-    return Copied(total, fractions, *longest_run(texts, tried.get(low)))
+class LongestRun:
+    """The longest run of some texts that was found in a long text so far."""
+
+    def __init__(self, texts: Sequence[Hashes]) -> None:
+        """Begin with none."""
+        self.most = max((len(text.points) for text in texts), default=0)
+        self.windows = lru_cache(maxsize=8)(partial(Windows, texts))
+        self.text, self.place = "", -1
+
+    def search(self, part: Hashes, first: int, starts: Places | None) -> None:
+        """Look for longer runs that start at these places, by default at any, of a part of the long text.
+
+        Runs longer by 1, 2, 4, 8, ... characters are tried until there is none, then longer by half as many each time.
+        """
+        step, growing = 1, True
+        while step:
+            length = len(self.text) + step
+            if found := length <= self.most and (places := self.windows(length).search(part, starts)).size > 0:
+                start = int(places[0])
+                self.text = part.points[start : start + length].tobytes().decode("utf-32-le", "surrogatepass")
+                self.place, starts = first + start, places
+            growing &= found
+            step = step * 2 if growing else step // 2
 
 
-def longest_run(texts: Sequence[str], windows: Windows | None) -> tuple[str, int]:
-    """Return the first window that was found, and where it stands in the long text."""
-    if windows:
-        for number, found in enumerate(windows.found()):
-            if found.any():
-                position = int(np.argmax(found))
-                return texts[number][position : position + windows.length], windows.place(number, position)
-    return "", -1
+def find_copied(texts: Sequence[str], long_text: Iterable[Points]) -> Copied:
+    """Return what of some texts stands in a long text, which is given in parts."""
+    hashes = [Hashes(code_points(text)) for text in texts]
+    total, longest = sum(map(len, texts)), LongestRun(hashes)
+    reported = {length: Windows(hashes, length) for length in sorted(LENGTHS) if length <= longest.most}
+    for first, part in overlapping(long_text, longest.most - 1) if longest.most else ():
+        starts = starts_of_longer = None
+        for length, windows in reported.items():
+            starts = windows.search(part, starts)  # a window stands there only if the shorter ones do
+            if length <= len(longest.text) + 1:
+                starts_of_longer = starts
+        longest.search(part, first, starts_of_longer)
+    fractions = {n: reported[n].covered_characters() / total if n in reported else 0.0 for n in LENGTHS}
+    return Copied(total, fractions, longest.text, longest.place)
 
 
-def any_found(windows: Windows) -> bool:
-    """Return whether a window of the texts stands in the long text."""
-    return bool((windows.places >= 0).any())
-
-
-def search_all(
-    points: Sequence[Points], lengths: Sequence[int], long_text: Callable[[], Iterable[Points]]
-) -> dict[int, Windows]:
-    """Look for all windows of these lengths in one reading of the long text."""
-    tried = {length: Windows(points, length) for length in lengths}
-    rest, start = np.zeros(0, np.uint32), 0
-    for part in long_text() if lengths else ():
-        rest = np.concatenate((rest, part))
-        for windows in tried.values():
-            windows.search(rest, start)
-        kept = min(len(rest), max(lengths) - 1)  # windows may begin in one part and end in the next
-        start += len(rest) - kept
-        rest = rest[len(rest) - kept :]
-    return tried
-
-
-def covered_characters(points: Sequence[Points], windows: Windows) -> int:
-    """Return how many characters of the texts lie in windows that were found."""
-    total = 0
-    for text, found in zip(points, windows.found(), strict=True):
-        steps = np.zeros(len(text) + 1, np.int64)
-        steps[: len(found)] += found
-        steps[windows.length : windows.length + len(found)] -= found
-        total += int((steps.cumsum() > 0).sum())
-    return total
+def overlapping(parts: Iterable[Points], overlap: int) -> Iterator[tuple[int, Hashes]]:
+    """Yield the hashes of each part, with `overlap` points before it, and the index of its first point."""
+    rest, first = np.zeros(0, np.uint32), 0
+    for part in parts:
+        points = np.concatenate((rest, part))
+        yield first, Hashes(points)
+        rest = points[max(0, len(points) - overlap) :]
+        first += len(points) - len(rest)
 
 
 def read_points(split: Split, tokenizer: Tokenizer, description: str) -> Iterator[Points]:

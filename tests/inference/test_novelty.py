@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from difflib import SequenceMatcher
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from conftest import some_text
 from glyphgpt.data.dataset import Split
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, code_points
 from glyphgpt.inference import novelty
-from glyphgpt.inference.novelty import Points, find_copied, read_points, window_hashes
+from glyphgpt.inference.novelty import Hashes, Points, find_copied, read_points
 
 
 def in_parts(text: str, size: int) -> Iterator[Points]:
@@ -43,7 +42,7 @@ def test_copied_runs_are_those_of_a_search_of_every_run(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(novelty, "LENGTHS", lengths)
-        copied = find_copied(texts, lambda: in_parts(long_text, part))
+        copied = find_copied(texts, in_parts(long_text, part))
     characters = sum(map(len, texts))
     assert copied.characters == characters
     for length in lengths:
@@ -66,7 +65,7 @@ def test_a_long_run_is_found_in_a_long_text(monkeypatch: pytest.MonkeyPatch) -> 
     for tokenizer in (CharTokenizer("".join(sorted(set(long_text)))), ByteTokenizer()):
         tokens = tokenizer.encode(long_text)
         split = Split((tokens,), len(long_text))
-        copied = find_copied([text], partial(read_points, split, tokenizer, ""))
+        copied = find_copied([text], read_points(split, tokenizer, ""))
         assert (len(copied.longest), copied.place) == (743, 20_990)
         assert copied.fractions == {20: (743 + 30) / 776, 50: 743 / 776, 100: 743 / 776}
 
@@ -74,8 +73,8 @@ def test_a_long_run_is_found_in_a_long_text(monkeypatch: pytest.MonkeyPatch) -> 
 def test_windows_with_the_same_hash_are_equal() -> None:
     text = some_text(20_000)
     for length in (1, 2, 3, 20, 100):
-        hashes = window_hashes(code_points(text), length)
+        hashes = Hashes(code_points(text)).windows(length)
         windows = [text[start : start + length] for start in range(len(hashes))]
         assert len(hashes) == len(text) - length + 1
         assert len(set(hashes.tolist())) == len(set(windows)) == len(set(zip(hashes.tolist(), windows, strict=True)))
-    assert window_hashes(code_points("abc"), 4).size == 0
+    assert Hashes(code_points("abc")).windows(4).size == 0
