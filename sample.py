@@ -30,7 +30,7 @@ from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import write_atomic
 from glyphgpt.inference.api import Model, open_model
 from glyphgpt.inference.loading import open_checkpoint, torch_model
-from glyphgpt.inference.novelty import LENGTHS, Points, find_copied, read_points
+from glyphgpt.inference.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.reports.model_page import write_model_page
 from glyphgpt.settings import SampleSettings
 
@@ -90,12 +90,8 @@ def print_novelty(model: Model, settings: SampleSettings) -> None:
     """Print how much of samples, and of as much validation text, stands in the training text."""
     data_dir = Path(settings.data_dir)
     dataset = load_dataset(find_dataset(settings.novelty, data_dir), data_dir)
-
-    def train() -> Iterator[Points]:
-        return read_points(dataset.train, dataset.tokenizer, "reading the training text")
-
-    samples = find_copied(write_samples(model, settings), train())
-    val = find_copied(random_pieces(dataset.val, dataset.tokenizer, settings), train())
+    texts = write_samples(model, settings), random_pieces(dataset.val, dataset.tokenizer, settings)
+    samples, val = find_copied(texts, read_points(dataset.train, dataset.tokenizer, "reading the training text"))
     print(f"characters in runs that stand in the training text of {settings.novelty}, by the length of the runs:")
     print(f"{'':16}" + "".join(f"{f'{length} or more':>14}" for length in LENGTHS) + f"{'longest':>10}")
     for name, copied in (("samples", samples), ("validation text", val)):

@@ -179,7 +179,7 @@ class Trainer:
         interrupted = self.stopping and not run_finished(self.settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
         run.log_end(self.state, stopped_by)
-        self.report.finish()
+        self.report.finish(self.dataset)
         if status := run.exit_status(stopped_by):
             raise SystemExit(status)
 

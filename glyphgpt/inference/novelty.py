@@ -135,28 +135,47 @@ class LongestRun:
             step = step * 2 if growing else step // 2
 
 
-def find_copied(texts: Sequence[str], long_text: Iterable[Points]) -> Copied:
-    """Return what of some texts stands in a long text, which is given in parts."""
-    hashes = [Hashes(code_points(text)) for text in texts]
-    total, longest = sum(map(len, texts)), LongestRun(hashes)
-    reported = {length: Windows(hashes, length) for length in sorted(LENGTHS) if length <= longest.most}
-    for first, part in overlapping(long_text, longest.most - 1) if longest.most else ():
+class Search:
+    """A search for some texts in a long text, which is read in parts."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Hash the texts."""
+        hashes = [Hashes(code_points(text)) for text in texts]
+        self.characters, self.longest = sum(map(len, texts)), LongestRun(hashes)
+        lengths = [length for length in sorted(LENGTHS) if length <= self.longest.most]
+        self.windows = {length: Windows(hashes, length) for length in lengths}
+
+    def read(self, part: Hashes, first: int) -> None:
+        """Look for the texts in a part of the long text that starts at character `first`."""
         starts = starts_of_longer = None
-        for length, windows in reported.items():
+        for length, windows in self.windows.items():
             starts = windows.search(part, starts)  # a window stands there only if the shorter ones do
-            if length <= len(longest.text) + 1:
+            if length <= len(self.longest.text) + 1:
                 starts_of_longer = starts
-        longest.search(part, first, starts_of_longer)
-    fractions = {n: reported[n].covered_characters() / total if n in reported else 0.0 for n in LENGTHS}
-    return Copied(total, fractions, longest.text, longest.place)
+        self.longest.search(part, first, starts_of_longer)
+
+    def copied(self) -> Copied:
+        """Return what was found."""
+        covered = {length: windows.covered_characters() for length, windows in self.windows.items()}
+        fractions = {length: covered.get(length, 0) / max(1, self.characters) for length in LENGTHS}
+        return Copied(self.characters, fractions, self.longest.text, self.longest.place)
 
 
-def overlapping(parts: Iterable[Points], overlap: int) -> Iterator[tuple[int, Hashes]]:
+def find_copied(groups: Sequence[Sequence[str]], long_text: Iterable[Points]) -> list[Copied]:
+    """Return what of each group of texts stands in a long text, which is given in parts."""
+    searches = [Search(texts) for texts in groups]
+    for part, first in overlapping(long_text, max([0, *(search.longest.most - 1 for search in searches)])):
+        for search in searches:
+            search.read(part, first)
+    return [search.copied() for search in searches]
+
+
+def overlapping(parts: Iterable[Points], overlap: int) -> Iterator[tuple[Hashes, int]]:
     """Yield the hashes of each part, with `overlap` points before it, and the index of its first point."""
     rest, first = np.zeros(0, np.uint32), 0
     for part in parts:
         points = np.concatenate((rest, part))
-        yield first, Hashes(points)
+        yield Hashes(points), first
         rest = points[max(0, len(points) - overlap) :]
         first += len(points) - len(rest)
 

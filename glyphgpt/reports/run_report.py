@@ -18,19 +18,26 @@ from typing import Any, TypeVar
 
 from glyphgpt.checkpoint import Metadata, TrainState, read_metadata
 from glyphgpt.cli import command, groups, parse, read_toml, resolve
+from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
+from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError, exit_on_error, warn
 from glyphgpt.files import BEST, CONFIG, LAST, REPORT, write_atomic
+from glyphgpt.inference.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.reports.plot import read_metrics
 from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, Mode, ReportSettings, TrainSettings
-from glyphgpt.training.metrics import METRICS, Row, overfitting, read_samples
+from glyphgpt.training.metrics import METRICS, Row, overfitting, read_samples, training_loss
 from glyphgpt.training.run import outcome
 
 USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-LIVE_TIME = 0.02
-"""Fraction of a run's time for writing its report."""
+LIVE_TIME, NOVELTY_TIME = 0.02, 0.05
+"""Fractions of a run's time for writing its report during the run, and for finding what its last sample copied."""
+COMPARED_TOKENS = 10_000_000
+"""Tokens of the training text in which a second suffices to find what was copied."""
+VAL_TOKENS = 20_000
+"""Tokens of the validation text for which the same is found."""
 MAX_POINTS = 1000
 """Maximum number of points of a curve, and of samples, which bounds the size of the page."""
 
@@ -42,9 +49,30 @@ def main() -> None:
     settings, words = parse(ReportSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
     if len(words) != 1:
         raise UsageError(f"name one run: {USAGE}")
-    path = Path(settings.out or Path(words[0]) / REPORT)
-    write_report(Path(words[0]), path)
+    run = Path(words[0])
+    path = Path(settings.out or run / REPORT)
+    write_report(run, path, dataset=dataset_of(run))
     print(f"{path}: written")
+
+
+def dataset_of(run: Path) -> Dataset | None:
+    """Return the dataset of a run, or None if it cannot be read."""
+    try:
+        settings = run_settings(run)
+        data_dir = Path(settings.data_dir)
+        return load_dataset(find_dataset(settings.dataset, data_dir), data_dir)
+    except UserError:
+        return None
+
+
+def run_settings(run: Path) -> TrainSettings:
+    """Return the settings of a run.
+
+    Raises:
+        UserError: The run has no config, or it cannot be read.
+    """
+    config = str(run / CONFIG)
+    return resolve(TrainSettings, [(config, read_toml(config))])
 
 
 class LiveReport:
@@ -69,17 +97,17 @@ class LiveReport:
         if time.monotonic() >= self.next_time:
             self._write(running=True)
 
-    def finish(self) -> None:
+    def finish(self, dataset: Dataset) -> None:
         """Write the last page, and log its path."""
-        if self._write(running=False):
+        if self._write(running=False, dataset=dataset):
             self.log(f"report: {self.run / REPORT}")
 
-    def _write(self, *, running: bool) -> bool:
+    def _write(self, *, running: bool, dataset: Dataset | None = None) -> bool:
         """Write the page; return whether that succeeded."""
         started = time.monotonic()
         try:
             if self.enabled:
-                write_report(self.run, self.run / REPORT, running=running)
+                write_report(self.run, self.run / REPORT, running=running, dataset=dataset)
         except (UserError, OSError) as error:
             warn(str(error))
             self.enabled = False
@@ -88,17 +116,21 @@ class LiveReport:
         return self.enabled
 
 
-def write_report(run: Path, path: Path, *, running: bool = False) -> None:
+def write_report(run: Path, path: Path, *, running: bool = False, dataset: Dataset | None = None) -> None:
     """Write the report of a run, which may still be running.
 
     Raises:
         UserError: The run has no metrics, one of its files cannot be read, or the page cannot be written.
     """
-    write_atomic(path, render(REPORT, page_data(run, running=running)).encode())
+    write_atomic(path, render(REPORT, page_data(run, running=running, dataset=dataset)).encode())
 
 
-def page_data(run: Path, *, running: bool = False) -> dict[str, Any]:
+def page_data(run: Path, *, running: bool = False, dataset: Dataset | None = None) -> dict[str, Any]:
     """Return the data of a run's page.
+
+    Args:
+        running: Whether the run is not finished.
+        dataset: The run's dataset. Without it, the page does not say how much of the last sample is copied.
 
     Raises:
         UserError: The run has no metrics, or one of its files cannot be read.
@@ -106,8 +138,7 @@ def page_data(run: Path, *, running: bool = False) -> dict[str, Any]:
     has_rows = not (run / METRICS).is_file() or (run / METRICS).stat().st_size > 0  # none before the first step
     rows = read_metrics(run) if has_rows else []
     samples = read_samples(run)
-    config = str(run / CONFIG)
-    settings = resolve(TrainSettings, [(config, read_toml(config))])
+    settings = run_settings(run)
     metadata = next((read_metadata(run / name) for name in (LAST, BEST) if (run / name).exists()), None)
     state = metadata.state if metadata else TrainState()
     state.step = max(state.step, *(row["step"] for row in rows[-1:]), 0)
@@ -125,6 +156,7 @@ def page_data(run: Path, *, running: bool = False) -> dict[str, Any]:
         "highlights": highlights(settings, rows, evaluations, step=state.step, summary=summary),
         "rows": {kind: columns([row for row in rows if row["kind"] == kind]) for kind in ("train", "val")},
         "samples": [{"caption": caption(row["step"], evaluations), "text": row["text"]} for row in subsample(samples)],
+        "novelty": novelty(samples[-1]["text"], rows, dataset) if samples and dataset else "",
         "settings": settings_tables(settings),
         "summary": summary_tables(summary) if summary else None,
     }
@@ -156,13 +188,15 @@ def highlights(
     """Return the numbers at the top of the page: name, value and note."""
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
     step_of_best = best["step"]
+    train_loss = training_loss(rows, step_of_best)
+    gap = best["loss"] - train_loss if evaluations and train_loss else None
     if rows and rows[-1]["kind"] == "best":  # the same model on the whole validation split
         best = rows[-1]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return [
         ("Best validation loss", format_number(best.get("loss"), ".4f"), f"nats per token, at step {step_of_best:,}"),
         ("Bits per character", format_number(best.get("bits_per_character"), ".3f"), "at the same step"),
-        ("Perplexity", format_number(best.get("perplexity"), ",.2f"), "per token, at the same step"),
+        ("Gap to training loss", format_number(gap, "+.4f"), "validation minus training, at the same step"),
         ("Steps", f"{step:,}", f"of {settings.max_steps:,}"),
         ("Tokens", f"{step * settings.tokens_per_step:,}", f"{settings.tokens_per_step:,} per step"),
         ("Time", format_duration(rows[-1]["seconds"] if rows else 0), "including evaluations and samples"),
@@ -202,6 +236,23 @@ def caption(step: int, evaluations: list[Row]) -> str:
     """Return the caption of a sample."""
     loss = next((f", validation loss {row['loss']:.4f}" for row in evaluations if row["step"] == step), "")
     return f"step {step:,}{loss}"
+
+
+def novelty(sample: str, rows: list[Row], dataset: Dataset) -> str:
+    """Return how much of a sample is copied from the training text, or "" if finding that out takes too much time."""
+    train, val, tokenizer = dataset.train, dataset.val, dataset.tokenizer
+    if not rows or train.tokens / COMPARED_TOKENS > NOVELTY_TIME * rows[-1]["seconds"]:
+        return ""
+    val_text = decode(tokenizer, val.slice(0, min(val.tokens, VAL_TOKENS)))
+    texts = read_points(train, tokenizer, "reading the training text")
+    in_sample, in_val = (
+        f"{copied.fractions[LENGTHS[0]]:.0%} (the longest has {len(copied.longest)} characters)"
+        for copied in find_copied(([sample], [val_text]), texts)
+    )
+    return (
+        f"Share of the last sample that lies in runs of {LENGTHS[0]} or more characters copied from the training text: "
+        f"{in_sample}; of the validation text, for comparison: {in_val}."
+    )
 
 
 def settings_tables(settings: TrainSettings) -> list[dict[str, Any]]:

@@ -117,17 +117,21 @@ def check_sample(row: Any) -> Row:
     return dict(row)
 
 
+def training_loss(rows: list[Row], step: int) -> float | None:
+    """Return the mean training loss of the last AVERAGED_ROWS rows up to a step, or None if there are none."""
+    losses = [row["loss"] for row in rows if row["kind"] == "train" and row.get("loss") and row["step"] <= step]
+    return mean(losses[-AVERAGED_ROWS:]) if losses else None
+
+
 def overfitting(rows: list[Row]) -> str:
     """Return in words how training and validation part in a run's metrics, and what to do; "" if they do not."""
-    val, train = ([row for row in rows if row["kind"] == kind and row.get("loss")] for kind in ("val", "train"))
-    if not val or not train:
+    val = [row for row in rows if row["kind"] == "val" and row.get("loss")]
+    if not val:
         return ""
     best, last = min(val, key=lambda row: row["loss"]), val[-1]
-    before, after = (
-        mean([row["loss"] for row in train if row["step"] <= step][-AVERAGED_ROWS:] or [0]) for step in
-        (best["step"], last["step"])
-    )  # fmt: skip
-    if last["loss"] - best["loss"] <= max(NOISE, 2 * last.get("standard_error", 0)) or after >= before:
+    before, after = training_loss(rows, best["step"]), training_loss(rows, last["step"])
+    rise = last["loss"] - best["loss"]
+    if rise <= max(NOISE, 2 * last.get("standard_error", 0)) or before is None or after is None or after >= before:
         return ""
     return (
         f"overfitting: since step {best['step']:,} the validation loss rose from {best['loss']:.3f} to "

@@ -42,7 +42,7 @@ def test_copied_runs_are_those_of_a_search_of_every_run(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(novelty, "LENGTHS", lengths)
-        copied = find_copied(texts, in_parts(long_text, part))
+        (copied,) = find_copied([texts], in_parts(long_text, part))
     characters = sum(map(len, texts))
     assert copied.characters == characters
     for length in lengths:
@@ -65,7 +65,7 @@ def test_a_long_run_is_found_in_a_long_text(monkeypatch: pytest.MonkeyPatch) -> 
     for tokenizer in (CharTokenizer("".join(sorted(set(long_text)))), ByteTokenizer()):
         tokens = tokenizer.encode(long_text)
         split = Split((tokens,), len(long_text))
-        copied = find_copied([text], read_points(split, tokenizer, ""))
+        (copied,) = find_copied([[text]], read_points(split, tokenizer, ""))
         assert (len(copied.longest), copied.place) == (743, 20_990)
         assert copied.fractions == {20: (743 + 30) / 776, 50: 743 / 776, 100: 743 / 776}
 

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import train
 from conftest import page_json, script, tiny_settings
+from glyphgpt.data.dataset import load_dataset
+from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UserError
 from glyphgpt.files import REPORT
 from glyphgpt.reports import run_report
@@ -141,7 +143,9 @@ def test_the_report_is_written_during_the_run(
     assert page_json(tmp_path / REPORT)["running"] is False
 
 
-def test_writing_the_report_takes_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_the_report_takes_a_small_part_of_the_time(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, written = [100.0], []
 
     def write(*_: object, **__: object) -> None:
@@ -156,8 +160,23 @@ def test_writing_the_report_takes_a_small_part_of_the_time(tmp_path: Path, monke
         clock[0] += 0.2
         report.renew()
     assert len(written) == 1 + 8
-    report.finish()
+    report.finish(load_dataset(data_dir / "small", data_dir))
     assert len(written) == 10
+
+
+def test_the_report_of_a_finished_run_says_what_is_copied_and_shows_the_gap(data_dir: Path, tmp_path: Path) -> None:
+    dataset = load_dataset(data_dir / "small", data_dir)
+    start = 2000
+    copy = decode(dataset.tokenizer, dataset.train.slice(start, start + 30))
+    rows = [{"kind": "train", "step": step, "loss": 1 / step, "tokens": step, "seconds": step} for step in (10, 20)]
+    run = write_run(tmp_path / "run", [*rows, val(20, 0.5, seconds=100)], samples=[(10, copy), (20, f"?{copy}?!!")])
+    data = page_data(run, dataset=dataset)
+    assert re.search(r"last sample .*: 88% \(the longest has 30 characters\); of the validation text", data["novelty"])
+    assert highlights(run)["Gap to training loss"] == "+0.4250", "0.5 minus the mean of 1/10 and 1/20"
+    assert page_data(run)["novelty"] == "", "without the dataset"
+    rows[-1]["seconds"] = 0.001
+    too_short = write_run(tmp_path / "short", rows, samples=[(20, copy)])
+    assert page_data(too_short, dataset=dataset)["novelty"] == ""
 
 
 def test_training_only_warns_if_the_report_cannot_be_written(
