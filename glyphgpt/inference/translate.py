@@ -21,9 +21,9 @@ from glyphgpt.data.text import read_lines
 from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text
 from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
 from glyphgpt.files import write_atomic
+from glyphgpt.inference.api import open_model
 from glyphgpt.inference.beam_search import beam_search
 from glyphgpt.inference.generate import Ids, LanguageModel
-from glyphgpt.inference.loading import language_model, open_checkpoint
 from glyphgpt.settings import TranslateSettings
 
 DELIMITERS = 2  # tokens of a prompt besides its source: a line end before, a tab after
@@ -35,14 +35,15 @@ def main() -> None:
     settings, words = parse(TranslateSettings, sys.argv[1:], USAGE, __doc__ or "", files=False)
     if len(words) != 2:
         raise UsageError(f"name a run and a file: {USAGE}")
-    checkpoint, tokenizer = open_checkpoint(Path(words[0]), Path(settings.data_dir))
-    sources = read_lines(words[1])
-    if settings.out and not Path(settings.out).absolute().parent.is_dir():
-        raise UsageError(f"--out={settings.out}: the folder does not exist; create it first")
-    references = read_references(settings.reference, len(sources)) if settings.reference else []
-    with language_model(checkpoint, settings.device, settings.dtype, "batch_size or beam") as model:
-        translator = Translator(model, tokenizer, checkpoint.config.block_size, settings)
-        translations = translator.translate(sources)
+    with open_model(
+        words[0], device=settings.device, dtype=settings.dtype, data_dir=settings.data_dir,
+        remedy="batch_size or beam",
+    ) as model:  # fmt: skip
+        sources = read_lines(words[1])
+        if settings.out and not Path(settings.out).absolute().parent.is_dir():
+            raise UsageError(f"--out={settings.out}: the folder does not exist; create it first")
+        references = read_references(settings.reference, len(sources)) if settings.reference else []
+        translations = Translator(model.model, model.tokenizer, model.block_size, settings).translate(sources)
     text = "".join(f"{line}\n" for line in translations)
     if settings.out:
         write_atomic(Path(settings.out), text.encode())
