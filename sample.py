@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
+from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.text import read_text
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import write_atomic
 from glyphgpt.inference.api import Model, open_model
 from glyphgpt.inference.loading import open_checkpoint, torch_model
-from glyphgpt.inference.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.reports.model_page import write_model_page
 from glyphgpt.settings import SampleSettings
 

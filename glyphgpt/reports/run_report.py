@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from glyphgpt.checkpoint import Metadata, TrainState, read_metadata
 from glyphgpt.cli import command, groups, parse, read_toml, resolve
 from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
+from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError, exit_on_error, warn
 from glyphgpt.files import BEST, CONFIG, LAST, REPORT, write_atomic
-from glyphgpt.inference.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.reports.plot import read_metrics
 from glyphgpt.reports.summary import SHAPE_LETTERS, ModelSummary
 from glyphgpt.reports.templates import render

@@ -10,10 +10,10 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from conftest import some_text
+from glyphgpt.data import novelty
 from glyphgpt.data.dataset import Split
+from glyphgpt.data.novelty import Hashes, Points, find_copied, read_points
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, code_points
-from glyphgpt.inference import novelty
-from glyphgpt.inference.novelty import Hashes, Points, find_copied, read_points
 
 
 def in_parts(text: str, size: int) -> Iterator[Points]:
