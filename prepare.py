@@ -30,7 +30,9 @@ from tqdm import tqdm
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker
+from glyphgpt.data.cleaning import clean, replace_unknown
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
+from glyphgpt.data.inspection import Inspector, leaked_fraction
 from glyphgpt.data.recipes import download_text, read_recipe
 from glyphgpt.data.sources import is_stream, list_names
 from glyphgpt.data.splitting import encode_segments, split_text
@@ -44,6 +46,7 @@ from glyphgpt.data.staging import (
 )
 from glyphgpt.data.text import Text, open_text
 from glyphgpt.data.tokenizers import (
+    CharacterCounts,
     CharacterSet,
     CharTokenizer,
     Tokenizer,
@@ -53,7 +56,15 @@ from glyphgpt.data.tokenizers import (
     tokenizer_from_dict,
 )
 from glyphgpt.errors import UsageError, UserError, sanitize, warn
+from glyphgpt.files import REPORT
+from glyphgpt.reports.dataset_report import findings, kinds_in_words, write_dataset_report
 from glyphgpt.settings import PrepareSettings
+
+TEXT_SETTINGS = {
+    "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "skip_unknown", "newlines", "normalize",
+    "deduplicate", "min_count",
+}  # fmt: skip
+"""Settings that determine the tokens of a text."""
 
 
 def main(settings: PrepareSettings, *words: str) -> None:
@@ -75,9 +86,8 @@ def main(settings: PrepareSettings, *words: str) -> None:
 def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     """Prepare a public text as its recipe says, unless this has been done already."""
     recipe, name = read_recipe(path), path.stem
-    for key in ("name", "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "skip_unknown"):
-        if key in settings.model_fields_set:
-            raise UsageError(f"--{key} is only for your own text; the recipe {path} sets it")
+    for key in settings.model_fields_set & TEXT_SETTINGS | ({"name"} & settings.model_fields_set):
+        raise UsageError(f"--{key} is only for your own text; the recipe {path} sets it")
     folder = Path(settings.data_dir) / name
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
@@ -90,7 +100,8 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     settings = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
     with staging_dir(folder, overwrite=settings.overwrite, can_rename=False) as staging:
         meta = prepare(text, staging, settings, recipe=name)
-    print_summary(meta, folder, recipe.config)
+        write_report(staging, name, meta, settings)
+    print_summary(meta, folder, settings, recipe.config)
 
 
 def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
@@ -104,7 +115,8 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         text = open_text(words, staging.parent, settings.encoding, field=settings.text_field, keep_documents=is_gpt2)
         meta = prepare(text, staging, settings, recipe="", vocabulary=vocabulary)
-    print_summary(meta, folder)
+        write_report(staging, folder.name, meta, settings)
+    print_summary(meta, folder, settings)
 
 
 def prepare(
@@ -130,6 +142,10 @@ def prepare(
     if problem:
         clear_progress(folder)
         raise UserError(f"{list_names(text.names)}: {problem}")
+    report = progress.report
+    if report:
+        leaked = leaked_fraction(writer.read("train"), writer.read("val"), tokenizer)
+        report = report.model_copy(update={"leaked": leaked})
     meta = DatasetMeta(
         format=FORMAT,
         recipe=recipe,
@@ -139,6 +155,7 @@ def prepare(
         source=SourceMeta(names=list(text.names), bytes=text.total_bytes(), sha256=progress.sha256),
         train=train,
         val=val,
+        report=report,
     )
     write_meta(folder, meta)
     if progress.dropped:
@@ -150,7 +167,7 @@ def task_fingerprint(text: Text, settings: PrepareSettings, recipe: str, vocabul
     """Return a checksum of all that determines the shards and meta.json, or "" if the text cannot be read again."""
     if not text.rereadable:
         return ""
-    keys = {"tokenizer", "val_fraction", "encoding", "text_field", "shard_tokens", "skip_unknown"}
+    keys = TEXT_SETTINGS | {"shard_tokens", "report"}
     paths, chosen = [str(path) for path in text.paths], settings.model_dump(include=keys)
     facts = [paths, text.file_stats(), chosen, recipe, vocabulary and vocabulary.to_dict()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -163,7 +180,8 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
         UserError: The text is empty, or has characters that are not in the vocabulary.
     """
     learns_vocabulary = settings.tokenizer == "char" and not vocabulary
-    digest, learned, unknown, characters = hashlib.sha256(), CharacterSet(), Counter[str](), 0
+    digest, unknown, characters, inspector = hashlib.sha256(), Counter[str](), 0, Inspector()
+    learned = CharacterCounts(settings.min_count) if settings.min_count > 1 else CharacterSet()
     warnings: defaultdict[str, dict[str, None]] = defaultdict(dict)  # warning -> ordered set of file names
     with progress_bar("counting", text) as bar, BackgroundWorker() as hasher:
 
@@ -171,7 +189,12 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
             hasher.submit(digest.update, chunk)
             bar.update(len(chunk))
 
-        stream = text.read(on_chunk, lambda warning, name: warnings[warning].setdefault(name))
+        stream = text.read(
+            on_chunk,
+            lambda warning, name: warnings[warning].setdefault(name),
+            inspector.add if settings.report else None,
+        )
+        stream = clean(stream, settings)
         for part in chain.from_iterable(drop_unknown(stream, vocabulary, unknown) if vocabulary else stream):
             characters += len(part)
             if learns_vocabulary:
@@ -194,6 +217,7 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
         sha256=digest.hexdigest(),
         tokenizer=tokenizer,
         dropped=unknown.total(),
+        report=inspector.report() if settings.report else None,
     )
 
 
@@ -204,7 +228,9 @@ def write_shards(
     writer = ResumableWriter(folder, tokenizer.vocab_size, settings.shard_tokens, progress)
     threads = settings.workers or (os.cpu_count() if settings.tokenizer == "gpt2" else 1)
     with progress_bar("encoding", text) as bar, BackgroundWorker() as disk, ThreadPoolExecutor(threads) as encoders:
-        stream = text.read(lambda chunk: bar.update(len(chunk)))
+        stream = clean(text.read(lambda chunk: bar.update(len(chunk))), settings)
+        if settings.min_count > 1:
+            stream = replace_unknown(stream, tokenizer)
         if progress.dropped:
             stream = drop_unknown(stream, tokenizer, Counter())
         segments = split_text(stream, progress.characters, tokenizer, progress.split, progress.start)
@@ -265,15 +291,25 @@ def find_short_split(train: SplitMeta, val: SplitMeta) -> str:
     return ""
 
 
-def print_summary(meta: DatasetMeta, folder: Path, config: str = "") -> None:
-    """Print the sizes of a dataset and the command that trains on it."""
+def write_report(folder: Path, name: str, meta: DatasetMeta, settings: PrepareSettings) -> None:
+    """Write the page with what was found in the text, unless it was not inspected."""
+    if meta.report:
+        write_dataset_report(folder, name, meta, findings(meta, settings))
+
+
+def print_summary(meta: DatasetMeta, folder: Path, settings: PrepareSettings, config: str = "") -> None:
+    """Print the sizes of a dataset, what was found in its text, and the command that trains on it."""
     tokens, characters = meta.train.tokens + meta.val.tokens, meta.train.characters + meta.val.characters
     print(
         f"{folder}: {characters:,} characters, {tokens:,} tokens "
         f"({meta.train.tokens:,} to train, {meta.val.tokens:,} to validate)\n"
-        f"vocabulary: {meta.vocab_size:,} ({meta.tokenizer['kind']}), {characters / tokens:.2f} characters per token\n"
-        f"next: {train_command(folder, config)}"
+        f"vocabulary: {meta.vocab_size:,} ({meta.tokenizer['kind']}), {characters / tokens:.2f} characters per token"
     )
+    for finding in findings(meta, settings):
+        warn(finding)
+    if meta.report:
+        print(f"report: {folder / REPORT} ({kinds_in_words(meta.report)})")
+    print(f"next: {train_command(folder, config)}")
 
 
 def train_command(folder: Path, config: str) -> str:

@@ -334,6 +334,16 @@ class PrepareSettings(Settings):
     """Fraction of the text, at its end, that is the validation split."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
+    newlines: Literal["keep", "lf"] = "keep"
+    r"""lf: make every line end \n; otherwise \r\n and \r stay as they are."""
+    normalize: Literal["none", "nfc"] = "none"
+    """nfc: compose letters and accents to single characters where Unicode has them (NFC)."""
+    deduplicate: Literal["none", "lines", "passages"] = "none"
+    """Drop repeated lines of at least 20 characters, or passages (between empty lines) of at least 50."""
+    min_count: Count = 1
+    """Replace characters that occur less often by one symbol, U+FFFD."""
+    report: bool = True
+    """Look for problems in the text, and write report.html."""
     text_field: str = "text"
     """Field or column of the text in JSON, JSON Lines, CSV and Parquet files."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -349,6 +359,8 @@ class PrepareSettings(Settings):
         """Yield one line for each combination of values that is not allowed."""
         if self.skip_unknown and not self.vocabulary:
             yield "skip_unknown needs a vocabulary: --vocabulary=RUN"
+        if self.min_count > 1 and (self.tokenizer != "char" or self.vocabulary):
+            yield "min_count is for a vocabulary that is learned from the text: --tokenizer=char, without --vocabulary"
 
 
 class ConvertSettings(Settings):

@@ -62,6 +62,48 @@ class SourceMeta(_StrictModel):
     sha256: str
 
 
+class Place(_StrictModel):
+    """A place in a text."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        """Return the place as compilers print it."""
+        return f"{self.file}:{self.line:,}"
+
+
+class Found(_StrictModel):
+    """Something that occurs in a text: what it is, how often, and where first."""
+
+    what: str
+    count: int
+    place: Place
+
+
+class TextReport(_StrictModel):
+    """The results of an inspection."""
+
+    characters: int
+    lines: int
+    kinds: dict[str, int]
+    """Numbers of characters: letters by their script, digits, and so on; the most frequent first."""
+    rare: int
+    """Number of different characters that occur less than FEW times (glyphgpt/data/inspection.py)."""
+    rarest: list[Found]
+    """The rarest characters, the rarest first."""
+    examined: int
+    """Number of characters in which problems, and repeated and long lines were looked for."""
+    problems: list[Found]
+    """What may disturb training: line ends, forms of characters, long lines."""
+    longest_line: int
+    """Characters of the longest line."""
+    repeated: float
+    """Fraction of the characters that are in lines which occurred before, except short ones."""
+    leaked: float = 0.0
+    """Fraction of the validation text in runs of 50 or more characters that stand in the training text."""
+
+
 class DatasetMeta(_StrictModel):
     """The content of meta.json."""
 
@@ -73,6 +115,7 @@ class DatasetMeta(_StrictModel):
     source: SourceMeta
     train: SplitMeta
     val: SplitMeta
+    report: TextReport | None = None
 
     @property
     def fingerprint(self) -> str:

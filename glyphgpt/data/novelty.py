@@ -5,6 +5,7 @@ length are found (with 64-bit hashes, by Karp & Rabin 1987), not only a sample o
 """
 
 import codecs
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,6 +27,7 @@ INVERSE_BASE = pow(HASH_BASE, -1, 2**64)
 FILTER_BITS = 20  # of a hash: a table of them rules out nearly all windows of the long text
 
 Points = NDArray[np.uint32]
+NO_CHARACTER: Points = np.array([0x110000], np.uint32)
 Places = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 
@@ -180,15 +182,18 @@ def overlapping(parts: Iterable[Points], overlap: int) -> Iterator[tuple[Hashes,
         first += len(points) - len(rest)
 
 
-def read_points(split: Split, tokenizer: Tokenizer, description: str) -> Iterator[Points]:
-    """Yield the code points of a split, in parts, with a progress bar."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+def read_points(split: Split, tokenizer: Tokenizer, description: str, most: float = math.inf) -> Iterator[Points]:
+    """Yield the code points of a split, in parts, with a progress bar.
+
+    Of a split with more than `most` tokens, it yields parts from evenly spaced places, with NO_CHARACTER between them.
+    """
     table: Any = code_points(tokenizer.characters) if isinstance(tokenizer, CharTokenizer) else None
-    with tqdm(total=split.tokens, unit="token", desc=description, leave=False, delay=1, disable=None) as progress:
-        for start in range(0, split.tokens, CHUNK_TOKENS):
-            tokens = split.slice(start, min(start + CHUNK_TOKENS, split.tokens))
-            if table is None:
-                yield code_points(decoder.decode(b"".join(tokenizer.token_bytes(int(token)) for token in tokens)))
-            else:
-                yield table[tokens]
-            progress.update(len(tokens))
+    parts = -(-split.tokens // CHUNK_TOKENS)
+    chosen = max(1, int(min(split.tokens, most) / split.tokens * parts))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for number in tqdm(range(chosen), description, unit="part", leave=False, delay=1, disable=None):
+        start = number * parts // chosen * CHUNK_TOKENS
+        tokens = split.slice(start, min(start + CHUNK_TOKENS, split.tokens))
+        yield code_points(decoder.decode(tokenizer.decode_bytes(tokens))) if table is None else table[tokens]
+        if chosen < parts:
+            yield NO_CHARACTER

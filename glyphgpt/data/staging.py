@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glyphgpt.data.dataset import META, SPLITS, Shard, ShardWriter, SplitMeta
+from glyphgpt.data.dataset import META, SPLITS, Shard, ShardWriter, Split, SplitMeta, TextReport
 from glyphgpt.data.sources import list_names
 from glyphgpt.data.splitting import Segment
 from glyphgpt.data.tokenizers import Tokens
@@ -34,6 +35,8 @@ class PrepareProgress(BaseModel):
     sha256: str
     """Checksum of the bytes of the text's files."""
     tokenizer: dict[str, Any]
+    report: TextReport | None = None
+    """What the text consists of."""
     dropped: int = 0
     """The number of unknown characters, which are dropped and not counted in `characters`."""
     shards: dict[str, list[Shard]] = {}
@@ -73,6 +76,11 @@ class ResumableWriter:
             shards = {split: writer.shards for split, writer in self._writers.items()}
             resume_from = {"split": segment.split, "start": segment.start, "tokens": tokens_before}
             save_progress(self.folder, self.progress.model_copy(update={"shards": shards, **resume_from}))
+
+    def read(self, name: str) -> Split:
+        """Return a finished split."""
+        shards = (self.folder / shard.file for shard in self._writers[name].shards)
+        return Split(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards), 0)
 
     def splits(self) -> list[SplitMeta]:
         """Return the metadata of the splits."""

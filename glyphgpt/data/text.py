@@ -35,6 +35,7 @@ BYTE_ORDER_MARK = "\ufeff"
 NUL_WARNING = "NUL characters (U+0000); check that this is text in the right encoding"
 OnChunk = Callable[[bytes], object]
 OnWarning = Callable[[str, str], object]
+OnText = Callable[[str, str], object]
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ class Text:
         """Return the size of all files."""
         return sum(size for size, _ in self.file_stats())
 
-    def read(self, on_chunk: OnChunk, on_warning: OnWarning | None = None) -> Iterator[Documents]:
+    def read(
+        self, on_chunk: OnChunk, on_warning: OnWarning | None = None, on_text: OnText | None = None
+    ) -> Iterator[Documents]:
         """Yield the documents of all files, and pass all bytes of the files to `on_chunk`, in order.
 
-        `on_warning` is called with a warning and the name of a file, perhaps repeatedly.
+        `on_warning` is called with a warning and the name of a file, perhaps repeatedly; `on_text` with each part of
+        the text and the name of its file.
 
         Raises:
             UserError: A file is damaged or cannot be decoded; the message names the file and the position.
@@ -82,6 +86,8 @@ class Text:
                             on_warning(self._bom_warning(), name)
                         if any("\0" in document for document in documents):
                             on_warning(NUL_WARNING, name)
+                    if on_text:
+                        on_text("".join(f"{record}\n" for record in documents) if has_records else documents[0], name)
                     if self.keep_documents:
                         starts_document = has_records or index == 0
                         yield ["", *documents] if started and starts_document else documents

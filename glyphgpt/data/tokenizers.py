@@ -20,6 +20,8 @@ from glyphgpt.errors import UserError
 Tokens = NDArray[np.unsignedinteger[Any]]
 
 UNICODE_SIZE = 0x110000  # code points
+REPLACEMENT = "\ufffd"
+"""The character that replaces rare ones."""
 
 
 class Tokenizer(ABC):
@@ -37,6 +39,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of a token; they may be part of a character."""
+
+    def decode_bytes(self, tokens: Tokens) -> bytes:
+        """Return the UTF-8 bytes of tokens (N,)."""
+        return b"".join(map(self.token_bytes, tokens.tolist()))
 
     def unknown_characters(self, text: str) -> list[str]:  # noqa: ARG002
         """Return the distinct characters of a text that have no token, sorted."""
@@ -83,6 +89,27 @@ class CharacterSet:
         """Return the characters in the order of their code points."""
         self._seen[list(self._seen_ascii)] = True
         return "".join(map(chr, np.flatnonzero(self._seen)))
+
+
+class CharacterCounts:
+    """Counts the characters of texts."""
+
+    def __init__(self, min_count: int = 1) -> None:
+        self.min_count = min_count
+        self.counts = np.zeros(UNICODE_SIZE, dtype=np.int64)  # by code point
+
+    def add(self, text: str) -> list[int]:
+        """Add the characters of a text; return the code points of those that did not occur before."""
+        counts = np.bincount(np.frombuffer(text.encode(), np.uint8) if text.isascii() else code_points(text))
+        new = np.flatnonzero((counts > 0) & (self.counts[: len(counts)] == 0))
+        self.counts[: len(counts)] += counts
+        return [int(point) for point in new]
+
+    def sorted(self) -> str:
+        """Return the characters that occur min_count times, and REPLACEMENT if there are others, by code point."""
+        frequent = self.counts >= self.min_count
+        frequent[ord(REPLACEMENT)] |= bool((self.counts[~frequent] > 0).any())
+        return "".join(map(chr, np.flatnonzero(frequent)))
 
 
 class CharTokenizer(Tokenizer):
@@ -176,6 +203,10 @@ class ByteTokenizer(Tokenizer):
         """Return the byte itself."""
         return bytes([token])
 
+    def decode_bytes(self, tokens: Tokens) -> bytes:
+        """Return the bytes themselves."""
+        return tokens.astype(np.uint8).tobytes()
+
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding (BPE) of 50,257 tokens (Radford et al. 2019), computed by tiktoken."""
@@ -218,6 +249,10 @@ class GPT2Tokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a BPE token."""
         return self._encoding.decode_single_token_bytes(token)
+
+    def decode_bytes(self, tokens: Tokens) -> bytes:
+        """Return the bytes of BPE tokens."""
+        return self._encoding.decode_bytes(tokens.tolist())
 
     def split_point(self, text: str) -> int:
         """Return the last index between a visible character and a space or newline; 0 if there is none."""
@@ -291,7 +326,7 @@ def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Cou
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
     """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
-    return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
+    return tokenizer.decode_bytes(np.asarray(tokens)).decode("utf-8", "replace")
 
 
 def token_text(token_bytes: bytes) -> str:

@@ -44,10 +44,10 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run prepare.py in this process, with `tmp_path` as its data folder."""
+    """Run prepare.py in this process, with `tmp_path` as its data folder, and without a report."""
 
     def run(*words: str | Path) -> None:
-        run_prepare(*map(str, words), f"--data_dir={tmp_path / 'data'}")
+        run_prepare(*map(str, words), f"--data_dir={tmp_path / 'data'}", "--report=False")
 
     return run
 

@@ -19,7 +19,7 @@ from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, RemoteFile, fetch
 from glyphgpt.data.recipes import Recipe, download_text, read_recipe
 from glyphgpt.errors import UsageError, UserError
-from glyphgpt.files import file_sha256
+from glyphgpt.files import REPORT, file_sha256
 
 RECIPES = sorted((ROOT / "data").glob("*.toml"))
 CONTENT = b"To be, or not to be:\r\nthat is \xe2\x80\x94"
@@ -142,6 +142,8 @@ def test_prepared_tiny_shakespeare_has_the_counts_of_nanogpt(tmp_path: Path, tin
         f"{tmp_path / 'shakespeare_char'}: 1,115,394 characters, 1,115,394 tokens "
         "(1,003,854 to train, 111,540 to validate)\n"
         "vocabulary: 65 (char), 1.00 characters per token\n"
+        f"report: {tmp_path / 'shakespeare_char' / REPORT} "
+        "(40,001 lines; 76% Latin letters, 19% white space, 5% punctuation, 0% digits)\n"
         f"next: python train.py config/quick.toml --data_dir={tmp_path}\n"
     )
     dataset = load_dataset(tmp_path / "shakespeare_char", tmp_path)

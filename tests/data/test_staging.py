@@ -17,7 +17,7 @@ from glyphgpt.data import text as texts
 from glyphgpt.data.dataset import META, ShardWriter
 from glyphgpt.data.staging import PROGRESS, ResumableWriter, staging_dir
 from glyphgpt.errors import UsageError, UserError
-from glyphgpt.files import locked
+from glyphgpt.files import REPORT, locked
 
 
 class Preparation:
@@ -33,7 +33,13 @@ class Preparation:
         """Prepare the text, and return the content of the dataset's files."""
         flags = [f"--data_dir={self.data_dir}", f"--name={name}"]
         run_prepare(str(self.file), *words, *flags)
-        return contents(self.data_dir / name)
+        return self.files(name)
+
+    def files(self, name: str = "mine") -> dict[str, bytes]:
+        """Return the content of a dataset's files, except the report, which has the dataset's name."""
+        files = contents(self.data_dir / name)
+        del files[REPORT]
+        return files
 
     def interrupt(self, segments: int, *words: str) -> None:
         """Prepare the text, but raise KeyboardInterrupt after `segments` segments have been written."""
@@ -146,7 +152,7 @@ def test_nothing_is_kept_without_a_finished_shard(preparation: Preparation) -> N
 def test_the_old_dataset_stays_until_the_new_one_is_complete(preparation: Preparation) -> None:
     before = preparation.run()
     preparation.interrupt(10, "--shard_tokens=50", "--overwrite")
-    assert contents(preparation.data_dir / "mine") == before
+    assert preparation.files() == before
     assert preparation.run("--shard_tokens=50", "--overwrite") != before
     assert [path.name for path in preparation.data_dir.iterdir()] == ["mine"]
 
@@ -162,7 +168,7 @@ def test_a_kill_while_datasets_are_swapped_loses_nothing(preparation: Preparatio
     good, preparation.file = preparation.file, preparation.file.parent / "bad.txt"
     with pytest.raises(UserError):
         preparation.run()
-    assert contents(preparation.data_dir / "mine") == before
+    assert preparation.files() == before
     preparation.file = good
     assert preparation.run("--overwrite", "--tokenizer=byte") != before
     assert [path.name for path in preparation.data_dir.iterdir()] == ["mine"]

@@ -1,0 +1,104 @@
+"""Changes to a text that the user asked for: line ends, Unicode forms, rare characters, and repeated lines.
+
+Each function maps a stream of documents (glyphgpt/data/text.py) to another stream.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterator
+
+from glyphgpt.data.records import Documents
+from glyphgpt.data.tokenizers import REPLACEMENT, Tokenizer
+from glyphgpt.settings import PrepareSettings
+
+SHORT = {"lines": 20, "passages": 50}
+"""Lines and passages with fewer characters may be repeated."""
+SEPARATOR = {"lines": "\n", "passages": "\n\n"}
+LONGEST = 1 << 20
+"""A line or passage that is longer is cut there."""
+
+
+def clean(stream: Iterator[Documents], settings: PrepareSettings) -> Iterator[Documents]:
+    """Yield the documents as the settings ask."""
+    if settings.newlines == "lf":
+        stream = rewrite(stream, boundary_of_line_ends, unix_line_ends)
+    if settings.normalize == "nfc":
+        stream = rewrite(stream, boundary_of_characters, lambda text: unicodedata.normalize("NFC", text))
+    if settings.deduplicate != "none":
+        repeated = Repeated(settings.deduplicate)
+        stream = rewrite(stream, repeated.boundary, repeated.drop)
+    return stream
+
+
+def rewrite(
+    stream: Iterator[Documents], boundary: Callable[[str], int], change: Callable[[str], str]
+) -> Iterator[Documents]:
+    """Yield the documents after a change to their text.
+
+    Args:
+        boundary: Returns how many characters of a text can be changed without what follows.
+    """
+    rest = ""  # of the last document
+    for first, *others in stream:
+        *finished, last = rest + first, *others
+        end = boundary(last)
+        rest = last[end:]
+        yield [*map(change, finished), change(last[:end])]
+    if rest:
+        yield [change(rest)]
+
+
+def boundary_of_line_ends(text: str) -> int:
+    r"""Return the length of a text without \r at its end, which \n may follow."""
+    return len(text.removesuffix("\r"))
+
+
+def unix_line_ends(text: str) -> str:
+    r"""Return a text with \n in place of \r\n and \r."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def boundary_of_characters(text: str) -> int:
+    """Return the index of the last character that does not combine with those before it."""
+    for index in range(len(text) - 1, -1, -1):
+        is_vowel_or_final = "\u1160" <= text[index] <= "\u11ff"  # of a Korean syllable
+        if not is_vowel_or_final and unicodedata.category(text[index])[0] != "M":
+            return index
+    return 0
+
+
+class Repeated:
+    """Drops lines or passages that have occurred before. It remembers a hash of each."""
+
+    def __init__(self, kind: str) -> None:
+        """Begin with none; `kind` is "lines" or "passages"."""
+        self.separator, self.short = SEPARATOR[kind], SHORT[kind]
+        self.seen: set[int] = set()
+
+    def boundary(self, text: str) -> int:
+        """Return the end of the last whole line or passage."""
+        end = text.rfind(self.separator) + len(self.separator)
+        return end if end >= len(self.separator) else len(text) if len(text) >= LONGEST else 0
+
+    def drop(self, text: str) -> str:
+        """Return a text without its repeated lines or passages."""
+        parts = text.split(self.separator)
+        kept = [part for part in parts[:-1] if not self.is_repeated(part)]
+        last = parts[-1] if not self.is_repeated(parts[-1]) else ""
+        return "".join(part + self.separator for part in kept) + last
+
+    def is_repeated(self, part: str) -> bool:
+        """Return whether a line or passage has occurred before, and remember it."""
+        key = hash(part)
+        if len(part) < self.short or key not in self.seen:
+            self.seen.add(key)
+            return False
+        return True
+
+
+def replace_unknown(stream: Iterator[Documents], tokenizer: Tokenizer) -> Iterator[Documents]:
+    """Yield the documents with REPLACEMENT for each character that has no token."""
+    for documents in stream:
+        yield [
+            text.translate(dict.fromkeys(map(ord, tokenizer.unknown_characters(text)), REPLACEMENT))
+            for text in documents
+        ]

@@ -1,0 +1,168 @@
+"""Inspection of a text: what it consists of, and what in it may disturb training.
+
+An Inspector reads a text once, in parts. It counts all characters and lines, and examines the first EXAMINED characters
+for problems and repeated lines.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+
+import numpy as np
+
+from glyphgpt.data.dataset import Found, Place, Split, TextReport
+from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
+from glyphgpt.data.tokenizers import CharacterCounts, Tokenizer, decode
+
+EXAMINED = 20_000_000
+RAREST = 12
+"""Number of the rarest characters that are listed."""
+FEW = 10
+"""Occurrences of a character below which a model learns next to nothing about it."""
+LONG_LINE = 10_000
+"""Characters of a line that is worth a notice."""
+SHORT_LINE = 20
+"""Lines with fewer characters may well be repeated; they do not count as duplicates."""
+
+LONE_RETURN = re.compile(r"\r(?!\n)")
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]")
+"""Characters that show nothing: soft hyphens, joiners, marks of direction, line separators."""
+MOJIBAKE = re.compile(
+    "\u00c3[\u0080-\u00bf]|\u00c2[\u0080-\u00bf]|\u00e2(?:\u0080.|\u20ac.)"
+    "|[\u00d0\u00d1][\u0080-\u00bf]{1,2}[\u00d0\u00d1]"
+)
+"""What UTF-8 looks like after it was decoded as Latin-1 or Windows-1252: é, quotation marks, Cyrillic letters."""
+
+SCRIPTS = {
+    "ARABIC", "ARMENIAN", "BENGALI", "CJK", "CYRILLIC", "DEVANAGARI", "GEORGIAN", "GREEK", "HANGUL", "HEBREW",
+    "HIRAGANA", "KATAKANA", "LATIN", "TAMIL", "THAI",
+}  # fmt: skip
+"""Scripts that are told apart."""
+
+
+LEAK_LENGTH = LENGTHS[1]
+"""Characters of a run of validation text that hardly occurs twice by chance."""
+VAL_PIECES, PIECE_TOKENS = 100, 2000
+"""Pieces of a longer validation text in which leaks are looked for."""
+
+
+class Inspector:
+    """Inspects a text that is read part by part."""
+
+    def __init__(self) -> None:
+        """Begin with no text."""
+        self.characters = CharacterCounts()
+        self.first_places: dict[int, Place] = {}  # by code point
+        self.problems: dict[str, Found] = {}
+        self.file, self.line, self.lines = "", 1, 0
+        self.examined = self.longest_line = self.repeated = 0
+        self.seen_lines: set[int] = set()  # hashes
+        self.rest = ""  # the beginning of a line whose end is in the next part
+
+    def add(self, text: str, file: str) -> None:
+        """Inspect the next part of the text, which is in this file."""
+        if file != self.file:
+            self.file, self.line, self.rest = file, 1, ""
+        for point in self.characters.add(text):
+            self.first_places[point] = self.place(text, text.index(chr(point)))
+        if self.examined < EXAMINED:
+            self.examine(text)
+        newlines = text.count("\n")
+        self.line += newlines
+        self.lines += newlines
+
+    def place(self, text: str, index: int) -> Place:
+        """Return the place of a character of the current part."""
+        return Place(file=self.file, line=self.line + text.count("\n", 0, index))
+
+    def examine(self, text: str) -> None:
+        """Look for problems and repeated lines."""
+        self.examined += len(text)
+        if "\r" in text:
+            windows, others = text.count("\r\n"), text.count("\r")
+            self.note("\\r\\n", windows, text, text.find("\r\n"))
+            self.note("\\r", others - windows, text, next((m.start() for m in LONE_RETURN.finditer(text)), 0))
+        if not text.isascii():
+            for what, pattern in (("invisible", INVISIBLE), ("mojibake", MOJIBAKE)):
+                found = [match.start() for match in pattern.finditer(text)]
+                self.note(what, len(found), text, min(found, default=0))
+            if not unicodedata.is_normalized("NFC", text):
+                lines = [line for line in text.split("\n") if not unicodedata.is_normalized("NFC", line)]
+                self.note("nfd", len(lines), text, text.find(lines[0]) if lines else 0)
+        self.examine_lines(text)
+
+    def note(self, what: str, count: int, text: str, index: int) -> None:
+        """Note that something occurs `count` times in the current part, first at an index."""
+        if count:
+            known = self.problems.get(what)
+            place = known.place if known else self.place(text, index)
+            self.problems[what] = Found(what=what, count=count + (known.count if known else 0), place=place)
+
+    def examine_lines(self, text: str) -> None:
+        """Measure the lines, and compare them with the earlier ones."""
+        *lines, rest = (self.rest + text).split("\n")
+        for number, line in enumerate(lines):
+            if len(line) > self.longest_line:
+                self.longest_line = len(line)
+                if len(line) > LONG_LINE:
+                    self.problems["long"] = Found(
+                        what="long", count=len(line), place=Place(file=self.file, line=self.line + number)
+                    )
+            if len(line) >= SHORT_LINE:
+                key = hash(line)
+                self.repeated += len(line) if key in self.seen_lines else 0
+                self.seen_lines.add(key)
+        self.rest = rest
+
+    def found(self, point: int) -> Found:
+        """Return how often a character occurs, and where first."""
+        return Found(what=chr(point), count=int(self.characters.counts[point]), place=self.first_places[point])
+
+    def report(self) -> TextReport:
+        """Return the results."""
+        counts = self.characters.counts
+        points = np.flatnonzero(counts)
+        rarest = points[np.argsort(counts[points], kind="stable")][:RAREST].tolist()
+        kinds = Counter[str]()
+        for point in points.tolist():
+            kinds[kind_of(chr(point))] += int(counts[point])
+        return TextReport(
+            characters=int(counts.sum()),
+            lines=self.lines + 1,
+            kinds=dict(kinds.most_common()),
+            rare=int((counts[points] < FEW).sum()),
+            rarest=[
+                Found(what=chr(point), count=int(self.characters.counts[point]), place=self.first_places[point])
+                for point in rarest
+            ],
+            examined=self.examined,
+            problems=list(self.problems.values()),
+            longest_line=max(self.longest_line, len(self.rest)),
+            repeated=self.repeated / max(1, self.examined),
+        )
+
+
+def leaked_fraction(train: Split, val: Split, tokenizer: Tokenizer) -> float:
+    """Return the fraction of the validation text in runs of LEAK_LENGTH or more that stand in the training text.
+
+    Of long texts, only samples are compared, at most EXAMINED tokens of the training text; then it is a lower bound.
+    """
+    starts, length = [0], val.tokens
+    if length > VAL_PIECES * PIECE_TOKENS:
+        starts = np.linspace(0, val.tokens - PIECE_TOKENS, VAL_PIECES, dtype=int).tolist()
+        length = PIECE_TOKENS
+    pieces = [decode(tokenizer, val.slice(start, start + length)) for start in starts]
+    points = read_points(train, tokenizer, "comparing the splits", most=EXAMINED)
+    return find_copied([pieces], points)[0].fractions[LEAK_LENGTH]
+
+
+def kind_of(character: str) -> str:
+    """Return the kind of a character; for letters, their script."""
+    category = unicodedata.category(character)
+    if character in "\t\n\r" or category[0] == "Z":
+        return "white space"
+    if category[0] == "L":
+        script = re.split("[ -]", unicodedata.name(character, ""))[0]
+        return f"{script.title() if script != 'CJK' else script} letters" if script in SCRIPTS else "other letters"
+    names = {"M": "combining marks", "N": "digits", "P": "punctuation", "S": "symbols"}
+    return names.get(category[0], "control characters")
