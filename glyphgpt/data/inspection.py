@@ -11,10 +11,10 @@ from collections import Counter
 import numpy as np
 
 from glyphgpt.data.dataset import Found, Place, Split, TextReport
-from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
+from glyphgpt.data.novelty import LENGTHS, copied_fraction, read_points
 from glyphgpt.data.tokenizers import CharacterCounts, Tokenizer, decode
 
-EXAMINED = 20_000_000
+EXAMINED, COMPARED = 5_000_000, 10_000_000
 RAREST = 12
 """Number of the rarest characters that are listed."""
 FEW = 10
@@ -145,15 +145,15 @@ class Inspector:
 def leaked_fraction(train: Split, val: Split, tokenizer: Tokenizer) -> float:
     """Return the fraction of the validation text in runs of LEAK_LENGTH or more that stand in the training text.
 
-    Of long texts, only samples are compared, at most EXAMINED tokens of the training text; then it is a lower bound.
+    Of a longer training text, COMPARED tokens from all parts are compared; then the fraction is a lower bound.
     """
     starts, length = [0], val.tokens
     if length > VAL_PIECES * PIECE_TOKENS:
         starts = np.linspace(0, val.tokens - PIECE_TOKENS, VAL_PIECES, dtype=int).tolist()
         length = PIECE_TOKENS
     pieces = [decode(tokenizer, val.slice(start, start + length)) for start in starts]
-    points = read_points(train, tokenizer, "comparing the splits", most=EXAMINED)
-    return find_copied([pieces], points)[0].fractions[LEAK_LENGTH]
+    points = read_points(train, tokenizer, "comparing the splits", most=COMPARED)
+    return copied_fraction(pieces, LEAK_LENGTH, points)
 
 
 def kind_of(character: str) -> str:

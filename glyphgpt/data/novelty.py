@@ -172,6 +172,17 @@ def find_copied(groups: Sequence[Sequence[str]], long_text: Iterable[Points]) ->
     return [search.copied() for search in searches]
 
 
+def copied_fraction(texts: Sequence[str], length: int, long_text: Iterable[Points]) -> float:
+    """Return the fraction of some texts that lies in runs of `length` characters or more that stand in a long text."""
+    hashes = [Hashes(code_points(text)) for text in texts]
+    if all(text.count(length) == 0 for text in hashes):
+        return 0.0
+    windows = Windows(hashes, length)
+    for part, _ in overlapping(long_text, length - 1):
+        windows.search(part, None)
+    return windows.covered_characters() / sum(map(len, texts))
+
+
 def overlapping(parts: Iterable[Points], overlap: int) -> Iterator[tuple[Hashes, int]]:
     """Yield the hashes of each part, with `overlap` points before it, and the index of its first point."""
     rest, first = np.zeros(0, np.uint32), 0

@@ -132,7 +132,7 @@ class CharTokenizer(Tokenizer):
             raise UserError("a character vocabulary holds no surrogates, which are not characters")
         self.characters = characters
         self.vocab_size = len(characters)
-        known = code_points(characters)
+        self._points = known = code_points(characters)
         self._unknown_id = self.vocab_size
         dtype = np.min_scalar_type(self._unknown_id)
         # The table's last entry serves all code points beyond the last known one.
@@ -170,6 +170,10 @@ class CharTokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of a character."""
         return self.characters[token].encode()
+
+    def decode_bytes(self, tokens: Tokens) -> bytes:
+        """Return the UTF-8 bytes of characters."""
+        return self._points[tokens].tobytes().decode("utf-32-le").encode()
 
     def unknown_characters(self, text: str) -> list[str]:
         """Return the distinct characters of a text that have no token, sorted."""

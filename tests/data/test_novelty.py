@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import some_text
 from glyphgpt.data import novelty
 from glyphgpt.data.dataset import Split
-from glyphgpt.data.novelty import Hashes, Points, find_copied, read_points
+from glyphgpt.data.novelty import Hashes, Points, copied_fraction, find_copied, read_points
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, code_points
 
 
@@ -48,6 +48,7 @@ def test_copied_runs_are_those_of_a_search_of_every_run(
     for length in lengths:
         covered = sum(len(text) * brute_force(text, long_text, length) for text in texts)
         assert copied.fractions[length] == pytest.approx(covered / max(1, characters))
+        assert copied_fraction(texts, length, in_parts(long_text, part)) == copied.fractions[length]
     longest = max(
         (SequenceMatcher(None, text, long_text, autojunk=False).find_longest_match().size for text in texts), default=0
     )
