@@ -21,7 +21,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from tqdm import tqdm
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker
-from glyphgpt.data.cleaning import clean, replace_unknown
+from glyphgpt.data.cleaning import replace_unknown
+from glyphgpt.data.corpus import Corpus
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
 from glyphgpt.data.inspection import Inspector, leaked_fraction
 from glyphgpt.data.recipes import download_text, read_recipe
@@ -62,7 +62,7 @@ from glyphgpt.settings import PrepareSettings
 
 TEXT_SETTINGS = {
     "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "skip_unknown", "newlines", "normalize",
-    "deduplicate", "min_count",
+    "deduplicate", "min_count", "val", "test_fraction", "split", "seed",
 }  # fmt: skip
 """Settings that determine the tokens of a text."""
 
@@ -99,7 +99,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     text = Text((file,), (sanitize(file),), can_set_encoding=False)
     settings = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
     with staging_dir(folder, overwrite=settings.overwrite, can_rename=False) as staging:
-        meta = prepare(text, staging, settings, recipe=name)
+        meta = prepare(Corpus(text, settings), staging, settings, recipe=name)
         write_report(staging, name, meta, settings)
     print_summary(meta, folder, settings, recipe.config)
 
@@ -113,14 +113,22 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
     is_gpt2 = settings.tokenizer == "gpt2"  # its vocabulary has a token that separates documents
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
-        text = open_text(words, staging.parent, settings.encoding, field=settings.text_field, keep_documents=is_gpt2)
-        meta = prepare(text, staging, settings, recipe="", vocabulary=vocabulary)
+        fields: dict[str, Any] = {
+            "field": settings.text_field,
+            "keep_documents": is_gpt2 or settings.split == "documents",
+            "separate_documents": is_gpt2,
+        }
+        text, val = open_text(words, staging.parent, settings.encoding, **fields), None
+        if settings.val:
+            (scratch := staging.parent / "val").mkdir(exist_ok=True)
+            val = open_text([settings.val], scratch, settings.encoding, **fields)
+        meta = prepare(Corpus(text, settings, val), staging, settings, recipe="", vocabulary=vocabulary)
         write_report(staging, folder.name, meta, settings)
     print_summary(meta, folder, settings)
 
 
 def prepare(
-    text: Text, folder: Path, settings: PrepareSettings, recipe: str, vocabulary: Tokenizer | None = None
+    text: Corpus, folder: Path, settings: PrepareSettings, recipe: str, vocabulary: Tokenizer | None = None
 ) -> DatasetMeta:
     """Write the shards and meta.json of a text to a folder, or resume an interrupted preparation there.
 
@@ -136,9 +144,9 @@ def prepare(
         progress = scan(text, settings, vocabulary, fingerprint)
     tokenizer = tokenizer_from_dict(progress.tokenizer, Path(settings.data_dir))
     writer = write_shards(text, folder, settings, tokenizer, progress)
-    train, val = writer.splits()
+    splits = writer.splits()
     has_changed = not writer.finished or text.file_stats() != file_stats
-    problem = "the text changed while it was read; try again" if has_changed else find_short_split(train, val)
+    problem = "the text changed while it was read; try again" if has_changed else find_short_split(splits)
     if problem:
         clear_progress(folder)
         raise UserError(f"{list_names(text.names)}: {problem}")
@@ -153,9 +161,8 @@ def prepare(
         vocab_size=tokenizer.vocab_size,
         val_fraction=settings.val_fraction,
         source=SourceMeta(names=list(text.names), bytes=text.total_bytes(), sha256=progress.sha256),
-        train=train,
-        val=val,
         report=report,
+        **splits,
     )
     write_meta(folder, meta)
     if progress.dropped:
@@ -163,7 +170,7 @@ def prepare(
     return meta
 
 
-def task_fingerprint(text: Text, settings: PrepareSettings, recipe: str, vocabulary: Tokenizer | None) -> str:
+def task_fingerprint(text: Corpus, settings: PrepareSettings, recipe: str, vocabulary: Tokenizer | None) -> str:
     """Return a checksum of all that determines the shards and meta.json, or "" if the text cannot be read again."""
     if not text.rereadable:
         return ""
@@ -173,14 +180,14 @@ def task_fingerprint(text: Text, settings: PrepareSettings, recipe: str, vocabul
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fingerprint: str) -> PrepareProgress:
+def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, fingerprint: str) -> PrepareProgress:
     """Read a text for the first time: count and check its characters, hash its bytes, and choose the tokenizer.
 
     Raises:
         UserError: The text is empty, or has characters that are not in the vocabulary.
     """
     learns_vocabulary = settings.tokenizer == "char" and not vocabulary
-    digest, unknown, characters, inspector = hashlib.sha256(), Counter[str](), 0, Inspector()
+    digest, unknown, characters, inspector = hashlib.sha256(), Counter[str](), Counter[str](), Inspector()
     learned = CharacterCounts(settings.min_count) if settings.min_count > 1 else CharacterSet()
     warnings: defaultdict[str, dict[str, None]] = defaultdict(dict)  # warning -> ordered set of file names
     with progress_bar("counting", text) as bar, BackgroundWorker() as hasher:
@@ -194,13 +201,19 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
             lambda warning, name: warnings[warning].setdefault(name),
             inspector.add if settings.report else None,
         )
-        stream = clean(stream, settings)
-        for part in chain.from_iterable(drop_unknown(stream, vocabulary, unknown) if vocabulary else stream):
-            characters += len(part)
-            if learns_vocabulary:
+        trained: str | None = None
+        for split, documents in stream:
+            if settings.val and split == "val" and trained is None:
+                trained = learned.sorted()
+            part = "".join(documents)
+            if vocabulary:
+                part, dropped = vocabulary.split_unknown(part)
+                unknown.update(dropped)
+            elif learns_vocabulary:
                 learned.add(part)
+            characters[split] += len(part)
         hasher.flush()
-    check_characters(text, characters, unknown, settings)
+    check_characters(text, characters.total(), unknown, settings)
     for warning, names in warnings.items():
         warn(f"{list_names(list(names))}: {warning}")
     tokenizer = {"kind": settings.tokenizer}
@@ -208,12 +221,16 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
         tokenizer = vocabulary.to_dict()
     elif learns_vocabulary:
         tokenizer = CharTokenizer(learned.sorted()).to_dict()
+        if trained is not None and (unseen := sorted(set(learned.sorted()) - set(trained))):
+            warn(
+                f"{settings.val}: {len(unseen):,} characters of the validation text do not occur in the training text, "
+                f"so no model can predict them: {describe_characters(unseen)}"
+            )
         if controls := control_characters(learned.sorted()):
             warn(f"control characters become part of the vocabulary: {list_names(controls, length=10)}")
-    train_characters = int(characters * (1 - settings.val_fraction))
     return PrepareProgress(
         fingerprint=fingerprint,
-        characters={"train": train_characters, "val": characters - train_characters},
+        characters=text.sizes(characters),
         sha256=digest.hexdigest(),
         tokenizer=tokenizer,
         dropped=unknown.total(),
@@ -222,13 +239,17 @@ def scan(text: Text, settings: PrepareSettings, vocabulary: Tokenizer | None, fi
 
 
 def write_shards(
-    text: Text, folder: Path, settings: PrepareSettings, tokenizer: Tokenizer, progress: PrepareProgress
+    text: Corpus, folder: Path, settings: PrepareSettings, tokenizer: Tokenizer, progress: PrepareProgress
 ) -> ResumableWriter:
     """Read a text for the second time: encode it, and write the shards that are not finished yet."""
     writer = ResumableWriter(folder, tokenizer.vocab_size, settings.shard_tokens, progress)
     threads = settings.workers or (os.cpu_count() if settings.tokenizer == "gpt2" else 1)
-    with progress_bar("encoding", text) as bar, BackgroundWorker() as disk, ThreadPoolExecutor(threads) as encoders:
-        stream = clean(text.read(lambda chunk: bar.update(len(chunk))), settings)
+    with (
+        progress_bar("encoding", text, text.passes) as bar,
+        BackgroundWorker() as disk,
+        ThreadPoolExecutor(threads) as encoders,
+    ):
+        stream = text.read_splits(list(progress.characters), lambda chunk: bar.update(len(chunk)))
         if settings.min_count > 1:
             stream = replace_unknown(stream, tokenizer)
         if progress.dropped:
@@ -260,12 +281,12 @@ def load_tokenizer(settings: PrepareSettings) -> Tokenizer:
     return tokenizer
 
 
-def progress_bar(label: str, text: Text) -> "tqdm[Any]":
+def progress_bar(label: str, text: Corpus, passes: int = 1) -> "tqdm[Any]":
     """Return a progress bar of the bytes of a text; it is shown only on a terminal."""
-    return tqdm(total=text.total_bytes(), unit="B", unit_scale=True, desc=label, disable=None)
+    return tqdm(total=text.total_bytes() * passes, unit="B", unit_scale=True, desc=label, disable=None)
 
 
-def check_characters(text: Text, characters: int, unknown: Counter[str], settings: PrepareSettings) -> None:
+def check_characters(text: Corpus, characters: int, unknown: Counter[str], settings: PrepareSettings) -> None:
     """Check that a text has known characters, and no unknown ones unless --skip_unknown is set.
 
     Raises:
@@ -282,11 +303,12 @@ def check_characters(text: Text, characters: int, unknown: Counter[str], setting
         raise UserError(f"{names}: {problem}; there is nothing to learn from")
 
 
-def find_short_split(train: SplitMeta, val: SplitMeta) -> str:
+def find_short_split(splits: dict[str, SplitMeta]) -> str:
     """Return a message if one of the splits is too short to predict a token, otherwise ""."""
-    for purpose, split in (("training", train), ("validation", val)):
+    for name, split in splits.items():
         if split.tokens < 2:
-            total = train.characters + val.characters
+            total = sum(split.characters for split in splits.values())
+            purpose = {"train": "training", "val": "validation", "test": "the test"}[name]
             return f"too short: {total} characters give {split.tokens} of the 2 tokens that {purpose} needs; add text"
     return ""
 
@@ -299,10 +321,11 @@ def write_report(folder: Path, name: str, meta: DatasetMeta, settings: PrepareSe
 
 def print_summary(meta: DatasetMeta, folder: Path, settings: PrepareSettings, config: str = "") -> None:
     """Print the sizes of a dataset, what was found in its text, and the command that trains on it."""
-    tokens, characters = meta.train.tokens + meta.val.tokens, meta.train.characters + meta.val.characters
+    splits = {"to train": meta.train, "to validate": meta.val} | ({"to test": meta.test} if meta.test else {})
+    tokens, characters = (sum(getattr(split, key) for split in splits.values()) for key in ("tokens", "characters"))
     print(
         f"{folder}: {characters:,} characters, {tokens:,} tokens "
-        f"({meta.train.tokens:,} to train, {meta.val.tokens:,} to validate)\n"
+        f"({', '.join(f'{split.tokens:,} {purpose}' for purpose, split in splits.items())})\n"
         f"vocabulary: {meta.vocab_size:,} ({meta.tokenizer['kind']}), {characters / tokens:.2f} characters per token"
     )
     for finding in findings(meta, settings):

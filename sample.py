@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint
-from glyphgpt.data.dataset import META, Split, find_dataset, load_dataset
+from glyphgpt.data.dataset import META, Dataset, Split, find_dataset, load_dataset
 from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.text import read_text
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_text, start_token
@@ -33,6 +33,8 @@ from glyphgpt.inference.api import Model, open_model
 from glyphgpt.inference.loading import open_checkpoint, torch_model
 from glyphgpt.reports.model_page import write_model_page
 from glyphgpt.settings import SampleSettings
+
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def main(settings: SampleSettings, *words: str) -> None:
@@ -71,12 +73,13 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
         UserError: There are too few tokens, or the vocabularies differ.
     """
     data_dir = Path(settings.data_dir)
-    folder = Path(settings.score) if Path(settings.score).exists() else find_dataset(settings.score, data_dir)
+    name, _, split = (settings.score, "", "") if Path(settings.score).exists() else settings.score.partition(":")
+    folder = Path(name) if Path(name).exists() else find_dataset(name, data_dir)
     if (folder / META).is_file():
         dataset = load_dataset(folder, data_dir)
         if dataset.meta.tokenizer != tokenizer.to_dict():
             raise UserError(f"{folder}: its vocabulary differs from the model's; score its text: --score=FILE")
-        return dataset.val, f"{folder}: validation split"
+        return choose_split(dataset, split or "val"), f"{folder}: {SPLIT_NAMES[split or 'val']} split"
     text = read_text(settings.score)
     tokens = encode_text(text, tokenizer, skip=settings.skip_unknown)
     if len(tokens) < 2:
@@ -84,6 +87,19 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
     known = len(text) - sum(text.count(character) for character in tokenizer.unknown_characters(text))
     skipped = f" ({len(text) - known:,} unknown characters skipped)" if known < len(text) else ""
     return Split((tokens,), known), f"{settings.score}{skipped}"
+
+
+def choose_split(dataset: Dataset, name: str) -> Split:
+    """Return a split of a dataset.
+
+    Raises:
+        UserError: There is no such split.
+    """
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    if split := splits.get(name):
+        return split
+    names = ", ".join(f"{dataset.folder.name}:{name}" for name, split in splits.items() if split)
+    raise UserError(f"--score={dataset.folder.name}:{name}: the dataset has no such split; it has {names}")
 
 
 def print_novelty(model: Model, settings: SampleSettings) -> None:

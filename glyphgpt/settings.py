@@ -331,7 +331,15 @@ class PrepareSettings(Settings):
     skip_unknown: bool = False
     """Drop characters that are not in that vocabulary; otherwise they are an error."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction of the text, at its end, that is the validation split."""
+    """Fraction of the text that is the validation split."""
+    val: PathStr = ""
+    """Text for validation: a file, folder or pattern, instead of a fraction of the text."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the text that is the test split, which only sample.py --score=NAME:test reads."""
+    split: Literal["tail", "documents", "blocks"] = "tail"
+    """What these fractions are: tail: the end of the text; documents: random files or records; blocks: random parts."""
+    seed: Seed = 1337
+    """Random seed of the split."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     newlines: Literal["keep", "lf"] = "keep"
@@ -359,6 +367,10 @@ class PrepareSettings(Settings):
         """Yield one line for each combination of values that is not allowed."""
         if self.skip_unknown and not self.vocabulary:
             yield "skip_unknown needs a vocabulary: --vocabulary=RUN"
+        if self.val_fraction + self.test_fraction >= 1:
+            yield "val_fraction and test_fraction leave no text to train on; their sum must be less than 1"
+        if self.val and (self.split != "tail" or {"val_fraction", "test_fraction"} & self.model_fields_set):
+            yield "val names the validation text; leave out split, val_fraction and test_fraction"
         if self.min_count > 1 and (self.tokenizer != "char" or self.vocabulary):
             yield "min_count is for a vocabulary that is learned from the text: --tokenizer=char, without --vocabulary"
 

@@ -1,7 +1,10 @@
 """Fixtures and helpers: small texts, datasets, networks and settings, and ways to run the scripts."""
 
-import json
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy is imported: tiny networks gain nothing from more threads
+
+import json
 import random
 import re
 import shutil
@@ -11,6 +14,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +38,6 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 ROOT = Path(__file__).parent.parent
-
-torch.set_num_threads(1)  # tiny networks gain nothing from more, and suites may run side by side
 
 
 # Child processes inherit ignored signals, for example SIGHUP under nohup, but not handlers. With a handler in place of
@@ -101,6 +103,9 @@ SWITCHES: dict[str, list[Any]] = {
     "token_shift": [False, True],
 }
 """All values of the network's switches."""
+
+NETWORKS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
+"""All combinations of the switches; in every seventh one, each pair of values occurs."""
 
 MODERN: dict[str, Any] = {
     "position": "rotary",
@@ -321,7 +326,7 @@ def script(name: str, *words: str, text: str | None = None, cwd: Path = ROOT) ->
         capture_output=True,
         encoding="utf-8",
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         timeout=240,
         check=False,
     )
@@ -337,7 +342,7 @@ def torchrun(processes: int, *words: str, flags: tuple[str, ...] = ()) -> Iterat
         stderr=subprocess.PIPE,
         encoding="utf-8",
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     try:
         yield process

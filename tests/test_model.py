@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import MODERN, SWITCHES, random_model, randomize, tiny_config, tiny_model
+from conftest import MODERN, NETWORKS, random_model, randomize, tiny_config, tiny_model
 from model import GPT, CausalSelfAttention, Rotary, SinusoidalPosition
 
 POSITIONS = ["learned", "sinusoidal", "rotary"]
-NETWORKS = [dict(zip(SWITCHES, values, strict=True)) for values in product(*SWITCHES.values())]
 
 
 def some_tokens(batch: int, length: int, vocab_size: int = 11, seed: int = 1) -> Tensor:

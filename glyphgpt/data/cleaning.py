@@ -17,16 +17,23 @@ LONGEST = 1 << 20
 """A line or passage that is longer is cut there."""
 
 
-def clean(stream: Iterator[Documents], settings: PrepareSettings) -> Iterator[Documents]:
-    """Yield the documents as the settings ask."""
-    if settings.newlines == "lf":
-        stream = rewrite(stream, boundary_of_line_ends, unix_line_ends)
-    if settings.normalize == "nfc":
-        stream = rewrite(stream, boundary_of_characters, lambda text: unicodedata.normalize("NFC", text))
-    if settings.deduplicate != "none":
-        repeated = Repeated(settings.deduplicate)
-        stream = rewrite(stream, repeated.boundary, repeated.drop)
-    return stream
+class Cleaner:
+    """Changes streams as the settings ask. What repeats a line or passage of an earlier stream counts as repeated."""
+
+    def __init__(self, settings: PrepareSettings) -> None:
+        """Begin with no stream."""
+        self.settings = settings
+        self.repeated = Repeated(settings.deduplicate) if settings.deduplicate != "none" else None
+
+    def clean(self, stream: Iterator[Documents]) -> Iterator[Documents]:
+        """Yield the changed documents of a stream."""
+        if self.settings.newlines == "lf":
+            stream = rewrite(stream, boundary_of_line_ends, unix_line_ends)
+        if self.settings.normalize == "nfc":
+            stream = rewrite(stream, boundary_of_characters, lambda text: unicodedata.normalize("NFC", text))
+        if self.repeated:
+            stream = rewrite(stream, self.repeated.boundary, self.repeated.drop)
+        return stream
 
 
 def rewrite(

@@ -1,4 +1,4 @@
-"""Datasets on disk: token shards data/<name>/{train,val}-NNNNN.npy and meta.json.
+"""Datasets on disk: token shards data/<name>/{train,val,test}-NNNNN.npy and meta.json; few have a test split.
 
 A shard is a one-dimensional .npy array of the smallest unsigned dtype that holds the vocabulary. meta.json holds the
 format number, the tokenizer, the counts, and the SHA-256 of each shard, which is verified before the shard is used.
@@ -26,7 +26,6 @@ from glyphgpt.files import file_sha256
 
 FORMAT = 1
 META = "meta.json"
-SPLITS = ("train", "val")
 OPEN_SHARDS = 64  # the most shards open at once, since systems limit a process to a few hundred open files
 
 FileIdentity = tuple[int, int, int, int]
@@ -39,7 +38,7 @@ class _StrictModel(BaseModel):
 class Shard(_StrictModel):
     """One shard file."""
 
-    file: Annotated[str, Field(pattern=r"^(train|val)-\d{5,}\.npy$")]
+    file: Annotated[str, Field(pattern=r"^(train|val|test)-\d{5,}\.npy$")]
     tokens: Annotated[int, Field(ge=0)]
     sha256: str
 
@@ -115,6 +114,7 @@ class DatasetMeta(_StrictModel):
     source: SourceMeta
     train: SplitMeta
     val: SplitMeta
+    test: SplitMeta | None = None
     report: TextReport | None = None
 
     @property
@@ -293,6 +293,7 @@ class Dataset:
     tokenizer: Tokenizer
     train: Split
     val: Split
+    test: Split | None = None
 
 
 def read_meta(folder: Path) -> DatasetMeta:
@@ -338,8 +339,12 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
     tokenizer = tokenizer_from_dict(meta.tokenizer, data_dir)
     if tokenizer.vocab_size != meta.vocab_size:
         raise UserError(f"{folder / META}: vocab_size does not match the tokenizer; prepare the dataset again")
-    train, val = (_load_split(folder, split, meta.vocab_size) for split in (meta.train, meta.val))
-    return Dataset(folder, meta, tokenizer, train, val)
+    train, val, test = (
+        _load_split(folder, split, meta.vocab_size) if split else None for split in (meta.train, meta.val, meta.test)
+    )
+    assert train
+    assert val
+    return Dataset(folder, meta, tokenizer, train, val, test)
 
 
 def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:

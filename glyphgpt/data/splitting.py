@@ -1,13 +1,90 @@
-"""Split a stream of documents into segments of the training and validation splits, and encode them in threads."""
+"""Assign the parts of a text to the training, validation and test splits, and encode the splits in threads."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from glyphgpt.data.records import Documents
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_documents
+
+BLOCKS = 200
+"""Blocks of a text for --split=blocks, unless they would be smaller than LEAST_BLOCK or larger than LARGEST_BLOCK."""
+LEAST_BLOCK, LARGEST_BLOCK = 1000, 1_000_000
+FEWEST_BLOCKS = 2
+"""Blocks that each split has at least, in a short text."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random assignment of numbered documents or blocks to splits.
+
+    Of every 1 / (val_fraction + test_fraction) consecutive ones, one is drawn for validation or for the test, so that
+    these come from all parts of the text.
+    """
+
+    val_fraction: float
+    test_fraction: float
+    seed: int
+
+    def split_of(self, number: int) -> str:
+        """Return the split of a document or block: "train", "val" or "test"."""
+        fraction = self.val_fraction + self.test_fraction
+        nearest = math.floor(number * fraction)
+        for group in range(max(0, nearest - 1), nearest + 2):  # rounding may move the limits of a group
+            start, end = math.ceil(group / fraction), math.ceil((group + 1) / fraction)
+            if start <= number < end and number == start + random_integer(self.seed, group, end - start):
+                tests = [math.floor(n * self.test_fraction / fraction) for n in (group, group + 1)]
+                return "test" if tests[1] > tests[0] else "val"
+        return "train"
+
+
+@lru_cache(maxsize=64)  # consecutive numbers share a group
+def random_integer(seed: int, group: int, limit: int) -> int:
+    """Return an integer in [0, limit) that depends on a seed and a group."""
+    return int(np.random.default_rng((seed, group)).integers(limit))
+
+
+def number_documents(stream: Iterator[Documents]) -> Iterator[tuple[int, Documents]]:
+    """Yield each document, or a part of one, with its number."""
+    number = 0
+    for documents in stream:
+        for index, document in enumerate(documents):
+            number += index > 0
+            yield number, [document] if index == 0 else ["", document]
+
+
+def number_blocks(stream: Iterator[Documents], size: int) -> Iterator[tuple[int, Documents]]:
+    """Yield the parts of blocks with their numbers. A block ends with the line that holds its character `size`.
+
+    Longer lines than a block are divided. Each block begins a document.
+    """
+    number, room = 0, size
+    boundary: Documents = []
+    for documents in stream:
+        for index, document in enumerate(documents):
+            boundary = [""] if index else boundary
+            rest = document
+            while rest:
+                line_end = rest.find("\n", max(0, room - 1), room + size)
+                end = line_end + 1 if line_end >= 0 else room + size
+                yield number, [*boundary, rest[:end]]
+                room -= len(rest[:end])
+                finished = line_end >= 0 or room <= -size
+                rest, boundary = rest[end:], [""] if finished else []
+                if finished:
+                    number, room = number + 1, size
+
+
+def block_size(characters: int, fraction: float) -> int:
+    """Return the characters of a block of a text of about this length, whose smallest split is this fraction of it."""
+    size = min(max(characters // BLOCKS, LEAST_BLOCK), LARGEST_BLOCK)
+    return max(1, min(size, int(characters * fraction / FEWEST_BLOCKS)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glyphgpt.data.dataset import META, SPLITS, Shard, ShardWriter, Split, SplitMeta, TextReport
+from glyphgpt.data.dataset import META, Shard, ShardWriter, Split, SplitMeta, TextReport
 from glyphgpt.data.sources import list_names
 from glyphgpt.data.splitting import Segment
 from glyphgpt.data.tokenizers import Tokens
@@ -19,7 +19,7 @@ from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import file_sha256, locked, swap_dirs, write_atomic
 
 PROGRESS = "progress.json"
-DATASET_FILE = re.compile(r"meta\.json|(?:train|val)-\d{5,}\.npy|report\.html")
+DATASET_FILE = re.compile(r"meta\.json|(?:train|val|test)-\d{5,}\.npy|report\.html")
 """Files of a dataset's folder, which a new dataset may replace."""
 
 
@@ -31,7 +31,7 @@ class PrepareProgress(BaseModel):
     fingerprint: str
     """Identifies the text and the settings; empty if the preparation cannot be resumed."""
     characters: dict[str, int]
-    """The number of characters in each split."""
+    """The number of characters in each split, in the order in which they are written."""
     sha256: str
     """Checksum of the bytes of the text's files."""
     tokenizer: dict[str, Any]
@@ -41,7 +41,7 @@ class PrepareProgress(BaseModel):
     """The number of unknown characters, which are dropped and not counted in `characters`."""
     shards: dict[str, list[Shard]] = {}
     """The finished shards of each split."""
-    split: str = SPLITS[0]
+    split: str = "train"
     """The split of the segment to resume from, which is the one that completed the last shard."""
     start: int = 0
     """The number of characters of the split before this segment."""
@@ -50,7 +50,7 @@ class PrepareProgress(BaseModel):
 
 
 class ResumableWriter:
-    """Writes encoded segments to the shards of both splits, and saves the progress when a shard is finished."""
+    """Writes encoded segments to the shards of all splits, and saves the progress when a shard is finished."""
 
     def __init__(self, folder: Path, vocab_size: int, shard_tokens: int, progress: PrepareProgress) -> None:
         """Start the shards, or continue after those that an earlier run has finished."""
@@ -59,7 +59,7 @@ class ResumableWriter:
         self._tokens = progress.tokens  # of the current split, before the next segment
         self._writers = {
             split: ShardWriter(folder, split, vocab_size, shard_tokens, progress.shards.get(split, ()))
-            for split in SPLITS
+            for split in progress.characters
         }
 
     def write(self, segment: Segment, tokens: Tokens) -> None:
@@ -71,7 +71,7 @@ class ResumableWriter:
         if segment.is_last:
             writer.finish()
             self._tokens = 0
-            self.finished = segment.split == SPLITS[-1]
+            self.finished = segment.split == list(self._writers)[-1]
         if len(writer.shards) > shards_before and self.progress.fingerprint:
             shards = {split: writer.shards for split, writer in self._writers.items()}
             resume_from = {"split": segment.split, "start": segment.start, "tokens": tokens_before}
@@ -82,9 +82,9 @@ class ResumableWriter:
         shards = (self.folder / shard.file for shard in self._writers[name].shards)
         return Split(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards), 0)
 
-    def splits(self) -> list[SplitMeta]:
-        """Return the metadata of the splits."""
-        return [self._writers[split].meta(self.progress.characters[split]) for split in SPLITS]
+    def splits(self) -> dict[str, SplitMeta]:
+        """Return the metadata of the splits by their names."""
+        return {split: writer.meta(self.progress.characters[split]) for split, writer in self._writers.items()}
 
 
 def dataset_dir(name: str, data_dir: Path) -> Path:

@@ -50,7 +50,9 @@ class Text:
     field: str = "text"
     """The field of a record that holds its text."""
     keep_documents: bool = False
-    """Whether documents stay separate; otherwise they are joined, with a newline after each record."""
+    """Whether documents stay separate while they are read; otherwise they are joined."""
+    separate_documents: bool = False
+    """Whether documents stay separate in the dataset; otherwise a newline follows each record."""
     rereadable: bool = True
     """Whether the text can be read again by another run."""
     can_set_encoding: bool = True
@@ -86,14 +88,16 @@ class Text:
                             on_warning(self._bom_warning(), name)
                         if any("\0" in document for document in documents):
                             on_warning(NUL_WARNING, name)
+                    lines = [f"{record}\n" for record in documents] if has_records else documents
                     if on_text:
-                        on_text("".join(f"{record}\n" for record in documents) if has_records else documents[0], name)
+                        on_text("".join(lines), name)
+                    parts = documents if self.separate_documents else lines
                     if self.keep_documents:
                         starts_document = has_records or index == 0
-                        yield ["", *documents] if started and starts_document else documents
+                        yield ["", *parts] if started and starts_document else parts
                         started = True
                     else:
-                        yield ["".join(f"{record}\n" for record in documents)] if has_records else documents
+                        yield ["".join(parts)]
 
     def _bom_warning(self) -> str:
         utf = re.match(r"utf-(?:16|32)", codecs.lookup(self.encoding).name)

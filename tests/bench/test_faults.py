@@ -8,8 +8,8 @@ from faults import FAULTS
 from harness import Workspace
 
 TRIALS = {
-    "kill": 4, "signals": 9, "early-signals": 1, "failed-writes": 12, "full-disk": 4, "overwrite": 2, "move-run": 2,
-    "closed-streams": 2, "optional-calls": 2, "concurrent-runs": 2, "concurrent-prepare": 2, "corruption": 100,
+    "kill": 2, "signals": 4, "early-signals": 1, "failed-writes": 6, "full-disk": 2, "overwrite": 1, "move-run": 1,
+    "closed-streams": 1, "optional-calls": 1, "concurrent-runs": 1, "concurrent-prepare": 1, "corruption": 100,
     "forged-checkpoints": 100, "forged-datasets": 100, "random-bytes": 100, "random-unicode": 200, "random-links": 20,
     "random-toml": 200, "random-command-lines": 200, "unusual-prompts": 12,
 }  # fmt: skip

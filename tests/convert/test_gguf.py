@@ -139,7 +139,7 @@ def test_llama_cpp_computes_same_probabilities(
             np.testing.assert_allclose(log_probs, expected, rtol=0, atol=tolerance)
 
 
-TRAINED = {name: NETWORKS[name][1] for name in ("learned", "qk_norm")}
+TRAINED = {name: NETWORKS[name][1] for name in ("qk_norm",)}
 VERSE = """A small machine sat down to read,
 and read one page again, again;
 it learned the shape of every word,

@@ -12,7 +12,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from conftest import prepare_text, run_prepare
-from glyphgpt.data.cleaning import clean, replace_unknown
+from glyphgpt.data.cleaning import Cleaner, replace_unknown
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import CharacterCounts, CharTokenizer, decode
 from glyphgpt.errors import UsageError
@@ -44,7 +44,7 @@ def joined(stream: Iterator[list[str]]) -> list[str]:
 
 def cleaned(documents: list[str], size: int, **values: Any) -> list[str]:
     """Return documents cleaned in parts of `size` characters."""
-    return joined(clean(in_parts(documents, size), PrepareSettings.model_validate(values)))
+    return joined(Cleaner(PrepareSettings.model_validate(values)).clean(in_parts(documents, size)))
 
 
 DOCUMENTS = st.lists(st.text("ab\r\n", max_size=20), min_size=1, max_size=3)

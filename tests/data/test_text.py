@@ -86,7 +86,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz", "a.jsonl.zst", "a.parquet"])
 def test_each_record_is_a_document(tmp_path: Path, name: str) -> None:
     path = write_records(tmp_path / name, LINES)
-    assert read(path, keep_documents=True) == LINES
+    assert read(path, keep_documents=True, separate_documents=True) == LINES
     assert read(path) == ["".join(line + "\n" for line in LINES)]
 
 
@@ -110,7 +110,13 @@ def test_each_file_is_a_document_if_documents_are_kept(tmp_path: Path) -> None:
     for path, content in zip(paths, ["first", "", "third"], strict=True):
         path.write_text(content)
     records = write_records(tmp_path / "4.jsonl", ["fourth", "fifth"])
-    assert read(*paths, records, paths[0], keep_documents=True) == ["first", "third", "fourth", "fifth", "first"]
+    assert read(*paths, records, paths[0], keep_documents=True, separate_documents=True) == [
+        "first",
+        "third",
+        "fourth",
+        "fifth",
+        "first",
+    ]
     assert read(*paths, records, paths[0]) == ["firstthirdfourth\nfifth\nfirst"]
 
 
@@ -149,7 +155,7 @@ def test_an_invalid_line_is_named_in_the_error(tmp_path: Path, line: str, messag
 def test_another_field_can_be_chosen(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json_lines(LINES, "body"), encoding="utf-8")
-    assert read(path, field="body", keep_documents=True) == LINES
+    assert read(path, field="body", keep_documents=True, separate_documents=True) == LINES
 
 
 @pytest.mark.parametrize(
@@ -329,14 +335,14 @@ def test_sanitized_names_are_one_line_that_bash_understands(tmp_path: Path) -> N
 def test_each_json_value_is_a_document(tmp_path: Path, content: str, compress: Callable[[bytes], bytes]) -> None:
     path = tmp_path / f"a.json{suffix_of(compress)}"
     path.write_bytes(compress(b"\xef\xbb\xbf" + content.encode()))
-    assert read(path, keep_documents=True) == LINES
+    assert read(path, keep_documents=True, separate_documents=True) == LINES
     assert read(path) == ["".join(line + "\n" for line in LINES)]
 
 
 @pytest.mark.usefixtures("chunk_bytes")
 def test_json_lines_may_be_strings(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    assert read(tmp_path / "a.jsonl", keep_documents=True) == LINES
+    assert read(tmp_path / "a.jsonl", keep_documents=True, separate_documents=True) == LINES
 
 
 @pytest.mark.parametrize("compress", COMPRESSORS, ids=["plain", "gzip", "zstd"])
@@ -349,7 +355,7 @@ def test_each_csv_row_is_a_document(
     csv.writer(table, dialect).writerows([["text", "id"], *([record, 1] for record in records)])
     path = tmp_path / f"a{suffix}{suffix_of(compress)}"
     path.write_bytes(compress(b"\xef\xbb\xbf" + table.getvalue().encode()))
-    assert read(path, keep_documents=True) == records
+    assert read(path, keep_documents=True, separate_documents=True) == records
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,18 @@ def test_score_equals_the_validation_loss(
     assert run_sample(score=str(file), skip_unknown=True) == f"{file} {skipped}: {evaluated}"
 
 
+def test_score_reads_any_split_of_a_dataset(data_dir: Path, run_sample: RunSample, tmp_path: Path) -> None:
+    text = some_text(6000)
+    folder = prepare_text(text, tmp_path, "three", val_fraction=0.2, test_fraction=0.1)
+    for split, part in (("train", text[:4200]), ("val", text[4200:5400]), ("test", text[5400:])):
+        (tmp_path / "part").write_text(part, encoding="utf-8")
+        _, loss = run_sample(score=str(tmp_path / "part")).split(": ", 1)
+        name = {"train": "training", "val": "validation", "test": "test"}[split]
+        assert run_sample(score=f"three:{split}", data_dir=str(tmp_path)) == f"{folder}: {name} split: {loss}"
+    with pytest.raises(UserError, match=r"small:test: the dataset has no such split; it has small:train, small:val$"):
+        run_sample(score="small:test", data_dir=str(data_dir))
+
+
 def test_score_accepts_a_dataset(
     data_dir: Path, run_sample: RunSample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

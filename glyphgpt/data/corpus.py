@@ -1,0 +1,95 @@
+"""A text and its division into splits, read as streams of documents (glyphgpt/data/text.py)."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from glyphgpt.data.cleaning import Cleaner
+from glyphgpt.data.records import Documents
+from glyphgpt.data.sources import list_names
+from glyphgpt.data.splitting import Draw, block_size, number_blocks, number_documents
+from glyphgpt.data.text import OnChunk, OnText, OnWarning, Text
+from glyphgpt.errors import UserError
+from glyphgpt.settings import PrepareSettings
+
+
+class Corpus:
+    """The user's text, with a text for validation of its own if there is one."""
+
+    def __init__(self, text: Text, settings: PrepareSettings, val: Text | None = None) -> None:
+        """Combine the texts."""
+        self.texts = {"train": text} | ({"val": val} if val else {})
+        self.settings = settings
+        self.names = tuple(name for text in self.texts.values() for name in text.names)
+        self.rereadable = all(text.rereadable for text in self.texts.values())
+
+    @property
+    def paths(self) -> list[Path | None]:
+        """The paths of all files."""
+        return [path for text in self.texts.values() for path in text.paths]
+
+    def file_stats(self) -> list[tuple[int, int]]:
+        """Return the size and modification time of each file."""
+        return [stat for text in self.texts.values() for stat in text.file_stats()]
+
+    def total_bytes(self) -> int:
+        """Return the size of all files."""
+        return sum(size for size, _ in self.file_stats())
+
+    @cached_property
+    def passes(self) -> int:
+        """How often `read_splits` reads the files."""
+        splits = 2 + (self.settings.test_fraction > 0)
+        return 1 if self.settings.split == "tail" else splits
+
+    def read(
+        self, on_chunk: OnChunk, on_warning: OnWarning | None = None, on_text: OnText | None = None
+    ) -> Iterator[tuple[str, Documents]]:
+        """Yield the documents with their split. Where the splits follow each other in one text, this is "train".
+
+        The functions are those of Text.read.
+        """
+        cleaner = Cleaner(self.settings)
+        for split, text in self.texts.items():
+            stream = cleaner.clean(text.read(on_chunk, on_warning, on_text))
+            for part, documents in self._assign(stream, split):
+                yield part, documents if text.separate_documents else ["".join(documents)]
+
+    def _assign(self, stream: Iterator[Documents], split: str) -> Iterator[tuple[str, Documents]]:
+        """Yield the documents of a stream with their split."""
+        settings = self.settings
+        if settings.split == "tail":
+            yield from ((split, documents) for documents in stream)
+            return
+        draw = Draw(settings.val_fraction, settings.test_fraction, settings.seed)
+        size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
+        numbered = number_documents(stream) if settings.split == "documents" else number_blocks(stream, size)
+        yield from ((draw.split_of(number), documents) for number, documents in numbered)
+
+    def sizes(self, counts: dict[str, int]) -> dict[str, int]:
+        """Return the characters of each split, in their order, from those of the documents that `read` yields.
+
+        Raises:
+            UserError: A split has no text.
+        """
+        settings, names = self.settings, ["train", "val", *["test"] * (self.settings.test_fraction > 0)]
+        if settings.split == "tail" and "val" not in counts:
+            total = sum(counts.values())
+            ends = [1 - settings.val_fraction - settings.test_fraction, 1 - settings.test_fraction, 1]
+            before = [0, *(int(total * end) for end in ends)]
+            return {name: before[i + 1] - before[i] for i, name in enumerate(names)}
+        for name in names:
+            if not counts.get(name):
+                remedy = "--split=blocks or --split=tail" if settings.split == "documents" else "--split=tail"
+                raise UserError(
+                    f"{list_names(self.names)}: --split={settings.split} leaves no text for the {name} split; "
+                    f"use {remedy}"
+                )
+        return {name: counts[name] for name in names}
+
+    def read_splits(self, splits: list[str], on_chunk: OnChunk) -> Iterator[Documents]:
+        """Yield all documents, one split after the other."""
+        for wanted in splits if self.passes > 1 else [""]:
+            for split, documents in self.read(on_chunk):
+                if wanted in ("", split):
+                    yield documents
