@@ -18,8 +18,8 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.data.background import BackgroundWorker
+from glyphgpt.data.bpe import learn_bpe
 from glyphgpt.data.cleaning import replace_unknown
 from glyphgpt.data.corpus import Corpus
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
@@ -61,8 +62,8 @@ from glyphgpt.reports.dataset_report import findings, kinds_in_words, write_data
 from glyphgpt.settings import PrepareSettings
 
 TEXT_SETTINGS = {
-    "tokenizer", "val_fraction", "encoding", "text_field", "vocabulary", "skip_unknown", "newlines", "normalize",
-    "deduplicate", "min_count", "val", "test_fraction", "split", "seed",
+    "tokenizer", "vocab_size", "vocabulary", "skip_unknown", "encoding", "text_field", "newlines", "normalize",
+    "deduplicate", "min_count", "val_fraction", "test_fraction", "val", "split", "seed",
 }  # fmt: skip
 """Settings that determine the tokens of a text."""
 
@@ -111,12 +112,12 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     vocabulary = load_tokenizer(settings) if settings.vocabulary else None
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
-    is_gpt2 = settings.tokenizer == "gpt2"  # its vocabulary has a token that separates documents
+    has_separator = settings.tokenizer in ("bpe", "gpt2")  # their vocabularies have a token between documents
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         fields: dict[str, Any] = {
             "field": settings.text_field,
-            "keep_documents": is_gpt2 or settings.split == "documents",
-            "separate_documents": is_gpt2,
+            "keep_documents": has_separator or settings.split == "documents",
+            "separate_documents": has_separator,
         }
         text, val = open_text(words, staging.parent, settings.encoding, **fields), None
         if settings.val:
@@ -202,16 +203,25 @@ def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, 
             inspector.add if settings.report else None,
         )
         trained: str | None = None
-        for split, documents in stream:
-            if settings.val and split == "val" and trained is None:
-                trained = learned.sorted()
-            part = "".join(documents)
-            if vocabulary:
-                part, dropped = vocabulary.split_unknown(part)
-                unknown.update(dropped)
-            elif learns_vocabulary:
-                learned.add(part)
-            characters[split] += len(part)
+
+        def parts() -> Iterator[str]:
+            nonlocal trained
+            for split, documents in stream:
+                if settings.val and split == "val" and trained is None:
+                    trained = learned.sorted()
+                part = "".join(documents)
+                if vocabulary:
+                    part, dropped = vocabulary.split_unknown(part)
+                    unknown.update(dropped)
+                elif learns_vocabulary:
+                    learned.add(part)
+                characters[split] += len(part)
+                yield part
+
+        if settings.tokenizer == "bpe" and not vocabulary:
+            vocabulary = learn_bpe(parts(), settings.vocab_size)
+        else:
+            deque(parts(), maxlen=0)
         hasher.flush()
     check_characters(text, characters.total(), unknown, settings)
     for warning, names in warnings.items():
@@ -243,7 +253,7 @@ def write_shards(
 ) -> ResumableWriter:
     """Read a text for the second time: encode it, and write the shards that are not finished yet."""
     writer = ResumableWriter(folder, tokenizer.vocab_size, settings.shard_tokens, progress)
-    threads = settings.workers or (os.cpu_count() if settings.tokenizer == "gpt2" else 1)
+    threads = settings.workers or (os.cpu_count() if tokenizer.end_of_text else 1)
     with (
         progress_bar("encoding", text, text.passes) as bar,
         BackgroundWorker() as disk,

@@ -324,8 +324,11 @@ class PrepareSettings(Settings):
 
     name: str = ""
     """Name of the dataset. Default: the name of the recipe, or of the only file or folder."""
-    tokenizer: Literal["char", "byte", "gpt2"] = "char"
-    """char: one token per character; byte: one per UTF-8 byte; gpt2: GPT-2's 50,257 BPE tokens."""
+    tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"
+    """char: one token per character; byte: one per UTF-8 byte; bpe: vocab_size BPE tokens, learned from the text; gpt2:
+    GPT-2's 50,257 BPE tokens."""
+    vocab_size: Annotated[int, Field(ge=257, le=1_000_000)] = 1024
+    """Tokens of the bpe tokenizer: 256 bytes, merges, and one that separates documents."""
     vocabulary: PathStr = ""
     """Use the tokenizer of this run, checkpoint file or dataset folder, for train.py --init_from."""
     skip_unknown: bool = False
@@ -355,7 +358,7 @@ class PrepareSettings(Settings):
     text_field: str = "text"
     """Field or column of the text in JSON, JSON Lines, CSV and Parquet files."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Threads that encode. 0: one per core for gpt2, otherwise one, which is faster than most disks."""
+    """Threads that encode. 0: one per core for bpe and gpt2, otherwise one, which is faster than most disks."""
     shard_tokens: Count = 100_000_000
     """Tokens in each shard file."""
     data_dir: PathStr = "data"

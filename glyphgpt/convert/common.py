@@ -8,6 +8,7 @@ import numpy as np
 
 from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState, save_checkpoint, weight_shapes
 from glyphgpt.cli import command
+from glyphgpt.data.tokenizers import BPETokenizer, bytes_to_unicode
 from glyphgpt.errors import UsageError
 from glyphgpt.inference.numpy_gpt import sinusoids
 from glyphgpt.settings import ConvertSettings, ModelConfig
@@ -90,18 +91,15 @@ def split_qkv(config: ModelConfig, weights: Arrays) -> Arrays:
     return result
 
 
-def bytes_to_unicode() -> str:
-    """Return the 256 characters that represent bytes in GPT-2's vocabulary.
+def in_symbols(token: bytes) -> str:
+    """Return a token as GPT-2's vocabulary represents it."""
+    symbols = bytes_to_unicode()
+    return "".join(symbols[byte] for byte in token)
 
-    A byte that is printable in Latin-1 represents itself. The others are numbered from U+0100
-    (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
 
-    >>> "".join(bytes_to_unicode()[byte] for byte in b"a b")
-    'aĠb'
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
-    others = iter(range(0x100, 0x200))
-    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+def merges_in_symbols(tokenizer: BPETokenizer) -> list[str]:
+    """Return the merges of a BPE as lines in GPT-2's format."""
+    return [f"{in_symbols(first)} {in_symbols(second)}" for first, second in tokenizer.merges()]
 
 
 def read_merges(path: Path) -> list[str]:

@@ -23,7 +23,15 @@ from glyphgpt.convert.to_huggingface import (
     WEIGHTS_FILE,
     tokenizer_model,
 )
-from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from glyphgpt.data.tokenizers import (
+    END_OF_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    bytes_to_unicode,
+)
 from glyphgpt.errors import UserError, shorten
 from glyphgpt.files import BEST, LAST
 from glyphgpt.settings import ConvertSettings, ModelConfig, Network
@@ -199,10 +207,23 @@ def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_di
         yield GPT2Tokenizer(data_dir)
     if vocabulary and vocab_size == ByteTokenizer.vocab_size:
         yield ByteTokenizer()
+    if vocabulary and END_OF_TEXT in vocabulary[0] and vocab_size != GPT2Tokenizer.vocab_size:
+        yield BPETokenizer(from_symbols(vocabulary[0]))
     if vocabulary and all(len(token) == 1 for token in vocabulary[0]):
         characters = "".join(sorted(vocabulary[0]))
         characters.encode()  # raises a ValueError for surrogates
         yield CharTokenizer(characters)
+
+
+def from_symbols(ids: dict[str, int]) -> list[bytes]:
+    """Return the tokens of a byte-level BPE by id, without the last one, which separates documents.
+
+    Raises:
+        KeyError: A token is not made of the symbols of bytes.
+    """
+    byte_of = {symbol: byte for byte, symbol in enumerate(bytes_to_unicode())}
+    ordered = sorted(ids, key=ids.__getitem__)[:-1]
+    return [bytes(byte_of[symbol] for symbol in token) for token in ordered]
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:

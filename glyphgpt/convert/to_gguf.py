@@ -15,14 +15,15 @@ from glyphgpt.checkpoint import Arrays
 from glyphgpt.convert.common import (
     add_missing_weights,
     bake_sinusoids,
-    bytes_to_unicode,
+    in_symbols,
+    merges_in_symbols,
     output_path,
     read_merges,
     rename_weight,
     split_qkv,
 )
 from glyphgpt.data.downloads import GPT2_MERGES, fetch
-from glyphgpt.data.tokenizers import Tokenizer
+from glyphgpt.data.tokenizers import BPETokenizer, Tokenizer
 from glyphgpt.errors import UserError, optional_import, shorten, warn
 from glyphgpt.files import atomic_path
 from glyphgpt.inference.loading import open_checkpoint
@@ -169,10 +170,11 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:
     and it reads <|endoftext|> in a prompt as GPT-2's end-of-text token. It adds no token before or after a text. END is
     never sampled, because the file tells llama.cpp to suppress it. Older versions ignore that, and need --ignore-eos.
     """
-    symbols = bytes_to_unicode()
-    tokens = ["".join(symbols[byte] for byte in tokenizer.token_bytes(t)) for t in range(tokenizer.vocab_size)]
+    tokens = [in_symbols(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
     if tokenizer.kind == "gpt2":
         merges = read_merges(fetch(GPT2_MERGES, data_dir))
+    elif isinstance(tokenizer, BPETokenizer):
+        merges = merges_in_symbols(tokenizer) or [NO_MERGE]
     else:
         pairs = (f"{token[:end]} {token[end]}" for token in tokens for end in range(1, len(token)))
         merges = list(dict.fromkeys(pairs)) or [NO_MERGE]

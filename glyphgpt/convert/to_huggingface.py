@@ -19,7 +19,8 @@ from glyphgpt.checkpoint import Arrays, write_safetensors
 from glyphgpt.convert.common import (
     add_missing_weights,
     bake_sinusoids,
-    bytes_to_unicode,
+    in_symbols,
+    merges_in_symbols,
     output_path,
     read_merges,
     rename_weight,
@@ -27,7 +28,7 @@ from glyphgpt.convert.common import (
 )
 from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch
-from glyphgpt.data.tokenizers import CharTokenizer, Tokenizer
+from glyphgpt.data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, bytes_to_unicode
 from glyphgpt.errors import UsageError, UserError, wrap_write_errors
 from glyphgpt.files import swap_dirs
 from glyphgpt.inference.loading import open_checkpoint
@@ -35,7 +36,6 @@ from glyphgpt.inference.numpy_gpt import EPSILON
 from glyphgpt.settings import ConvertSettings, ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unknown>"
 """A token that no vocabulary has, so that transformers refuses unknown characters."""
 
@@ -223,6 +223,9 @@ def tokenizer_model(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
     if tokenizer.kind == "gpt2":
         ids = json.loads(fetch(GPT2_ENCODER, data_dir).read_bytes())
         return {"type": "BPE", "vocab": ids, "merges": read_merges(fetch(GPT2_MERGES, data_dir))}
+    if isinstance(tokenizer, BPETokenizer):
+        ids = {in_symbols(token): i for i, token in enumerate(tokenizer.tokens)} | {END_OF_TEXT: tokenizer.end_of_text}
+        return {"type": "BPE", "vocab": ids, "merges": merges_in_symbols(tokenizer)}
     return {"type": "BPE", "vocab": {symbol: byte for byte, symbol in enumerate(bytes_to_unicode())}, "merges": []}
 
 

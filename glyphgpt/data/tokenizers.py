@@ -1,4 +1,4 @@
-"""Tokenizers for characters, UTF-8 bytes, and GPT-2's BPE tokens.
+"""Tokenizers for characters, UTF-8 bytes, and BPE tokens: GPT-2's, or those learned from a text.
 
 meta.json and every checkpoint hold a tokenizer as JSON types: `to_dict` makes them, `tokenizer_from_dict` reads them.
 """
@@ -20,6 +20,7 @@ from glyphgpt.errors import UserError
 Tokens = NDArray[np.unsignedinteger[Any]]
 
 UNICODE_SIZE = 0x110000  # code points
+END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
 """The character that replaces rare ones."""
 
@@ -212,33 +213,39 @@ class ByteTokenizer(Tokenizer):
         return tokens.astype(np.uint8).tobytes()
 
 
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding (BPE) of 50,257 tokens (Radford et al. 2019), computed by tiktoken."""
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding (Sennrich et al. 2016) of UTF-8 bytes within GPT-2's words, computed by tiktoken.
 
-    kind = "gpt2"
-    vocab_size = 50257
-    end_of_text = 50256
+    Of two neighbors that can be merged, those that make the token with the lowest id come first.
+    """
+
+    kind = "bpe"
+    end_of_text: int
 
     # GPT-2's pattern always splits a text between a visible character and a space or newline after it. The expression
     # is for the reversed text, in which the last such place comes first.
     _REVERSED_SPLIT = re.compile(r"[ \n](?=\S)")
 
-    def __init__(self, data_dir: Path) -> None:
-        """Load the vocabulary, and download it into `data_dir` if it is missing there."""
-        import tiktoken  # noqa: PLC0415  (only this tokenizer needs it)
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks  # noqa: PLC0415
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        """Create a tokenizer with these tokens, by id, and one more, which separates documents.
+
+        Raises:
+            UserError: The tokens are not distinct, or a byte is not among them.
+        """
+        import tiktoken  # noqa: PLC0415  (only these tokenizers need it)
         from tiktoken_ext.openai_public import r50k_pat_str  # noqa: PLC0415
 
-        from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch  # noqa: PLC0415
-
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            vocab_bpe_file=str(fetch(GPT2_MERGES, data_dir)), encoder_json_file=str(fetch(GPT2_ENCODER, data_dir))
-        )
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise UserError("a BPE vocabulary holds each token once, and all bytes among them")
+        self.tokens = list(tokens)
+        self.vocab_size = len(tokens) + 1
+        self.end_of_text = len(tokens)
         self._encoding = tiktoken.Encoding(
-            name="gpt2",
+            name=self.kind,
             pat_str=r50k_pat_str,
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": 50256},
+            special_tokens={END_OF_TEXT: self.end_of_text},
             explicit_n_vocab=self.vocab_size,
         )
 
@@ -248,7 +255,7 @@ class GPT2Tokenizer(Tokenizer):
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates, from invalid command-line bytes; encode_ordinary accepts them
             ids = np.array(self._encoding.encode_ordinary(text))
-        return ids.astype(np.uint16)
+        return ids.astype(token_dtype(self.vocab_size))
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a BPE token."""
@@ -262,6 +269,53 @@ class GPT2Tokenizer(Tokenizer):
         """Return the last index between a visible character and a space or newline; 0 if there is none."""
         last = self._REVERSED_SPLIT.search(text[::-1])
         return len(text) - last.start() - 1 if last else 0
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """Return the pairs of tokens that are merged, in their order."""
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        return [split_token(token, ranks) for token in self.tokens if len(token) > 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the kind and the tokens, each character standing for a byte."""
+        return {"kind": self.kind, "tokens": [token.decode("latin-1") for token in self.tokens]}
+
+
+def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the two tokens that are merged to a token.
+
+    Raises:
+        UserError: The merges do not lead to the token.
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(parts[i] + parts[i + 1], ranks[token]) for i in range(len(parts) - 1)]
+        first = min(range(len(pairs)), key=pairs.__getitem__)
+        if pairs[first] >= ranks[token]:
+            raise UserError(f"no merges of a BPE vocabulary lead to {token!r}")
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's byte-pair encoding (BPE) of 50,257 tokens (Radford et al. 2019)."""
+
+    kind = "gpt2"
+    vocab_size = 50257
+
+    def __init__(self, data_dir: Path) -> None:
+        """Load the vocabulary, and download it into `data_dir` if it is missing there."""
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks  # noqa: PLC0415
+
+        from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, fetch  # noqa: PLC0415
+
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(fetch(GPT2_MERGES, data_dir)), encoder_json_file=str(fetch(GPT2_ENCODER, data_dir))
+        )
+        super().__init__(sorted(ranks, key=ranks.__getitem__))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the kind; the vocabulary is downloaded."""
+        return {"kind": self.kind}
 
 
 def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
@@ -277,7 +331,23 @@ def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer(data_dir)
+        case {"kind": "bpe", "tokens": [*tokens]} if all(isinstance(t, str) and t and max(t) <= "\xff" for t in tokens):
+            return BPETokenizer([token.encode("latin-1") for token in tokens])
     raise UserError("unknown tokenizer: the file is damaged or was written by a newer glyphgpt")
+
+
+def bytes_to_unicode() -> str:
+    """Return the 256 characters that represent bytes in GPT-2's vocabulary.
+
+    A byte that is printable in Latin-1 represents itself. The others are numbered from U+0100
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+
+    >>> "".join(bytes_to_unicode()[byte] for byte in b"a b")
+    'aĠb'
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def describe_characters(characters: Sequence[str], counts: Mapping[str, int] | None = None) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, token_text
 from glyphgpt.errors import UserError, optional_import
 
-UNITS = {"char": "character", "byte": "byte", "gpt2": "token"}
+UNITS = {"char": "character", "byte": "byte", "bpe": "token", "gpt2": "token"}
 """The name of a token, by the kind of the tokenizer."""
 MAX_INCHES = 20.0  # largest width or height of all panels of a PNG together
 WHITESPACE_SYMBOLS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from glyphgpt.checkpoint import Arrays, Checkpoint
-from glyphgpt.data.tokenizers import Tokenizer, start_token
+from glyphgpt.data.tokenizers import BPETokenizer, Tokenizer, start_token
 from glyphgpt.files import write_atomic
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import PATHS, Mode, TrainSettings
@@ -122,11 +122,11 @@ def encode_weights(model: Arrays, *, int8: bool) -> tuple[list[dict[str, Any]], 
 
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what the page needs to encode and decode; a character of GPT-2's vocabulary stands for a byte."""
-    if tokenizer.kind != "gpt2":
+    """Return what the page needs to encode and decode; a character of a BPE vocabulary stands for a byte."""
+    if not isinstance(tokenizer, BPETokenizer):
         return tokenizer.to_dict()
     vocabulary = [tokenizer.token_bytes(token).decode("latin-1") for token in range(tokenizer.vocab_size)]
-    return {"kind": "gpt2", "vocabulary": vocabulary}
+    return {"kind": "bpe", "vocabulary": vocabulary}
 
 
 def facts(checkpoint: Checkpoint, parameters: int, *, int8: bool) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from conftest import contents, decoder_of, prepare_text, read_metrics, script, s
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.convert import from_huggingface, to_huggingface
 from glyphgpt.convert.common import make_checkpoint
+from glyphgpt.data.bpe import learn_bpe
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from glyphgpt.errors import UsageError, UserError
@@ -229,7 +230,8 @@ def test_unsupported_network_is_refused(tmp_path: Path, network: dict[str, Any],
 def pairs(tmp_path_factory: pytest.TempPathFactory, gpt2_data_dir: Path) -> dict[str, tuple[Tokenizer, Any]]:
     """Return our tokenizer of each kind, and AutoTokenizer's version of it."""
     result: dict[str, tuple[Tokenizer, Any]] = {}
-    for tokenizer in (CharTokenizer(CHARACTERS), ByteTokenizer(), GPT2Tokenizer(gpt2_data_dir)):
+    learned = learn_bpe([some_text(3000), CHARACTERS] * 2, 290)
+    for tokenizer in (CharTokenizer(CHARACTERS), ByteTokenizer(), learned, GPT2Tokenizer(gpt2_data_dir)):
         folder = tmp_path_factory.mktemp(tokenizer.kind)
         save_our_model(folder / "best.safetensors", tokenizer, n_embd=4, n_layer=1)
         to_huggingface.export_folder(folder, settings(out=folder / "out", data_dir=gpt2_data_dir))
@@ -250,7 +252,7 @@ UNUSUAL_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["byte", "gpt2"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2"])
 @hypothesis_settings(deadline=None, max_examples=300)
 @given(text=st.text() | st.sampled_from(UNUSUAL_TEXTS))
 def test_any_text_has_same_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
@@ -276,6 +278,7 @@ def test_exported_tokenizer_has_end_of_text_token(pairs: dict[str, tuple[Tokeniz
     assert {kind: exported.eos_token_id for kind, (_, exported) in pairs.items()} == {
         "char": None,
         "byte": None,
+        "bpe": 289,
         "gpt2": 50256,
     }
     assert pairs["gpt2"][1].decode([50256]) == "<|endoftext|>"

@@ -13,6 +13,7 @@ import torch
 
 import train
 from conftest import MODERN, NETWORKS, decoder_of, random_model, some_text, tiny_settings
+from glyphgpt.data.bpe import learn_bpe
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from glyphgpt.files import BEST
 from glyphgpt.inference.generate import SamplingParams, context_start, generate
@@ -197,7 +198,7 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     assert run_page("return [draw([0.2, 0.3, 0.5 - 1e-9, 0], 1 - 1e-12), draw([0, 1], 0)];") == [2, 1]
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
 def test_texts_have_the_tokens_of_the_tokenizer(kind: str, request: pytest.FixtureRequest) -> None:
     parts = [*"'é字🙂\n\x85\xa0\ufeff\x1f", "word", " word", "  ", "\r\n", "e\u0301", "'ll", "12", "!?"]
     rng = np.random.default_rng(0)
@@ -205,6 +206,8 @@ def test_texts_have_the_tokens_of_the_tokenizer(kind: str, request: pytest.Fixtu
     tokenizer: Tokenizer
     if kind == "gpt2":
         tokenizer = GPT2Tokenizer(request.getfixturevalue("gpt2_data_dir"))
+    elif kind == "bpe":
+        tokenizer = learn_bpe(texts, 300)
     else:
         tokenizer = ByteTokenizer() if kind == "byte" else CharTokenizer("".join(sorted(set("".join(parts)))))
     found = run_page(

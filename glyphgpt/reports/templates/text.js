@@ -38,8 +38,8 @@ class ByteTokenizer {
   }
 }
 
-// GPT-2's byte-pair encoding. Strings stand for bytes here: each character is a byte.
-class GPT2Tokenizer {
+// Byte-pair encoding within GPT-2's words. Strings stand for bytes here: each character is a byte.
+class BPETokenizer {
   static WORDS = new RegExp([
     "'(?:[sdmt]|ll|ve|re)", " ?\\p{L}+", " ?\\p{N}+", " ?[^\\p{White_Space}\\p{L}\\p{N}]+",
     "\\p{White_Space}+(?!\\P{White_Space})", "\\p{White_Space}+",
@@ -55,7 +55,7 @@ class GPT2Tokenizer {
 
   pieces(text) {
     const encoder = new TextEncoder();
-    const words = (text.match(GPT2Tokenizer.WORDS) ?? []).map(
+    const words = (text.match(BPETokenizer.WORDS) ?? []).map(
       (word) => Array.from(encoder.encode(word), (byte) => String.fromCharCode(byte)));
     return joinPieces(words.flatMap((word) => this.encodeWord(word)), this);
   }
@@ -78,7 +78,7 @@ class GPT2Tokenizer {
   }
 }
 
-const TOKENIZERS = { char: CharTokenizer, byte: ByteTokenizer, gpt2: GPT2Tokenizer };
+const TOKENIZERS = { char: CharTokenizer, byte: ByteTokenizer, bpe: BPETokenizer };
 
 // Joins tokens to pieces. The last piece may be unfinished: its text is then empty.
 function joinPieces(tokens, tokenizer) {
