@@ -363,6 +363,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.label_smoothing = 0.0  # of the training loss
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.ngram_embedding = NGramEmbedding(config) if config.ngram > 1 else None
         self.token_shift = TokenShift(config) if config.token_shift else None
@@ -432,12 +433,14 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T), T <= block_size.
 
-        With targets (B, T), return the mean cross-entropy instead, in nats per token, a scalar.
+        With targets (B, T), return the mean cross-entropy instead, in nats per token, a scalar. In training mode, label
+        smoothing (Szegedy et al. 2016) gives `label_smoothing` of the target's probability to all tokens alike.
         """
         logits = self.logits(self.hidden(tokens))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=smoothing)
 
     def next_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the logits (B, V) of the token that follows tokens (B, T).

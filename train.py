@@ -132,6 +132,7 @@ class Trainer:
         network = settings.model_dump(include={field.name for field in fields(GPTConfig)})
         self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **network)
         self.model = GPT(self.config)
+        self.model.label_smoothing = settings.label_smoothing
         if init_model:
             weights = init_model.state_dict()
             if "position.embedding.weight" in weights:  # a smaller block_size has fewer positions

@@ -146,8 +146,9 @@ class Optimization(Settings):
     """Learning rate at the end of the schedule."""
     warmup_steps: CountOrZero = 100
     """Steps over which the learning rate rises to its peak."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls, after the warm-up, from learning_rate to min_lr at max_steps."""
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """How the learning rate falls, after the warm-up, from learning_rate to min_lr at max_steps. inverse_sqrt: as one
+    over the square root of the step, whatever max_steps is, but not below min_lr."""
     weight_decay: NotNegative = 0.1
     """Weight decay of matrices and embeddings; vectors have none."""
     ngram_weight_decay: NotNegative = 0.1
@@ -156,6 +157,8 @@ class Optimization(Settings):
     """AdamW's decay rate of the mean gradient."""
     beta2: Fraction = 0.99
     """AdamW's decay rate of the mean squared gradient."""
+    label_smoothing: Fraction = 0.0
+    """Probability that the training targets give to all tokens alike, which also raises the training loss."""
     grad_clip: NotNegative = 1.0
     """Maximum norm to which gradients are scaled down; 0 disables clipping."""
     seed: Seed = 1337

@@ -16,7 +16,7 @@ attention_variants.py trains the real model with them.
 import argparse
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,13 +165,19 @@ def entropy(weights: Array) -> float:
     return float(-(positive * np.log2(positive)).sum())
 
 
-def format_weights(sentence: str, t: int, weights: Array) -> str:
-    """Return row t of the attention weights, (T), drawn below the sentence; a full block is the largest weight."""
+def format_weights(sentence: str, weights: Array) -> str:
+    """Return attention weights (T) drawn below their sentence; a full block is the largest weight."""
     blocks = "".join(BLOCKS[round(4 * fraction)] for fraction in weights / weights.max())
     largest = ", ".join(f"{weights[s]:.0%} {sentence[s]!r} at {s}" for s in np.argsort(-weights, kind="stable")[:3])
-    bits, future = entropy(weights), weights[t + 1 :].sum()
-    summary = f"entropy: {bits:.2f} bits, effectively {2**bits:.1f} characters; weight on the future: {future:.0%}"
+    bits = entropy(weights)
+    summary = f"entropy: {bits:.2f} bits, effectively {2**bits:.1f} characters"
     return f"  {sentence}\n  {blocks}\n  largest: {largest}\n  {summary}"
+
+
+def print_shapes(rows: list[tuple[str, str, NDArray[Any]]]) -> None:
+    """Print a table of arrays: name, letters of the shape, and the shape."""
+    for name, letters, array in rows:
+        print(f"{name:38}{letters:8}{' x '.join(map(str, array.shape))}")
 
 
 def print_lesson(sentence: str, t: int, C: int, H: int, seed: int) -> None:
@@ -186,7 +192,7 @@ def print_lesson(sentence: str, t: int, C: int, H: int, seed: int) -> None:
     activations = attention(x, layer)
 
     print(f"T = {T} characters, C = {C} channels, H = {H} heads, D = C / H = {C // H}, V = {len(vocabulary)}\n")
-    for name, letters, array in (
+    print_shapes([
         ("ids", "T", ids),
         ("embedding, one row for each id", "V C", embedding),
         ("x = embedding[ids] + positions", "T C", x),
@@ -195,15 +201,53 @@ def print_lesson(sentence: str, t: int, C: int, H: int, seed: int) -> None:
         ("weights = softmax(masked scores)", "H T T", activations.weights),
         ("mixed = weights v", "H T D", activations.mixed),
         ("out = joined heads times a matrix", "T C", activations.out),
-    ):
-        print(f"{name:38}{letters:8}{' x '.join(map(str, array.shape))}")
+    ])  # fmt: skip
 
     print(f"\nAttention weights of {sentence[t]!r} at position {t} (^), in the first of {H} heads:\n  {sentence}")
     print("  " + " " * t + "^")
     for name, variant in VARIANTS.items():
         variant_x = x if variant.positions else embedding[ids]  # (T, C)
         weights = attention(variant_x, layer, variant.score, variant.mask).weights  # (H, T, T)
-        print(f"\n{name}: {variant.description}\n{format_weights(sentence, t, weights[0, t])}")
+        future = f"weight on the future: {weights[0, t, t + 1 :].sum():.0%}"
+        print(f"\n{name}: {variant.description}\n{format_weights(sentence, weights[0, t])}; {future}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the sizes and the random matrices."""
+    parser.add_argument("--channels", type=int, default=32, help="C, an even number (default %(default)s)")
+    parser.add_argument("--heads", type=int, default=2, help="H, a divisor of C (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=3, help="seed of embeddings and matrices (default %(default)s)")
+
+
+def check_options(options: argparse.Namespace, *sentences: str) -> None:
+    """Check the sentences, and the options of `add_options`.
+
+    Raises:
+        UsageError: One of them is not suitable.
+    """
+    C, H = options.channels, options.heads
+    for sentence in sentences:
+        if not 2 <= len(sentence) <= MAX_CHARACTERS:
+            raise UsageError(f"the sentence has {len(sentence)} characters; choose one of 2 to {MAX_CHARACTERS}")
+        if not sentence.isprintable():
+            raise UsageError("the sentence has unprintable characters; choose plain text on one line")
+    if not 2 <= C <= 1024 or C % 2:
+        raise UsageError(f"--channels={C} is not an even number from 2 to 1024; sines and cosines come in pairs")
+    if H < 1 or C % H:
+        raise UsageError(f"--heads={H} does not divide {C} channels; choose a number that does")
+    if options.seed < 0:
+        raise UsageError(f"--seed={options.seed} is negative; choose 0 or more")
+
+
+def last_letter(word: str, sentence: str) -> int:
+    """Return the position of a word's last letter.
+
+    Raises:
+        UsageError: The word is not in the sentence.
+    """
+    if word not in sentence:
+        raise UsageError(f"{word!r} is not in the sentence; choose a word that is")
+    return sentence.rindex(word) + len(word) - 1
 
 
 def main() -> None:
@@ -211,25 +255,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
     parser.add_argument("word", nargs="?", help="shows the weights of its last letter (default: elle, or the end)")
-    parser.add_argument("--channels", type=int, default=32, help="C, an even number (default %(default)s)")
-    parser.add_argument("--heads", type=int, default=2, help="H, a divisor of C (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=3, help="seed of embeddings and matrices (default %(default)s)")
+    add_options(parser)
     options = parser.parse_args()
-    sentence, C, H = options.sentence, options.channels, options.heads
-    word = options.word or (WORD if sentence == SENTENCE else sentence)
-    if not 2 <= len(sentence) <= MAX_CHARACTERS:
-        raise UsageError(f"the sentence has {len(sentence)} characters; choose one of 2 to {MAX_CHARACTERS}")
-    if not sentence.isprintable():
-        raise UsageError("the sentence has unprintable characters; choose plain text on one line")
-    if word not in sentence:
-        raise UsageError(f"{word!r} is not in the sentence; choose a word that is")
-    if not 2 <= C <= 1024 or C % 2:
-        raise UsageError(f"--channels={C} is not an even number from 2 to 1024; sines and cosines come in pairs")
-    if H < 1 or C % H:
-        raise UsageError(f"--heads={H} does not divide {C} channels; choose a number that does")
-    if options.seed < 0:
-        raise UsageError(f"--seed={options.seed} is negative; choose 0 or more")
-    print_lesson(sentence, sentence.rindex(word) + len(word) - 1, C, H, options.seed)
+    sentence = options.sentence
+    check_options(options, sentence)
+    t = last_letter(options.word or (WORD if sentence == SENTENCE else sentence), sentence)
+    print_lesson(sentence, t, options.channels, options.heads, options.seed)
 
 
 if __name__ == "__main__":

@@ -310,3 +310,14 @@ def test_seed_determines_the_weights() -> None:
 
     assert torch.equal(weights(tiny_model(seed=3)), weights(tiny_model(seed=3)))
     assert not torch.equal(weights(tiny_model(seed=3)), weights(tiny_model(seed=4)))
+
+
+def test_label_smoothing_moves_probability_to_all_tokens_in_training_only() -> None:
+    model = random_model()
+    tokens = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    plain = model(tokens, tokens)
+    model.label_smoothing = 0.1
+    assert model(tokens, tokens) == plain
+    log_probs = model(tokens).log_softmax(-1)
+    expected = 0.9 * plain - 0.1 * log_probs.mean()
+    torch.testing.assert_close(model.train()(tokens, tokens), expected)

@@ -130,10 +130,10 @@ def test_entropy_is_log2_of_the_number_of_equal_weights() -> None:
     assert lesson.entropy(np.array([0.0, 1.0])) == 0
 
 
-def test_format_weights_draws_blocks_and_sums_the_future() -> None:
-    lines = lesson.format_weights("abcde", 2, np.array([0, 0.1, 0.2, 0.3, 0.4])).splitlines()
+def test_format_weights_draws_blocks() -> None:
+    lines = lesson.format_weights("abcde", np.array([0, 0.1, 0.2, 0.3, 0.4])).splitlines()
     assert lines[:3] == ["  abcde", "   ░▒▓█", "  largest: 40% 'e' at 4, 30% 'd' at 3, 20% 'c' at 2"]
-    assert lines[3] == "  entropy: 1.85 bits, effectively 3.6 characters; weight on the future: 70%"
+    assert lines[3] == "  entropy: 1.85 bits, effectively 3.6 characters"
 
 
 def test_the_lesson_prints_shapes_and_every_variant() -> None:

@@ -10,7 +10,7 @@ from glyphgpt.checkpoint import TrainState
 from glyphgpt.settings import Optimization
 from glyphgpt.training.schedule import learning_rate
 
-SCHEDULES = ["cosine", "linear", "constant"]
+SCHEDULES = ["cosine", "linear", "inverse_sqrt", "constant"]
 
 
 def schedule(kind: str, **changes: float) -> Optimization:
@@ -41,6 +41,11 @@ def test_rate_falls_along_the_schedule(kind: str, quarter: float, half: float, l
     assert rates == pytest.approx([1, quarter, half, last, end, end])
 
 
+def test_rate_falls_as_the_inverse_square_root_of_the_step() -> None:
+    rates = [rate_at(step, schedule("inverse_sqrt", max_steps=20)) for step in (10, 43, 98, 10**6)]
+    assert rates == pytest.approx([1, 1 / 2, 1 / 3, 0.1])
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_without_warmup_the_first_rate_is_the_peak(kind: str) -> None:
     assert rate_at(0, schedule(kind, warmup_steps=0)) == 1
@@ -52,7 +57,7 @@ def test_warmup_continues_beyond_max_steps(kind: str, max_steps: int) -> None:
     rates = [rate_at(step, schedule(kind, max_steps=max_steps)) for step in range(11)]
     assert rates == pytest.approx([(step + 1) / 11 for step in range(11)])
     after = rate_at(50, schedule(kind, max_steps=max_steps))
-    assert after == pytest.approx(1 if kind == "constant" else 0.1)
+    assert after == pytest.approx({"constant": 1, "inverse_sqrt": math.sqrt(11 / 51)}.get(kind, 0.1))
 
 
 @given(
