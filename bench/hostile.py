@@ -110,18 +110,19 @@ def forged_datasets(workspace: Workspace, trials: int) -> Tally:
 
 
 def random_bytes(workspace: Workspace, trials: int) -> Tally:
-    """Prepare random bytes: the shards decode to the same bytes, or there is no dataset."""
+    """Prepare random bytes: the splits decode to the same bytes, in blocks of any order, or there is no dataset."""
     tally, file = Tally(), workspace.scratch / "random.txt"
     text = st.text(min_size=20, max_size=200).map(str.encode)
     contents = st.one_of(
         st.binary(max_size=200), text, text, st.tuples(text, st.binary(max_size=3), text).map(b"".join)
     )
 
-    @given(contents, st.sampled_from(["char", "byte"]))
-    def trial(content: bytes, tokenizer: str) -> None:
+    @given(contents, st.sampled_from(["char", "byte"]), st.sampled_from(["tail", "blocks"]), st.sampled_from([0, 0.2]))
+    def trial(content: bytes, tokenizer: str, split: str, test_fraction: float) -> None:
         file.write_bytes(content)
+        values = {"name": "random", "tokenizer": tokenizer, "split": split, "test_fraction": test_fraction}
         settings = PrepareSettings.model_validate(
-            {"name": "random", "tokenizer": tokenizer, "data_dir": str(workspace.data_dir), "overwrite": True}
+            {**values, "data_dir": str(workspace.data_dir), "overwrite": True, "report": bool(test_fraction)}
         )
         errors: list[UserError] = []
 
@@ -138,9 +139,10 @@ def random_bytes(workspace: Workspace, trials: int) -> Tally:
                 failure = f"rejected: {errors[0]}" if len(content.decode()) > 40 else ""
         elif not failure:
             dataset = load_dataset(workspace.data_dir / "random", workspace.data_dir)
-            splits = (dataset.train, dataset.val)
-            text = "".join(decode(dataset.tokenizer, split.slice(0, split.tokens)) for split in splits)
-            failure = "" if text.encode() == content else "decoded to another text"
+            splits = [part for part in (dataset.train, dataset.val, dataset.test) if part]
+            text = "".join(decode(dataset.tokenizer, part.slice(0, part.tokens)) for part in splits)
+            same = text.encode() == content if split == "tail" else sorted(text) == sorted(content.decode())
+            failure = "" if same else "decoded to another text"
         tally.add_trial(failure and f"{failure}: {content!r}")
 
     run_examples(trial, trials)

@@ -16,7 +16,7 @@ from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_documents
 BLOCKS = 200
 """Blocks of a text for --split=blocks, unless they would be smaller than LEAST_BLOCK or larger than LARGEST_BLOCK."""
 LEAST_BLOCK, LARGEST_BLOCK = 1000, 1_000_000
-FEWEST_BLOCKS = 2
+FEWEST_BLOCKS = 8
 """Blocks that each split has at least, in a short text."""
 
 

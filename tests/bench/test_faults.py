@@ -10,7 +10,7 @@ from harness import Workspace
 TRIALS = {
     "kill": 2, "signals": 4, "early-signals": 1, "failed-writes": 6, "full-disk": 2, "overwrite": 1, "move-run": 1,
     "closed-streams": 1, "optional-calls": 1, "concurrent-runs": 1, "concurrent-prepare": 1, "corruption": 100,
-    "forged-checkpoints": 100, "forged-datasets": 100, "random-bytes": 100, "random-unicode": 200, "random-links": 20,
+    "forged-checkpoints": 100, "forged-datasets": 100, "random-bytes": 50, "random-unicode": 200, "random-links": 20,
     "random-toml": 200, "random-command-lines": 200, "unusual-prompts": 12,
 }  # fmt: skip
 """Without the long ones, and without lost processes, which tests/training/test_processes.py tests."""
