@@ -224,6 +224,8 @@ def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, 
             deque(parts(), maxlen=0)
         hasher.flush()
     check_characters(text, characters.total(), unknown, settings)
+    if settings.tokenizer == "bpe" and vocabulary and not settings.vocabulary:
+        check_vocab_size(vocabulary, settings)
     for warning, names in warnings.items():
         warn(f"{list_names(list(names))}: {warning}")
     tokenizer = {"kind": settings.tokenizer}
@@ -311,6 +313,19 @@ def check_characters(text: Corpus, characters: int, unknown: Counter[str], setti
     if not characters:
         problem = f"{settings.vocabulary} has no token for any of its characters" if unknown else "the text is empty"
         raise UserError(f"{names}: {problem}; there is nothing to learn from")
+
+
+def check_vocab_size(tokenizer: Tokenizer, settings: PrepareSettings) -> None:
+    """Check that as many tokens were learned as the settings ask for.
+
+    Raises:
+        UsageError: The text is too short for so many.
+    """
+    if tokenizer.vocab_size < settings.vocab_size:
+        raise UsageError(
+            f"--vocab_size={settings.vocab_size}: the text has too few repeated pairs for so many tokens; "
+            f"use --vocab_size={tokenizer.vocab_size} or less"
+        )
 
 
 def find_short_split(splits: dict[str, SplitMeta]) -> str:

@@ -3,16 +3,17 @@
 from collections.abc import Iterable
 
 from glyphgpt.data.tokenizers import BPETokenizer, bytes_to_unicode
-from glyphgpt.errors import UsageError, optional_import
+from glyphgpt.errors import optional_import
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Return a tokenizer with `vocab_size` tokens: the bytes, the most frequent merges, and the end of a document.
 
-    The memory that this takes grows with the number of different words.
+    It has fewer tokens if too few pairs occur twice. The memory that this takes grows with the number of different
+    words.
 
     Raises:
-        UsageError: The package tokenizers is not installed, or the text has too few pairs that occur twice.
+        UsageError: The package tokenizers is not installed.
     """
     with optional_import("tokenizers", "--tokenizer=bpe"):
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: PLC0415  (optional)
@@ -27,9 +28,4 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     byte_of = {symbol: byte for byte, symbol in enumerate(bytes_to_unicode())}
     merged = sorted((token for token in ids if len(token) > 1), key=ids.__getitem__)
     tokens = [bytes([byte]) for byte in range(256)] + [bytes(map(byte_of.__getitem__, token)) for token in merged]
-    if len(tokens) + 1 < vocab_size:
-        raise UsageError(
-            f"--vocab_size={vocab_size}: the text has too few repeated pairs for so many tokens; "
-            f"use --vocab_size={len(tokens) + 1} or less"
-        )
     return BPETokenizer(tokens)

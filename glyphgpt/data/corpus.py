@@ -73,7 +73,11 @@ class Corpus:
             UserError: A split has no text.
         """
         settings, names = self.settings, ["train", "val", *["test"] * (self.settings.test_fraction > 0)]
-        if settings.split == "tail" and "val" not in counts:
+        if len(self.texts) > 1:
+            for name, text in self.texts.items():
+                if not counts.get(name):
+                    raise UserError(f"{list_names(text.names)}: the text is empty")
+        if settings.split == "tail" and len(self.texts) == 1:
             total = sum(counts.values())
             ends = [1 - settings.val_fraction - settings.test_fraction, 1 - settings.test_fraction, 1]
             before = [0, *(int(total * end) for end in ends)]

@@ -79,4 +79,7 @@ def test_a_vocabulary_larger_than_the_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("to be or not to be " * 9)
     with pytest.raises(UsageError, match=r"^--vocab_size=9000: the text has too few repeated pairs .* or less$"):
         run_prepare(str(tmp_path / "a.txt"), "--tokenizer=bpe", "--vocab_size=9000", f"--data_dir={tmp_path}")
-    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty\.txt: the text is empty; "):
+        run_prepare(str(tmp_path / "empty.txt"), "--tokenizer=bpe", f"--data_dir={tmp_path}")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "empty.txt"}

@@ -92,6 +92,14 @@ def test_another_text_validates(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "3 characters of the validation text do not occur in the training text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("empty", ["a", "b"])
+def test_an_empty_text_beside_another_is_refused(empty: str, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("" if name == empty else "to be or not to be")
+    with pytest.raises(UserError, match=rf"{empty}\.txt: the text is empty$"):
+        run_prepare(str(tmp_path / "a.txt"), f"--val={tmp_path / 'b.txt'}", f"--data_dir={tmp_path / 'data'}")
+
+
 def test_the_end_of_the_text_is_the_test_split(tmp_path: Path) -> None:
     folder = prepare_text("a" * 700 + "b" * 200 + "c" * 100, tmp_path, val_fraction=0.2, test_fraction=0.1)
     assert texts(load_dataset(folder, tmp_path)) == {"train": "a" * 700, "val": "b" * 200, "test": "c" * 100}
