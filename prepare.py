@@ -7,9 +7,10 @@
     cat my.txt | python prepare.py - --name=mine            standard input
     python prepare.py my.txt --vocabulary=out/quick         with the tokenizer of a run, for train.py --init_from
 
-The text is streamed, so it may be larger than memory. It is read twice: first to count and check it, then to encode it.
-The last part (val_fraction) is the validation split, and the rest the training split. Together, they decode to exactly
-the same text. An interrupted preparation resumes when the same command is run again.
+The text is streamed, so it may be larger than memory: it is read once to count and check it, then again to encode it.
+The last part (val_fraction) is the validation split, unless --split or --val says otherwise. The splits decode to
+exactly the same text, unless an option changes it. An interrupted preparation resumes when the same command is run
+again.
 """
 
 import glyphgpt.startup  # first: handles --help and usage errors before the other imports
@@ -47,6 +48,7 @@ from glyphgpt.data.staging import (
 )
 from glyphgpt.data.text import Text, open_text
 from glyphgpt.data.tokenizers import (
+    REPLACEMENT,
     CharacterCounts,
     CharacterSet,
     CharTokenizer,
@@ -88,7 +90,7 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     """Prepare a public text as its recipe says, unless this has been done already."""
     recipe, name = read_recipe(path), path.stem
     for key in settings.model_fields_set & TEXT_SETTINGS | ({"name"} & settings.model_fields_set):
-        raise UsageError(f"--{key} is only for your own text; the recipe {path} sets it")
+        raise UsageError(f"--{key} is only for your own text; a recipe is always prepared as {path} says")
     folder = Path(settings.data_dir) / name
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
@@ -101,8 +103,8 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     settings = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
     with staging_dir(folder, overwrite=settings.overwrite, can_rename=False) as staging:
         meta = prepare(Corpus(text, settings), staging, settings, recipe=name)
-        write_report(staging, name, meta, settings)
-    print_summary(meta, folder, settings, recipe.config)
+        found = report(staging, name, meta, settings)
+    print_summary(meta, folder, found, recipe.config)
 
 
 def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
@@ -124,8 +126,8 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
             (scratch := staging.parent / "val").mkdir(exist_ok=True)
             val = open_text([settings.val], scratch, settings.encoding, **fields)
         meta = prepare(Corpus(text, settings, val), staging, settings, recipe="", vocabulary=vocabulary)
-        write_report(staging, folder.name, meta, settings)
-    print_summary(meta, folder, settings)
+        found = report(staging, folder.name, meta, settings)
+    print_summary(meta, folder, found)
 
 
 def prepare(
@@ -151,10 +153,10 @@ def prepare(
     if problem:
         clear_progress(folder)
         raise UserError(f"{list_names(text.names)}: {problem}")
-    report = progress.report
-    if report:
+    text_report = progress.report
+    if text_report:
         leaked = leaked_fraction(writer.read("train"), writer.read("val"), tokenizer)
-        report = report.model_copy(update={"leaked": leaked})
+        text_report = text_report.model_copy(update={"leaked": leaked})
     meta = DatasetMeta(
         format=FORMAT,
         recipe=recipe,
@@ -162,7 +164,7 @@ def prepare(
         vocab_size=tokenizer.vocab_size,
         val_fraction=settings.val_fraction,
         source=SourceMeta(names=list(text.names), bytes=text.total_bytes(), sha256=progress.sha256),
-        report=report,
+        report=text_report,
         **splits,
     )
     write_meta(folder, meta)
@@ -202,21 +204,19 @@ def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, 
             lambda warning, name: warnings[warning].setdefault(name),
             inspector.add if settings.report else None,
         )
-        trained: str | None = None
+        trained = CharacterSet()  # characters of the training text
 
         def parts() -> Iterator[str]:
-            nonlocal trained
             for split, documents in stream:
-                if settings.val and split == "val" and trained is None:
-                    trained = learned.sorted()
-                part = "".join(documents)
-                if vocabulary:
-                    part, dropped = vocabulary.split_unknown(part)
+                for part in documents:
+                    known, dropped = vocabulary.split_unknown(part) if vocabulary else (part, "")
                     unknown.update(dropped)
-                elif learns_vocabulary:
-                    learned.add(part)
-                characters[split] += len(part)
-                yield part
+                    if learns_vocabulary:
+                        learned.add(known)
+                        if settings.val and split == "train":
+                            trained.add(known)
+                    characters[split] += len(known)
+                    yield known
 
         if settings.tokenizer == "bpe" and not vocabulary:
             vocabulary = learn_bpe(parts(), settings.vocab_size)
@@ -233,7 +233,7 @@ def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, 
         tokenizer = vocabulary.to_dict()
     elif learns_vocabulary:
         tokenizer = CharTokenizer(learned.sorted()).to_dict()
-        if trained is not None and (unseen := sorted(set(learned.sorted()) - set(trained))):
+        if settings.val and (unseen := sorted(set(learned.sorted()) - set(trained.sorted()) - {REPLACEMENT})):
             warn(
                 f"{settings.val}: {len(unseen):,} characters of the validation text do not occur in the training text, "
                 f"so no model can predict them: {describe_characters(unseen)}"
@@ -338,13 +338,15 @@ def find_short_split(splits: dict[str, SplitMeta]) -> str:
     return ""
 
 
-def write_report(folder: Path, name: str, meta: DatasetMeta, settings: PrepareSettings) -> None:
-    """Write the page with what was found in the text, unless it was not inspected."""
+def report(folder: Path, name: str, meta: DatasetMeta, settings: PrepareSettings) -> list[str]:
+    """Write the page with what was found in the text, and return the findings; none if it was not inspected."""
+    found = findings(meta, settings)
     if meta.report:
-        write_dataset_report(folder, name, meta, findings(meta, settings))
+        write_dataset_report(folder, name, meta, found)
+    return found
 
 
-def print_summary(meta: DatasetMeta, folder: Path, settings: PrepareSettings, config: str = "") -> None:
+def print_summary(meta: DatasetMeta, folder: Path, found: list[str], config: str = "") -> None:
     """Print the sizes of a dataset, what was found in its text, and the command that trains on it."""
     splits = {"to train": meta.train, "to validate": meta.val} | ({"to test": meta.test} if meta.test else {})
     tokens, characters = (sum(getattr(split, key) for split in splits.values()) for key in ("tokens", "characters"))
@@ -353,7 +355,7 @@ def print_summary(meta: DatasetMeta, folder: Path, settings: PrepareSettings, co
         f"({', '.join(f'{split.tokens:,} {purpose}' for purpose, split in splits.items())})\n"
         f"vocabulary: {meta.vocab_size:,} ({meta.tokenizer['kind']}), {characters / tokens:.2f} characters per token"
     )
-    for finding in findings(meta, settings):
+    for finding in found:
         warn(finding)
     if meta.report:
         print(f"report: {folder / REPORT} ({kinds_in_words(meta.report)})")

@@ -180,7 +180,7 @@ class Trainer:
         interrupted = self.stopping and not run_finished(self.settings, self.state)
         stopped_by = (run.stop.signal or signal.SIGTERM) if interrupted else None
         run.log_end(self.state, stopped_by)
-        self.report.finish(self.dataset)
+        self.report.finish(None if interrupted else self.dataset)
         if status := run.exit_status(stopped_by):
             raise SystemExit(status)
 

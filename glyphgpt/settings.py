@@ -283,7 +283,7 @@ class SampleSettings(Settings):
     """Ask for prompts in a loop and keep the conversation as context."""
     score: PathStr = ""
     """Instead of sampling, print the model's loss on this text file, on standard input (-), or on this dataset's
-    validation split."""
+    validation split; NAME:train and NAME:test are its other splits."""
     novelty: str = ""
     """Instead of printing samples, print how much of them stands word for word in the training text of this dataset,
     and how much of its validation text does, which is normal for this text."""
@@ -355,7 +355,7 @@ class PrepareSettings(Settings):
     deduplicate: Literal["none", "lines", "passages"] = "none"
     """Drop repeated lines of at least 20 characters, or passages (between empty lines) of at least 50."""
     min_count: Count = 1
-    """Replace characters that occur less often by one symbol, U+FFFD."""
+    """Replace characters that occur fewer than this many times by one symbol, U+FFFD."""
     report: bool = True
     """Look for problems in the text, and write report.html."""
     text_field: str = "text"
@@ -377,6 +377,10 @@ class PrepareSettings(Settings):
             yield "val_fraction and test_fraction leave no text to train on; their sum must be less than 1"
         if self.val and (self.split != "tail" or {"val_fraction", "test_fraction"} & self.model_fields_set):
             yield "val names the validation text; leave out split, val_fraction and test_fraction"
+        if "seed" in self.model_fields_set and self.split == "tail":
+            yield "seed is for a random split: --split=blocks or --split=documents"
+        if "vocab_size" in self.model_fields_set and (self.tokenizer != "bpe" or self.vocabulary):
+            yield "vocab_size is for a vocabulary that is learned: --tokenizer=bpe, without --vocabulary"
         if self.min_count > 1 and (self.tokenizer != "char" or self.vocabulary):
             yield "min_count is for a vocabulary that is learned from the text: --tokenizer=char, without --vocabulary"
 

@@ -197,7 +197,7 @@ def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: its tokenizer's files are damaged") from error
     raise UserError(
-        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor bytes or characters as in our exports"
+        f"{folder}: its {vocab_size:,} tokens are neither GPT-2's, nor BPE, bytes or characters as in our exports"
     )
 
 
@@ -207,8 +207,8 @@ def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_di
         yield GPT2Tokenizer(data_dir)
     if vocabulary and vocab_size == ByteTokenizer.vocab_size:
         yield ByteTokenizer()
-    if vocabulary and END_OF_TEXT in vocabulary[0] and vocab_size != GPT2Tokenizer.vocab_size:
-        yield BPETokenizer(from_symbols(vocabulary[0]))
+    if vocabulary and (tokens := from_symbols(vocabulary[0])):
+        yield BPETokenizer(tokens)
     if vocabulary and all(len(token) == 1 for token in vocabulary[0]):
         characters = "".join(sorted(vocabulary[0]))
         characters.encode()  # raises a ValueError for surrogates
@@ -216,14 +216,11 @@ def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_di
 
 
 def from_symbols(ids: dict[str, int]) -> list[bytes]:
-    """Return the tokens of a byte-level BPE by id, without the last one, which separates documents.
-
-    Raises:
-        KeyError: A token is not made of the symbols of bytes.
-    """
+    """Return the tokens by id of a byte-level BPE whose last token separates documents; none if it is not one."""
     byte_of = {symbol: byte for byte, symbol in enumerate(bytes_to_unicode())}
-    ordered = sorted(ids, key=ids.__getitem__)[:-1]
-    return [bytes(byte_of[symbol] for symbol in token) for token in ordered]
+    *tokens, last = sorted(ids, key=ids.__getitem__) or [""]
+    is_byte_level = last == END_OF_TEXT and byte_of.keys() <= ids.keys() and byte_of.keys() >= set("".join(tokens))
+    return [bytes(map(byte_of.__getitem__, token)) for token in tokens] if is_byte_level else []
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:

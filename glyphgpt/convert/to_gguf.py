@@ -167,8 +167,9 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:
     characters, because none starts with a later byte of a character.
 
     llama.cpp encodes text to the same ids, with two exceptions: it skips unknown characters, as --skip_unknown does,
-    and it reads <|endoftext|> in a prompt as GPT-2's end-of-text token. It adds no token before or after a text. END is
-    never sampled, because the file tells llama.cpp to suppress it. Older versions ignore that, and need --ignore-eos.
+    and it reads <|endoftext|> in a prompt as the token that separates documents, where there is one. It adds no token
+    before or after a text. END is never sampled, because the file tells llama.cpp to suppress it. Older versions ignore
+    that, and need --ignore-eos.
     """
     tokens = [in_symbols(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
     if tokenizer.kind == "gpt2":

@@ -3,6 +3,7 @@
 Each function maps a stream of documents (glyphgpt/data/text.py) to another stream.
 """
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
@@ -12,7 +13,8 @@ from glyphgpt.settings import PrepareSettings
 
 SHORT = {"lines": 20, "passages": 50}
 """Lines and passages with fewer characters may be repeated."""
-SEPARATOR = {"lines": "\n", "passages": "\n\n"}
+SEPARATORS = {"lines": r"\n", "passages": r"(?:\r?\n){2,}"}
+"""What separates lines, and passages: empty lines."""
 LONGEST = 1 << 20
 """A line or passage that is longer is cut there."""
 
@@ -78,28 +80,30 @@ class Repeated:
 
     def __init__(self, kind: str) -> None:
         """Begin with none; `kind` is "lines" or "passages"."""
-        self.separator, self.short = SEPARATOR[kind], SHORT[kind]
+        self.separator = re.compile(f"({SEPARATORS[kind]})")
+        self.next_part = re.compile(f"{SEPARATORS[kind]}(?=[^\\r\\n])")
+        self.short = SHORT[kind]
         self.seen: set[int] = set()
 
     def boundary(self, text: str) -> int:
-        """Return the end of the last whole line or passage."""
-        end = text.rfind(self.separator) + len(self.separator)
-        return end if end >= len(self.separator) else len(text) if len(text) >= LONGEST else 0
+        """Return where the last line or passage begins."""
+        starts = [match.end() for match in self.next_part.finditer(text)]
+        return starts[-1] if starts else len(text) if len(text) >= LONGEST else 0
 
     def drop(self, text: str) -> str:
-        """Return a text without its repeated lines or passages."""
-        parts = text.split(self.separator)
-        kept = [part for part in parts[:-1] if not self.is_repeated(part)]
-        last = parts[-1] if not self.is_repeated(parts[-1]) else ""
-        return "".join(part + self.separator for part in kept) + last
+        """Return a text without its repeated lines or passages, and what separates them from the next ones."""
+        parts = [*self.separator.split(text), ""]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return "".join(part + separator for part, separator in pairs if not self.is_repeated(part.strip("\r\n")))
 
     def is_repeated(self, part: str) -> bool:
         """Return whether a line or passage has occurred before, and remember it."""
-        key = hash(part)
-        if len(part) < self.short or key not in self.seen:
-            self.seen.add(key)
+        if len(part) < self.short:
             return False
-        return True
+        key = hash(part)
+        is_known = key in self.seen
+        self.seen.add(key)
+        return is_known
 
 
 def replace_unknown(stream: Iterator[Documents], tokenizer: Tokenizer) -> Iterator[Documents]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from glyphgpt.data.cleaning import Cleaner
 from glyphgpt.data.records import Documents
 from glyphgpt.data.sources import list_names
-from glyphgpt.data.splitting import Draw, block_size, number_blocks, number_documents
+from glyphgpt.data.splitting import Draw, block_size, join_splits, number_blocks, number_documents
 from glyphgpt.data.text import OnChunk, OnText, OnWarning, Text
 from glyphgpt.errors import UserError
 from glyphgpt.settings import PrepareSettings
@@ -63,8 +63,9 @@ class Corpus:
             return
         draw = Draw(settings.val_fraction, settings.test_fraction, settings.seed)
         size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
-        numbered = number_documents(stream) if settings.split == "documents" else number_blocks(stream, size)
-        yield from ((draw.split_of(number), documents) for number, documents in numbered)
+        are_documents = settings.split == "documents"
+        numbered = number_documents(stream) if are_documents else number_blocks(stream, size)
+        yield from join_splits(numbered, draw, are_documents=are_documents)
 
     def sizes(self, counts: dict[str, int]) -> dict[str, int]:
         """Return the characters of each split, in their order, from those of the documents that `read` yields.
@@ -84,10 +85,10 @@ class Corpus:
             return {name: before[i + 1] - before[i] for i, name in enumerate(names)}
         for name in names:
             if not counts.get(name):
-                remedy = "--split=blocks or --split=tail" if settings.split == "documents" else "--split=tail"
+                others = "--split=blocks or tail" if settings.split == "documents" else "--split=tail"
                 raise UserError(
                     f"{list_names(self.names)}: --split={settings.split} leaves no text for the {name} split; "
-                    f"use {remedy}"
+                    f"use a larger fraction, or {others}"
                 )
         return {name: counts[name] for name in names}
 

@@ -69,7 +69,7 @@ class Place(_StrictModel):
 
     def __str__(self) -> str:
         """Return the place as compilers print it."""
-        return f"{self.file}:{self.line:,}"
+        return f"{self.file}:{self.line}"
 
 
 class Found(_StrictModel):
@@ -119,7 +119,7 @@ class DatasetMeta(_StrictModel):
 
     @property
     def fingerprint(self) -> str:
-        """Return a checksum of the tokenizer and of all tokens in their order."""
+        """Return a checksum of the tokenizer and of all tokens for training and validation in their order."""
         facts = [self.tokenizer, self.train.sha256, self.val.sha256]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 
+from glyphgpt.data.cleaning import SHORT
 from glyphgpt.data.dataset import Found, Place, Split, TextReport
 from glyphgpt.data.novelty import LENGTHS, copied_fraction, read_points
 from glyphgpt.data.tokenizers import CharacterCounts, Tokenizer, decode
@@ -21,8 +22,6 @@ FEW = 10
 """Occurrences of a character below which a model learns next to nothing about it."""
 LONG_LINE = 10_000
 """Characters of a line that is worth a notice."""
-SHORT_LINE = 20
-"""Lines with fewer characters may well be repeated; they do not count as duplicates."""
 
 LONE_RETURN = re.compile(r"\r(?!\n)")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]")
@@ -57,12 +56,20 @@ class Inspector:
         self.file, self.line, self.lines = "", 1, 0
         self.examined = self.longest_line = self.repeated = 0
         self.seen_lines: set[int] = set()  # hashes
-        self.rest = ""  # the beginning of a line whose end is in the next part
+        self.line_start = ""  # the beginning of a line whose end is in the next part
+        self.held = ""  # a carriage return at the end of the last part
 
     def add(self, text: str, file: str) -> None:
         """Inspect the next part of the text, which is in this file."""
         if file != self.file:
-            self.file, self.line, self.rest = file, 1, ""
+            self.finish_file()
+            self.file, self.line = file, 1
+        text = self.held + text
+        self.held = "\r" if text.endswith("\r") else ""
+        self.add_part(text.removesuffix(self.held))
+
+    def add_part(self, text: str) -> None:
+        """Inspect a part that does not end within a line end."""
         for point in self.characters.add(text):
             self.first_places[point] = self.place(text, text.index(chr(point)))
         if self.examined < EXAMINED:
@@ -70,6 +77,14 @@ class Inspector:
         newlines = text.count("\n")
         self.line += newlines
         self.lines += newlines
+
+    def finish_file(self) -> None:
+        """Inspect the end of a file."""
+        if self.held:
+            self.add_part(self.held)
+        if self.line_start:
+            self.examine_line(self.line_start, self.line)
+        self.held = self.line_start = ""
 
     def place(self, text: str, index: int) -> Place:
         """Return the place of a character of the current part."""
@@ -79,9 +94,10 @@ class Inspector:
         """Look for problems and repeated lines."""
         self.examined += len(text)
         if "\r" in text:
-            windows, others = text.count("\r\n"), text.count("\r")
+            windows, all_returns = text.count("\r\n"), text.count("\r")
             self.note("\\r\\n", windows, text, text.find("\r\n"))
-            self.note("\\r", others - windows, text, next((m.start() for m in LONE_RETURN.finditer(text)), 0))
+            lone = next((match.start() for match in LONE_RETURN.finditer(text)), 0)
+            self.note("\\r", all_returns - windows, text, lone)
         if not text.isascii():
             for what, pattern in (("invisible", INVISIBLE), ("mojibake", MOJIBAKE)):
                 found = [match.start() for match in pattern.finditer(text)]
@@ -89,7 +105,10 @@ class Inspector:
             if not unicodedata.is_normalized("NFC", text):
                 lines = [line for line in text.split("\n") if not unicodedata.is_normalized("NFC", line)]
                 self.note("nfd", len(lines), text, text.find(lines[0]) if lines else 0)
-        self.examine_lines(text)
+        *lines, rest = (self.line_start + text).split("\n")
+        for number, line in enumerate(lines):
+            self.examine_line(line, self.line + number)
+        self.line_start = rest
 
     def note(self, what: str, count: int, text: str, index: int) -> None:
         """Note that something occurs `count` times in the current part, first at an index."""
@@ -98,28 +117,21 @@ class Inspector:
             place = known.place if known else self.place(text, index)
             self.problems[what] = Found(what=what, count=count + (known.count if known else 0), place=place)
 
-    def examine_lines(self, text: str) -> None:
-        """Measure the lines, and compare them with the earlier ones."""
-        *lines, rest = (self.rest + text).split("\n")
-        for number, line in enumerate(lines):
-            if len(line) > self.longest_line:
-                self.longest_line = len(line)
-                if len(line) > LONG_LINE:
-                    self.problems["long"] = Found(
-                        what="long", count=len(line), place=Place(file=self.file, line=self.line + number)
-                    )
-            if len(line) >= SHORT_LINE:
-                key = hash(line)
-                self.repeated += len(line) if key in self.seen_lines else 0
-                self.seen_lines.add(key)
-        self.rest = rest
-
-    def found(self, point: int) -> Found:
-        """Return how often a character occurs, and where first."""
-        return Found(what=chr(point), count=int(self.characters.counts[point]), place=self.first_places[point])
+    def examine_line(self, line: str, number: int) -> None:
+        """Measure a line, and compare it with the earlier ones."""
+        if len(line) > self.longest_line:
+            self.longest_line = len(line)
+            if len(line) > LONG_LINE:
+                place = Place(file=self.file, line=number)
+                self.problems["long"] = Found(what="long", count=len(line), place=place)
+        if len(line) >= SHORT["lines"]:
+            key = hash(line)
+            self.repeated += len(line) if key in self.seen_lines else 0
+            self.seen_lines.add(key)
 
     def report(self) -> TextReport:
         """Return the results."""
+        self.finish_file()
         counts = self.characters.counts
         points = np.flatnonzero(counts)
         rarest = points[np.argsort(counts[points], kind="stable")][:RAREST].tolist()
@@ -131,13 +143,10 @@ class Inspector:
             lines=self.lines + 1,
             kinds=dict(kinds.most_common()),
             rare=int((counts[points] < FEW).sum()),
-            rarest=[
-                Found(what=chr(point), count=int(self.characters.counts[point]), place=self.first_places[point])
-                for point in rarest
-            ],
+            rarest=[Found(what=chr(p), count=int(counts[p]), place=self.first_places[p]) for p in rarest],
             examined=self.examined,
             problems=list(self.problems.values()),
-            longest_line=max(self.longest_line, len(self.rest)),
+            longest_line=self.longest_line,
             repeated=self.repeated / max(1, self.examined),
         )
 
@@ -165,4 +174,4 @@ def kind_of(character: str) -> str:
         script = re.split("[ -]", unicodedata.name(character, ""))[0]
         return f"{script.title() if script != 'CJK' else script} letters" if script in SCRIPTS else "other letters"
     names = {"M": "combining marks", "N": "digits", "P": "punctuation", "S": "symbols"}
-    return names.get(category[0], "control characters")
+    return names.get(category[0], "control characters" if category == "Cc" else "other characters")

@@ -68,9 +68,13 @@ class Hashes:
         return max(0, len(self.points) - length + 1)
 
 
-@lru_cache(maxsize=8)  # the parts of a long text have the same length
 def powers(base: int, count: int) -> UInt64s:
     """Return the powers 0 to count - 1 of a number, modulo 2^64."""
+    return _powers(base, 1 << count.bit_length())[:count]
+
+
+@lru_cache(maxsize=8)
+def _powers(base: int, count: int) -> UInt64s:
     factors = np.full(count, base, np.uint64)
     factors[:1] = 1
     return np.multiply.accumulate(factors)

@@ -15,9 +15,11 @@ from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_documents
 
 BLOCKS = 200
 """Blocks of a text for --split=blocks, unless they would be smaller than LEAST_BLOCK or larger than LARGEST_BLOCK."""
-LEAST_BLOCK, LARGEST_BLOCK = 1000, 1_000_000
+LEAST_BLOCK, LARGEST_BLOCK = 1000, 20_000
 FEWEST_BLOCKS = 8
-"""Blocks that each split has at least, in a short text."""
+"""Blocks that each split has about, in a short text."""
+JOINED_CHARACTERS = 1 << 18
+"""Documents or blocks of the same split are processed together up to this many characters."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def number_documents(stream: Iterator[Documents]) -> Iterator[tuple[int, Documen
 def number_blocks(stream: Iterator[Documents], size: int) -> Iterator[tuple[int, Documents]]:
     """Yield the parts of blocks with their numbers. A block ends with the line that holds its character `size`.
 
-    Longer lines than a block are divided. Each block begins a document.
+    Lines longer than a block are divided.
     """
     number, room = 0, size
     boundary: Documents = []
@@ -76,7 +78,7 @@ def number_blocks(stream: Iterator[Documents], size: int) -> Iterator[tuple[int,
                 yield number, [*boundary, rest[:end]]
                 room -= len(rest[:end])
                 finished = line_end >= 0 or room <= -size
-                rest, boundary = rest[end:], [""] if finished else []
+                rest, boundary = rest[end:], []
                 if finished:
                     number, room = number + 1, size
 
@@ -85,6 +87,31 @@ def block_size(characters: int, fraction: float) -> int:
     """Return the characters of a block of a text of about this length, whose smallest split is this fraction of it."""
     size = min(max(characters // BLOCKS, LEAST_BLOCK), LARGEST_BLOCK)
     return max(1, min(size, int(characters * fraction / FEWEST_BLOCKS)))
+
+
+def join_splits(
+    numbered: Iterator[tuple[int, Documents]], draw: Draw, *, are_documents: bool
+) -> Iterator[tuple[str, Documents]]:
+    """Yield the documents or blocks with their splits; neighbors of the same split, up to JOINED_CHARACTERS, together.
+
+    Where blocks of a split do not follow each other in the text, a document begins.
+    """
+    split, joined, size = "", [""], 0
+    last: dict[str, int] = {}  # number of each split's last block
+    for number, (first, *others) in numbered:
+        chosen = draw.split_of(number)
+        if chosen != split or size > JOINED_CHARACTERS:
+            if size:
+                yield split, joined
+            split, joined, size = chosen, [""], 0
+        if not are_documents and number > last.setdefault(chosen, number) + 1:
+            joined.append("")
+        last[chosen] = number
+        joined[-1] += first
+        joined += others
+        size += len(first) + count_characters(others)
+    if size:
+        yield split, joined
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glyphgpt.data.dataset import META, Shard, ShardWriter, Split, SplitMeta, TextReport
+from glyphgpt.data.dataset import META, Shard, ShardFile, ShardWriter, Split, SplitMeta, TextReport, file_identity
 from glyphgpt.data.sources import list_names
 from glyphgpt.data.splitting import Segment
 from glyphgpt.data.tokenizers import Tokens
@@ -79,8 +78,10 @@ class ResumableWriter:
 
     def read(self, name: str) -> Split:
         """Return a finished split."""
-        shards = (self.folder / shard.file for shard in self._writers[name].shards)
-        return Split(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards), 0)
+        writer = self._writers[name]
+        paths = ((self.folder / shard.file, shard.tokens) for shard in writer.shards)
+        shards = (ShardFile(path, file_identity(path), tokens, writer.dtype) for path, tokens in paths)
+        return Split(tuple(shards), self.progress.characters[name])
 
     def splits(self) -> dict[str, SplitMeta]:
         """Return the metadata of the splits by their names."""

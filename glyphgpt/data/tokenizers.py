@@ -9,6 +9,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,7 @@ def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
     raise UserError("unknown tokenizer: the file is damaged or was written by a newer glyphgpt")
 
 
+@lru_cache(maxsize=1)
 def bytes_to_unicode() -> str:
     """Return the 256 characters that represent bytes in GPT-2's vocabulary.
 

@@ -13,15 +13,15 @@ TEMPLATE = "dataset.html"
 MUCH_REPEATED, MUCH_LEAKED = 0.3, 0.05
 """Fractions of the text, and of the validation text, from which a finding is reported."""
 MANY_RARE = 50
-"""The same for the number of rare characters."""
+"""Number of rare characters from which a finding is reported."""
 
 PROBLEMS = {
-    "\\r\\n": ("line ends are \\r\\n, two characters instead of one", "--newlines=lf makes them \\n"),
-    "\\r": ("line ends are \\r", "--newlines=lf makes them \\n"),
-    "nfd": ("lines have accents as characters of their own", "--normalize=nfc composes letters and accents"),
-    "invisible": ("characters show nothing, such as soft hyphens", "remove them unless they are meant"),
-    "mojibake": ("places look like UTF-8 that was read in another encoding, such as 'Ã©' for 'é'", "check --encoding"),
-    "long": ("characters are in one line", "check that the text has lines, if that matters"),
+    "\\r\\n": ("Windows line ends, \\r\\n: two characters instead of one", "--newlines=lf makes them \\n"),
+    "\\r": ("line ends \\r", "--newlines=lf makes them \\n"),
+    "nfd": ("lines with letters and accents that could be one character", "--normalize=nfc composes them"),
+    "invisible": ("characters that show nothing, such as soft hyphens", "remove them unless they are meant"),
+    "mojibake": ("places that look like UTF-8 read in another encoding, such as 'Ã©' for 'é'", "check --encoding"),
+    "long": ("characters in one line", "check the line ends if the text should have lines"),
 }
 """What each problem of an inspection means, after its count, and what to do."""
 
@@ -35,27 +35,28 @@ def findings(meta: DatasetMeta, settings: PrepareSettings) -> list[str]:
     mended |= {"nfd"} if settings.normalize == "nfc" else set()
     found = [describe(problem) for problem in report.problems if problem.what not in mended]
     if report.repeated > MUCH_REPEATED and settings.deduplicate == "none":
+        found.append(f"{report.repeated:.0%} of the text is in repeated lines; --deduplicate=lines drops them")
+    learned = meta.tokenizer["kind"] == "char" and not settings.vocabulary
+    if learned and report.rare > MANY_RARE and settings.min_count == 1:
         found.append(
-            f"{report.repeated:.0%} of the text is in lines that occurred before; --deduplicate=lines drops them"
-        )
-    if meta.tokenizer["kind"] == "char" and report.rare > MANY_RARE and settings.min_count == 1:
-        found.append(
-            f"{report.rare:,} of {meta.vocab_size:,} characters occur less than {FEW} times; --min_count={FEW} "
+            f"{report.rare:,} of {meta.vocab_size:,} characters occur fewer than {FEW} times; --min_count={FEW} "
             "replaces them by one symbol"
         )
     if report.leaked > MUCH_LEAKED:
+        remedies = ["--deduplicate=passages"] * (settings.deduplicate == "none") + ["--val=FILE, with another text"]
         found.append(
-            f"{report.leaked:.0%} of the validation text stands in the training text word for word, in runs of "
-            f"{LEAK_LENGTH} characters or more, so the validation loss will be too low; --deduplicate=passages drops "
-            "repeated passages"
+            f"{report.leaked:.0%} of the validation text also occurs in the training text, in runs of {LEAK_LENGTH} "
+            f"characters or more, so the validation loss will be too low; try {' or '.join(remedies)}"
         )
+    if meta.recipe:  # which has no options
+        found = [finding.partition("; ")[0] for finding in found]
     return found
 
 
 def describe(problem: Found) -> str:
     """Return a problem with its place and its remedy."""
     meaning, remedy = PROBLEMS[problem.what]
-    return f"{problem.place}: {problem.count:,} {meaning}; {remedy}"
+    return f"{problem.place}: {problem.count:,} x {meaning}; {remedy}"
 
 
 def kinds_in_words(report: TextReport) -> str:
@@ -79,21 +80,24 @@ def write_dataset_report(folder: Path, name: str, meta: DatasetMeta, found: list
 
 def page_data(name: str, meta: DatasetMeta, found: list[str]) -> dict[str, Any]:
     """Return the data of a page."""
-    report, train, val = meta.report, meta.train, meta.val
+    report = meta.report
     assert report
+    splits = {"Training text": meta.train, "Validation text": meta.val} | (
+        {"Test text": meta.test} if meta.test else {}
+    )
+    characters = sum(split.characters for split in splits.values())
     return {
         "name": name,
         "source": ", ".join(meta.source.names[:10]) + (", …" if len(meta.source.names) > 10 else ""),
         "findings": found,
         "highlights": [
-            ("Characters", f"{train.characters + val.characters:,}", f"{meta.source.bytes:,} bytes in the files"),
-            ("Lines", f"{report.lines:,}", f"the longest has {report.longest_line:,} characters"),
+            ("Characters", f"{characters:,}", f"{meta.source.bytes:,} bytes in the files"),
+            ("Lines", f"{report.lines:,}", f"the longest examined one has {report.longest_line:,} characters"),
             ("Vocabulary", f"{meta.vocab_size:,}", f"{meta.tokenizer['kind']} tokens"),
-            ("Training text", f"{train.tokens:,}", "tokens"),
-            ("Validation text", f"{val.tokens:,}", "tokens"),
-            ("Of it in the training text", f"{report.leaked:.1%}", f"in runs of {LEAK_LENGTH} characters or more"),
+            *((title, f"{split.tokens:,}", "tokens") for title, split in splits.items()),
+            ("Validation in training", f"{report.leaked:.1%}", f"in runs of {LEAK_LENGTH} characters or more"),
             ("Repeated lines", f"{report.repeated:.1%}", "of the text, without short lines"),
-            ("Rare characters", f"{report.rare:,}", f"occur less than {FEW} times"),
+            ("Rare characters", f"{report.rare:,}", f"occur fewer than {FEW} times"),
         ],
         "examined": report.examined,
         "characters": report.characters,

@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from glyphgpt.checkpoint import Metadata, TrainState, read_metadata
+from glyphgpt.checkpoint import Metadata, TrainState, find_checkpoint, read_metadata
 from glyphgpt.cli import command, groups, parse, read_toml, resolve
-from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
+from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset, read_meta
 from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError, exit_on_error, warn
@@ -34,8 +34,8 @@ USAGE = "python -m glyphgpt.reports.run_report RUN [--out=FILE.html]"
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second")
 LIVE_TIME, NOVELTY_TIME = 0.02, 0.05
 """Fractions of a run's time for writing its report during the run, and for finding what its last sample copied."""
-COMPARED_TOKENS = 10_000_000
-"""Tokens of the training text in which a second suffices to find what was copied."""
+COMPARED_CHARACTERS, MOST_SECONDS = 10_000_000, 10
+"""Characters of the training text in which a second suffices to find what was copied, and the most seconds for it."""
 VAL_TOKENS = 20_000
 """Tokens of the validation text for which the same is found."""
 MAX_POINTS = 1000
@@ -56,13 +56,15 @@ def main() -> None:
 
 
 def dataset_of(run: Path) -> Dataset | None:
-    """Return the dataset of a run, or None if it cannot be read."""
+    """Return the dataset of a run, or None if it cannot be read or has changed."""
     try:
         settings = run_settings(run)
-        data_dir = Path(settings.data_dir)
-        return load_dataset(find_dataset(settings.dataset, data_dir), data_dir)
+        folder = find_dataset(settings.dataset, Path(settings.data_dir))
+        if read_metadata(find_checkpoint(run)).data == read_meta(folder).fingerprint:
+            return load_dataset(folder, Path(settings.data_dir))
     except UserError:
-        return None
+        pass
+    return None
 
 
 def run_settings(run: Path) -> TrainSettings:
@@ -97,8 +99,8 @@ class LiveReport:
         if time.monotonic() >= self.next_time:
             self._write(running=True)
 
-    def finish(self, dataset: Dataset) -> None:
-        """Write the last page, and log its path."""
+    def finish(self, dataset: Dataset | None) -> None:
+        """Write the last page, and log its path; with the dataset, the page says what the last sample copied."""
         if self._write(running=False, dataset=dataset):
             self.log(f"report: {self.run / REPORT}")
 
@@ -189,7 +191,8 @@ def highlights(
     best: Row = min(evaluations, key=lambda row: row["loss"], default={"step": 0})
     step_of_best = best["step"]
     train_loss = training_loss(rows, step_of_best)
-    gap = best["loss"] - train_loss if evaluations and train_loss else None
+    comparable = evaluations and train_loss and not settings.label_smoothing
+    gap = best["loss"] - train_loss if comparable and train_loss else None
     if rows and rows[-1]["kind"] == "best":  # the same model on the whole validation split
         best = rows[-1]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
@@ -241,7 +244,8 @@ def caption(step: int, evaluations: list[Row]) -> str:
 def novelty(sample: str, rows: list[Row], dataset: Dataset) -> str:
     """Return how much of a sample is copied from the training text, or "" if finding that out takes too much time."""
     train, val, tokenizer = dataset.train, dataset.val, dataset.tokenizer
-    if not rows or train.tokens / COMPARED_TOKENS > NOVELTY_TIME * rows[-1]["seconds"]:
+    seconds = min(MOST_SECONDS, NOVELTY_TIME * rows[-1]["seconds"]) if rows else 0
+    if train.characters > COMPARED_CHARACTERS * seconds:
         return ""
     val_text = decode(tokenizer, val.slice(0, min(val.tokens, VAL_TOKENS)))
     texts = read_points(train, tokenizer, "reading the training text")
@@ -250,7 +254,7 @@ def novelty(sample: str, rows: list[Row], dataset: Dataset) -> str:
         for copied in find_copied(([sample], [val_text]), texts)
     )
     return (
-        f"Share of the last sample that lies in runs of {LENGTHS[0]} or more characters copied from the training text: "
+        f"Share of the last sample in runs of {LENGTHS[0]} or more characters that also occur in the training text: "
         f"{in_sample}; of the validation text, for comparison: {in_val}."
     )
 

@@ -195,7 +195,8 @@ class Run:
             saved, wanted = getattr(checkpoint.config, name), getattr(config, name)
             if saved != wanted:
                 raise UserError(f"{checkpoint.path}: {name} is {saved} there, but {wanted} in the settings")
-        was, now = checkpoint.metadata.settings, self.settings.model_dump()
+        defaults = {key: field.default for key, field in TrainSettings.model_fields.items()}
+        was, now = defaults | checkpoint.metadata.settings, self.settings.model_dump()
         decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # a run may be resumed with more steps
         changed = [
             f"{key} {shorten(was.get(key))} -> {value}"

@@ -1,6 +1,7 @@
 """A BPE learned from a text: any text has the tokens of Hugging Face's tokenizers, and decodes to itself."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_a_text_is_prepared_with_its_own_tokens(tmp_path: Path) -> None:
     (boundary,) = np.flatnonzero(tokens == 289)
     assert decode(dataset.tokenizer, tokens[:boundary]) == TEXT
     assert decode(dataset.tokenizer, tokens[boundary + 1 :]) == some_text(2000, seed=1)
+
+
+def test_only_blocks_that_do_not_follow_each_other_are_separated(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {number} of the text\n" for number in range(2000)))
+    flags = ["--tokenizer=bpe", "--vocab_size=300", "--split=blocks", f"--data_dir={tmp_path}"]
+    run_prepare(str(tmp_path / "a.txt"), *flags)
+    dataset = load_dataset(tmp_path / "a", tmp_path)
+    for split in (dataset.train, dataset.val):
+        tokens = split.slice(0, split.tokens)
+        parts = np.split(tokens, np.flatnonzero(tokens == 299))
+        assert len(parts) > 2
+        texts = [decode(dataset.tokenizer, part[part != 299]) for part in parts]
+        numbers = [[int(line.split()[1]) for line in text.splitlines()] for text in texts]
+        for run in numbers:
+            assert run == list(range(run[0], run[-1] + 1))
+        for one, other in pairwise(numbers):
+            assert other[0] > one[-1] + 1
 
 
 def test_a_vocabulary_larger_than_the_text_is_refused(tmp_path: Path) -> None:

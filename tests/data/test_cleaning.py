@@ -72,11 +72,19 @@ def test_repeated_lines_are_dropped(lines: list[str], size: int) -> None:
     assert cleaned([text], size, deduplicate="lines") == ["".join(f"{line}\n" for line in kept)]
 
 
-@given(st.lists(st.sampled_from(PASSAGES), max_size=12), st.integers(1, 99))
-def test_repeated_passages_are_dropped(passages: list[str], size: int) -> None:
-    kept = [passage for number, passage in enumerate(passages) if len(passage) < 50 or passage not in passages[:number]]
-    text = "".join(f"{passage}\n\n" for passage in passages)
-    assert cleaned([text], size, deduplicate="passages") == ["".join(f"{passage}\n\n" for passage in kept)]
+@given(
+    st.lists(st.tuples(st.sampled_from(PASSAGES), st.integers(2, 4)), max_size=12), st.integers(1, 99),
+    st.sampled_from(["\n", "\r\n"]),
+)  # fmt: skip
+def test_repeated_passages_are_dropped(passages: list[tuple[str, int]], size: int, line_end: str) -> None:
+    texts = [text for text, _ in passages]
+    kept = [
+        text + line_end * count
+        for number, (text, count) in enumerate(passages)
+        if len(text) < 50 or text not in texts[:number]
+    ]
+    whole = "".join(text + line_end * count for text, count in passages)
+    assert cleaned([whole], size, deduplicate="passages") == ["".join(kept)]
 
 
 @given(st.text("abcdé", max_size=30), st.integers(1, 5))

@@ -120,6 +120,6 @@ def test_contradictions_are_refused(flags: list[str], message: str) -> None:
 
 def test_a_split_without_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(some_text(3000))
-    with pytest.raises(UserError, match=r"a\.txt: --split=documents leaves no text for the \w+ split; use"):
+    with pytest.raises(UserError, match=r"a\.txt: --split=documents leaves no text for the \w+ split; use a larger"):
         run_prepare(str(tmp_path / "a.txt"), f"--data_dir={tmp_path}", "--split=documents")
     assert not (tmp_path / "a").exists()

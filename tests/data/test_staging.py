@@ -62,7 +62,7 @@ def preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preparation:
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 64, 450])
-@pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "records", "skip"])
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "records", "skip", "options"])
 def test_a_preparation_interrupted_several_times_gives_the_same_bytes(
     preparation: Preparation, gpt2_data_dir: Path, kind: str, shard_tokens: int
 ) -> None:
@@ -74,6 +74,8 @@ def test_a_preparation_interrupted_several_times_gives_the_same_bytes(
     if kind == "skip":
         prepare_text("abcdefgh \n" * 9, preparation.data_dir, "few")
         words[1:] = [f"--vocabulary={preparation.data_dir / 'few'}", "--skip_unknown"]
+    if kind == "options":
+        words[1:] = ["--split=blocks", "--test_fraction=0.2", "--min_count=3", "--deduplicate=lines", "--newlines=lf"]
     expected = preparation.run(*words, name="uninterrupted")
     rng = random.Random(shard_tokens)
     for _ in range(3):
