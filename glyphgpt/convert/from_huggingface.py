@@ -5,6 +5,7 @@ Only config.json, the tokenizer's JSON and safetensors are read. Nothing in them
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,10 @@ def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_di
     if vocabulary and vocab_size == ByteTokenizer.vocab_size:
         yield ByteTokenizer()
     if vocabulary and (tokens := from_symbols(vocabulary[0])):
-        yield BPETokenizer(tokens)
+        with suppress(UserError):  # its merges are not those that lead to its tokens
+            tokenizer = BPETokenizer(tokens)
+            tokenizer.merges()
+            yield tokenizer
     if vocabulary and all(len(token) == 1 for token in vocabulary[0]):
         characters = "".join(sorted(vocabulary[0]))
         characters.encode()  # raises a ValueError for surrogates
@@ -217,6 +221,8 @@ def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_di
 
 def from_symbols(ids: dict[str, int]) -> list[bytes]:
     """Return the tokens by id of a byte-level BPE whose last token separates documents; none if it is not one."""
+    if not isinstance(ids, dict) or not all(isinstance(token, int) for token in ids.values()):
+        return []
     byte_of = {symbol: byte for byte, symbol in enumerate(bytes_to_unicode())}
     *tokens, last = sorted(ids, key=ids.__getitem__) or [""]
     is_byte_level = last == END_OF_TEXT and byte_of.keys() <= ids.keys() and byte_of.keys() >= set("".join(tokens))

@@ -311,7 +311,7 @@ def test_other_vocabulary_of_same_size_is_refused(tmp_path: Path, gpt2_data_dir:
     vocab = spec["model"]["vocab"]
     vocab["the"], vocab["and"] = vocab["and"], vocab["the"]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match=r"its 50,257 tokens are neither GPT-2's, nor bytes or characters"):
+    with pytest.raises(UserError, match=r"its 50,257 tokens are neither GPT-2's, nor BPE, bytes or characters"):
         from_huggingface.read_model(folder, gpt2_data_dir)
 
 
@@ -543,3 +543,10 @@ def test_command_line_exports_and_imports(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
     before, after = (checkpoints.load_checkpoint(path).model for path in (tmp_path / "best.safetensors", imported))
     assert all(np.array_equal(before[name], after[name]) for name in before.keys() | after.keys())
+
+
+def test_a_learned_bpe_is_exported_and_imported(tmp_path: Path) -> None:
+    tokenizer = learn_bpe([some_text(3000)] * 2, 280)
+    save_our_model(tmp_path / "best.safetensors", tokenizer)
+    to_huggingface.export_folder(tmp_path, settings(out=tmp_path / "hf"))
+    assert from_huggingface.read_model(tmp_path / "hf", tmp_path).metadata.tokenizer == tokenizer.to_dict()

@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const MEAN = -1; // index of the mean of a layer's heads
 const TOP = 12; // most probable tokens, and largest attention weights, that are shown
-const SLICE = 12; // milliseconds of computation between two updates of the page
+const SLICE = 20; // milliseconds of computation between two updates of the page
 const MANY_BITS = 8; // a character of this surprise, or more, has the full color
 const SYMBOLS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
 const NAMES = { " ": "space", "\n": "new line", "\t": "tab", "\r": "carriage return" };
@@ -189,6 +189,7 @@ function step() {
 
 const spans = []; // of the pieces
 const copies = []; // their texts
+const heats = []; // the strengths of their colors
 
 function updateText() {
   const { pieces } = story, area = $("text");
@@ -196,6 +197,7 @@ function updateText() {
   while (same < pieces.length && copies[same] === pieces[same].text) same++;
   for (const span of spans.splice(same)) span.remove();
   copies.length = same;
+  heats.length = Math.min(heats.length, same);
   for (const { text, tokens } of pieces.slice(same)) {
     const span = element("span", tokens.length ? "heat" : "unknown", toArea(text));
     copies.push(text);
@@ -212,7 +214,10 @@ const end = element("span", "", "\u200b"); // gives the last line its height
 
 function updateColors() {
   const strengths = state.view === "attention" ? attentionStrengths() : surpriseStrengths();
-  spans.forEach((span, i) => setHeat(span, state.view === "plain" ? 0 : strengths[i] ?? 0));
+  spans.forEach((span, i) => {
+    const strength = state.view === "plain" ? 0 : strengths[i] ?? 0;
+    if (heats[i] !== strength) setHeat(span, (heats[i] = strength)); // changing the style of all is slow
+  });
   for (const span of $("copy").querySelectorAll(".selected")) span.classList.remove("selected");
   if (state.selected !== null) spans[state.selected]?.classList.add("selected");
 }
