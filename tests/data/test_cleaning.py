@@ -87,6 +87,14 @@ def test_repeated_passages_are_dropped(passages: list[tuple[str, int]], size: in
     assert cleaned([whole], size, deduplicate="passages") == ["".join(kept)]
 
 
+def test_the_last_passage_may_have_no_empty_line_after_it() -> None:
+    passage = "a passage of more than fifty characters, which is repeated"
+    for end in ("", "\n", "\r\n"):
+        assert cleaned([f"{passage}\n\nother\n\n{passage}{end}"], 7, deduplicate="passages") == [
+            f"{passage}\n\nother\n\n"
+        ]
+
+
 @given(st.text("abcdé", max_size=30), st.integers(1, 5))
 @tries(max_examples=50)
 def test_rare_characters_become_one_symbol(text: str, min_count: int) -> None:

@@ -69,6 +69,8 @@ function element(tag, className, ...children) {
 }
 
 function setHeat(node, strength) {
+  if (node.heat === strength) return; // changing the style of every character is slow
+  node.heat = strength;
   node.style.setProperty("--heat", strength.toFixed(3));
 }
 
@@ -189,7 +191,6 @@ function step() {
 
 const spans = []; // of the pieces
 const copies = []; // their texts
-const heats = []; // the strengths of their colors
 
 function updateText() {
   const { pieces } = story, area = $("text");
@@ -197,7 +198,6 @@ function updateText() {
   while (same < pieces.length && copies[same] === pieces[same].text) same++;
   for (const span of spans.splice(same)) span.remove();
   copies.length = same;
-  heats.length = Math.min(heats.length, same);
   for (const { text, tokens } of pieces.slice(same)) {
     const span = element("span", tokens.length ? "heat" : "unknown", toArea(text));
     copies.push(text);
@@ -214,10 +214,7 @@ const end = element("span", "", "\u200b"); // gives the last line its height
 
 function updateColors() {
   const strengths = state.view === "attention" ? attentionStrengths() : surpriseStrengths();
-  spans.forEach((span, i) => {
-    const strength = state.view === "plain" ? 0 : strengths[i] ?? 0;
-    if (heats[i] !== strength) setHeat(span, (heats[i] = strength)); // changing the style of all is slow
-  });
+  spans.forEach((span, i) => setHeat(span, state.view === "plain" ? 0 : strengths[i] ?? 0));
   for (const span of $("copy").querySelectorAll(".selected")) span.classList.remove("selected");
   if (state.selected !== null) spans[state.selected]?.classList.add("selected");
 }
