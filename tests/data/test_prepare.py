@@ -427,7 +427,7 @@ def test_a_recipe_does_not_replace_another_dataset_of_the_same_name(run: Run, tm
 )
 def test_a_recipe_rejects_settings_for_user_texts(run: Run, tmp_path: Path, recipe: Path, flag: str) -> None:
     assert failure(run, tmp_path / "data", recipe.stem, flag, kind=UsageError) == (
-        f"{flag.partition('=')[0]} is only for your own text; the recipe {recipe} sets it"
+        f"{flag.partition('=')[0]} is only for your own text; a recipe is always prepared as {recipe} says"
     )
 
 
