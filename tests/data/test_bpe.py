@@ -1,8 +1,11 @@
 """A BPE learned from a text: any text has the tokens of Hugging Face's tokenizers, and decodes to itself."""
 
 import json
+import signal
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Timer
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from tokenizers import Tokenizer
 
 from conftest import run_prepare, some_text
 from glyphgpt.convert.to_huggingface import tokenizer_json
-from glyphgpt.data.bpe import learn_bpe
+from glyphgpt.data.bpe import learn_bpe, run_interruptibly
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.tokenizers import BPETokenizer, decode, tokenizer_from_dict
 from glyphgpt.errors import UsageError, UserError
@@ -101,3 +104,21 @@ def test_a_vocabulary_larger_than_the_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty\.txt: the text is empty; "):
         run_prepare(str(tmp_path / "empty.txt"), "--tokenizer=bpe", f"--data_dir={tmp_path}")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "empty.txt"}
+
+
+def test_ctrl_c_does_not_wait_for_the_vocabulary() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    released = Event()
+    Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_interruptibly(lambda: released.wait(60))
+    released.set()
+
+
+def test_errors_of_the_text_are_raised() -> None:
+    def texts() -> Iterator[str]:
+        yield "to be or not to be"
+        raise UserError("not text")
+
+    with pytest.raises(UserError, match="^not text$"):
+        learn_bpe(texts(), 300)
