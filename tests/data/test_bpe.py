@@ -120,5 +120,5 @@ def test_errors_of_the_text_are_raised() -> None:
         yield "to be or not to be"
         raise UserError("not text")
 
-    with pytest.raises(UserError, match="^not text$"):
+    with pytest.raises(UserError, match=r"^not text$"):
         learn_bpe(texts(), 300)
