@@ -1,6 +1,6 @@
 """Changes to a text that the user asked for: line ends, Unicode forms, rare characters, and repeated lines.
 
-Each function maps a stream of documents (glyphgpt/data/text.py) to another stream.
+A change maps a stream of documents (glyphgpt/data/text.py) to another stream, however the text is divided into parts.
 """
 
 import re

@@ -16,6 +16,7 @@ from glyphgpt.data.novelty import LENGTHS, copied_fraction, read_points
 from glyphgpt.data.tokenizers import CharacterCounts, Tokenizer, decode
 
 EXAMINED, COMPARED = 5_000_000, 10_000_000
+"""Characters that are examined, and tokens of the training text that are compared with the validation text."""
 RAREST = 12
 """Number of the rarest characters that are listed."""
 FEW = 10
@@ -37,7 +38,6 @@ SCRIPTS = {
     "HIRAGANA", "KATAKANA", "LATIN", "TAMIL", "THAI",
 }  # fmt: skip
 """Scripts that are told apart."""
-
 
 LEAK_LENGTH = LENGTHS[1]
 """Characters of a run of validation text that hardly occurs twice by chance."""
@@ -74,6 +74,8 @@ class Inspector:
             self.first_places[point] = self.place(text, text.index(chr(point)))
         if self.examined < EXAMINED:
             self.examine(text)
+        else:
+            self.line_start = ""
         newlines = text.count("\n")
         self.line += newlines
         self.lines += newlines
@@ -152,7 +154,7 @@ class Inspector:
 
 
 def leaked_fraction(train: Split, val: Split, tokenizer: Tokenizer) -> float:
-    """Return the fraction of the validation text in runs of LEAK_LENGTH or more that stand in the training text.
+    """Return the fraction of the validation text in runs of LEAK_LENGTH or more that occur in the training text.
 
     Of a longer training text, COMPARED tokens from all parts are compared; then the fraction is a lower bound.
     """
