@@ -433,14 +433,16 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T), T <= block_size.
 
-        With targets (B, T), return the mean cross-entropy instead, in nats per token, a scalar. In training mode, label
-        smoothing (Szegedy et al. 2016) gives `label_smoothing` of the target's probability to all tokens alike.
+        With targets (B, T), return the mean cross-entropy instead, in nats per token, a scalar. Targets of -1 do not
+        count. In training mode, label smoothing (Szegedy et al. 2016) gives `label_smoothing` of the target's
+        probability to all tokens alike.
         """
         logits = self.logits(self.hidden(tokens))
         if targets is None:
             return logits
         smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=smoothing)
+        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing)
 
     def next_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the logits (B, V) of the token that follows tokens (B, T).

@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
-from glyphgpt.cli import ROOT, command, from_here
+from glyphgpt.cli import ROOT, command, from_here, unescape
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.bpe import learn_bpe
 from glyphgpt.data.cleaning import replace_unknown
@@ -65,7 +65,7 @@ from glyphgpt.settings import PrepareSettings
 
 TEXT_SETTINGS = {
     "tokenizer", "vocab_size", "vocabulary", "skip_unknown", "encoding", "text_field", "newlines", "normalize",
-    "deduplicate", "min_count", "val_fraction", "test_fraction", "val", "split", "seed",
+    "deduplicate", "min_count", "val_fraction", "test_fraction", "val", "split", "seed", "records",
 }  # fmt: skip
 """Settings that determine the tokens of a text."""
 
@@ -114,7 +114,9 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     vocabulary = load_tokenizer(settings) if settings.vocabulary else None
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
-    has_separator = settings.tokenizer in ("bpe", "gpt2")  # their vocabularies have a token between documents
+    separator = vocabulary.separator if vocabulary else record_separator(settings)
+    # there is a token between documents
+    has_separator = settings.tokenizer in ("bpe", "gpt2") or separator is not None
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         fields: dict[str, Any] = {
             "field": settings.text_field,
@@ -125,7 +127,7 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
         if settings.val:
             (scratch := staging.parent / "val").mkdir(exist_ok=True)
             val = open_text([settings.val], scratch, settings.encoding, **fields)
-        meta = prepare(Corpus(text, settings, val), staging, settings, recipe="", vocabulary=vocabulary)
+        meta = prepare(Corpus(text, settings, val, separator), staging, settings, recipe="", vocabulary=vocabulary)
         found = report(staging, folder.name, meta, settings)
     print_summary(meta, folder, found)
 
@@ -228,7 +230,7 @@ def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, 
         check_vocab_size(vocabulary, settings)
     for warning, names in warnings.items():
         warn(f"{list_names(list(names))}: {warning}")
-    tokenizer = {"kind": settings.tokenizer}
+    tokenizer: dict[str, Any] = {"kind": settings.tokenizer}
     if vocabulary:
         tokenizer = vocabulary.to_dict()
     elif learns_vocabulary:
@@ -240,6 +242,8 @@ def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, 
             )
         if controls := control_characters(learned.sorted()):
             warn(f"control characters become part of the vocabulary: {list_names(controls, length=10)}")
+    if text.separator is not None:
+        tokenizer |= {"separator": text.separator}
     return PrepareProgress(
         fingerprint=fingerprint,
         characters=text.sizes(characters),
@@ -255,7 +259,7 @@ def write_shards(
 ) -> ResumableWriter:
     """Read a text for the second time: encode it, and write the shards that are not finished yet."""
     writer = ResumableWriter(folder, tokenizer.vocab_size, settings.shard_tokens, progress)
-    threads = settings.workers or (os.cpu_count() if tokenizer.end_of_text else 1)
+    threads = settings.workers or (os.cpu_count() if tokenizer.kind in ("bpe", "gpt2") else 1)
     with (
         progress_bar("encoding", text, text.passes) as bar,
         BackgroundWorker() as disk,
@@ -271,6 +275,12 @@ def write_shards(
             disk.submit(writer.write, segment, tokens)
         disk.flush()
     return writer
+
+
+def record_separator(settings: PrepareSettings) -> str | None:
+    """Return what separates records: "" for documents, and None if the text is not one of records."""
+    named = {"": None, "lines": "\n", "documents": ""}
+    return named[settings.records] if settings.records in named else unescape(settings.records)
 
 
 def load_tokenizer(settings: PrepareSettings) -> Tokenizer:

@@ -13,7 +13,6 @@ grows to the model's block_size tokens. Then its older half is dropped, and it g
 
 import glyphgpt.startup  # first: handles --help and usage errors before the other imports
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint
+from glyphgpt.cli import unescape
 from glyphgpt.data.dataset import META, Dataset, Split, find_dataset, load_dataset
 from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.text import read_text
@@ -31,6 +31,7 @@ from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import write_atomic
 from glyphgpt.inference.api import Model, open_model
 from glyphgpt.inference.loading import open_checkpoint, torch_model
+from glyphgpt.inference.score import encode_split
 from glyphgpt.reports.model_page import write_model_page
 from glyphgpt.settings import SampleSettings
 
@@ -81,12 +82,12 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
             raise UserError(f"{folder}: its vocabulary differs from the model's; score its text: --score=FILE")
         return choose_split(dataset, split or "val"), f"{folder}: {SPLIT_NAMES[split or 'val']} split"
     text = read_text(settings.score)
-    tokens = encode_text(text, tokenizer, skip=settings.skip_unknown)
-    if len(tokens) < 2:
-        raise UserError(f"{settings.score}: {len(tokens)} tokens; a score needs at least 2")
-    known = len(text) - sum(text.count(character) for character in tokenizer.unknown_characters(text))
-    skipped = f" ({len(text) - known:,} unknown characters skipped)" if known < len(text) else ""
-    return Split((tokens,), known), f"{settings.score}{skipped}"
+    encoded = encode_split(text, tokenizer, skip=settings.skip_unknown)
+    if encoded.tokens < 2:
+        raise UserError(f"{settings.score}: {encoded.tokens} tokens; a score needs at least 2")
+    unknown = sum(text.count(c) for c in tokenizer.unknown_characters(text) if c not in (tokenizer.separator or ""))
+    skipped = f" ({unknown:,} unknown characters skipped)" if unknown else ""
+    return encoded, f"{settings.score}{skipped}"
 
 
 def choose_split(dataset: Dataset, name: str) -> Split:
@@ -178,8 +179,9 @@ def print_samples(model: Model, settings: SampleSettings) -> None:
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
         print(parts[0] if number else prompt + parts[0], end="", flush=True)
     print()
+    rule = "" if model.tokenizer.separator == "\n" else f"{'-' * 20}\n"
     for text in texts[1:]:
-        print(f"{'-' * 20}\n{prompt}{text}")
+        print(f"{rule}{prompt}{text}")
 
 
 def interact(model: Model, settings: SampleSettings) -> None:
@@ -188,8 +190,9 @@ def interact(model: Model, settings: SampleSettings) -> None:
     with suppress(ImportError, OSError):
         import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
     tokenizer, opening = model.tokenizer, read_prompt(settings)
-    history = decode(tokenizer, [start_token(tokenizer)])
-    end_of_line = "" if tokenizer.unknown_characters("\n") else "\n"
+    has_records = tokenizer.separator is not None  # each reply is one, and begins with what is typed
+    history = "" if has_records else decode(tokenizer, [start_token(tokenizer)])
+    end_of_line = "" if has_records or tokenizer.unknown_characters("\n") else "\n"
     for turn in range(sys.maxsize):
         try:
             line = (opening if opening else input("> ")) + end_of_line
@@ -202,7 +205,7 @@ def interact(model: Model, settings: SampleSettings) -> None:
         except UserError as error:
             warn(str(error))
             continue
-        history += line
+        history = line if has_records else history + line
         for part in reply(model, history, settings.model_copy(update={"seed": settings.seed + turn})):
             print(part, end="", flush=True)
             history += part
@@ -219,15 +222,6 @@ def reply(model: Model, history: str, settings: SampleSettings) -> Iterator[str]
 def read_prompt(settings: SampleSettings) -> str:
     """Return the prompt of the settings, from the file if they name one."""
     return read_text(settings.prompt_file) if settings.prompt_file else settings.prompt
-
-
-def unescape(text: str) -> str:
-    r"""Replace the escapes \n, \r, \t and \\, which shells do not interpret.
-
-    >>> unescape(r"one\ntwo\\three")
-    'one\ntwo\\three'
-    """
-    return re.sub(r"\\([\\nrt])", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(escape[1], "\\"), text)
 
 
 if __name__ == "__main__":

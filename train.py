@@ -20,12 +20,12 @@ from statistics import median
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glyphgpt.checkpoint import Arrays, Checkpoint, Metadata, TrainState, find_checkpoint
-from glyphgpt.data.batches import Windows, window_starts
+from glyphgpt.data.batches import PADDING, Reader, inputs_and_targets
 from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
+from glyphgpt.data.rows import Row, training_rows
 from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.generate import SamplingParams, generate_text
@@ -150,8 +150,9 @@ class Trainer:
         muon_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         self.optimizers = make_optimizers(self.model, settings, muon_dtype)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-        self.train_windows = Windows(dataset.train, runtime.device)
-        self.val_windows = Windows(dataset.val, runtime.device)
+        self.rows = training_rows(dataset.train, settings.block_size, settings.seed)
+        self.train_reader = Reader(dataset.train, runtime.device)
+        self.val_reader = Reader(dataset.val, runtime.device)
         self.state = TrainState()
         self.run = Run(settings, runtime)
         self.report = LiveReport(self.run.folder, self.run.log, enabled=runtime.is_main and settings.report)
@@ -167,7 +168,8 @@ class Trainer:
         with run.locked():
             if checkpoint := run.load_last():
                 self.restore(checkpoint)
-            run.log_start(sum(parameter.numel() for parameter in self.parameters), self.dataset.train.tokens)
+            parameters = sum(parameter.numel() for parameter in self.parameters)
+            run.log_start(parameters, self.dataset.train.tokens, self.rows.per_epoch)
             with run.recording(self.state):
                 self.forward = self.make_forward()
                 if not checkpoint:
@@ -217,15 +219,14 @@ class Trainer:
     def next_batch(self) -> Tensor:
         """Return this process's sequences of the next update, (sequences, block_size + 1): inputs and targets."""
         length = self.settings.block_size + 1
-        batch = self.train_windows.read(self.batch_starts(self.state.step), length)
-        self.train_windows.prefetch(self.batch_starts(self.state.step + 1), length)
+        batch = self.train_reader.read(self.batch_rows(self.state.step), length)
+        self.train_reader.prefetch(self.batch_rows(self.state.step + 1), length)
         return batch
 
-    def batch_starts(self, step: int) -> NDArray[np.int64]:
-        """Return where in the training tokens this process's sequences of an update start."""
+    def batch_rows(self, step: int) -> list[Row]:
+        """Return the rows of the training split that are this process's sequences of an update."""
         count = self.sequences_per_step // self.runtime.world_size
-        first = step * self.sequences_per_step + self.runtime.rank * count
-        return window_starts(self.dataset.train.tokens, self.settings.block_size, self.settings.seed, first, count)
+        return self.rows.take(step * self.sequences_per_step + self.runtime.rank * count, count)
 
     def step(self, batch: Tensor) -> StepMetrics:
         """Update the weights with the gradients of a batch; set `stopping` if any process received a signal.
@@ -262,16 +263,24 @@ class Trainer:
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
     def backward(self, batch: Tensor) -> float:
-        """Accumulate the gradients of a batch's mean loss, one micro-batch at a time; return the loss."""
-        total = torch.zeros((), device=self.runtime.device)
+        """Accumulate the gradients of a batch's mean loss, one micro-batch at a time; return the loss.
+
+        For the gradients, the mean is over all places of the batch, also those without a target, so that processes and
+        micro-batches weigh their targets alike.
+        """
+        total, targets_seen = torch.zeros((), device=self.runtime.device), torch.zeros((), device=self.runtime.device)
+        places = batch[:, 1:].numel()
         micro_batches = torch.tensor_split(batch, math.ceil(len(batch) / self.settings.batch_size))
         for number, micro_batch in enumerate(micro_batches, start=1):
+            inputs, targets = inputs_and_targets(micro_batch)
+            count = (targets != PADDING).sum()
             with gradient_sync(self.forward, now=number == len(micro_batches)):
                 with self.runtime.autocast():
-                    loss = self.forward(micro_batch[:, :-1], micro_batch[:, 1:]) * (len(micro_batch) / len(batch))
+                    loss = self.forward(inputs, targets) * (count / places)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        return total.item()
+            targets_seen += count
+        return (total * places / targets_seen).item()
 
     def evaluate_and_save(self) -> None:
         """Evaluate on the validation split, log the score and a sample, and save.
@@ -297,7 +306,7 @@ class Trainer:
     def evaluate(self, max_tokens: int = 0) -> Score:
         """Return the score of the weights on a sample of the validation split, or on the whole split."""
         return evaluate(
-            self.model, self.val_windows, self.runtime,
+            self.model, self.val_reader, self.runtime,
             block_size=self.settings.block_size, batch_size=self.settings.batch_size, max_tokens=max_tokens,
         )  # fmt: skip
 
@@ -377,8 +386,7 @@ class Trainer:
 
     def make_forward(self) -> nn.Module:
         """Return the model for training: compiled if the settings say so, and averaging gradients over processes."""
-        example = self.next_batch()[: self.settings.batch_size]
-        inputs = (example[:, :-1], example[:, 1:])
+        inputs = inputs_and_targets(self.next_batch()[: self.settings.batch_size])
         compiled = compile_or_eager(self.model, self.settings.compile, self.runtime, inputs)
         return replicate_model(compiled, self.runtime) if self.runtime.world_size > 1 and not self.sharded else compiled
 

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import inspect
 import os.path
+import re
 import reprlib
 import shlex
 import tomllib
@@ -130,6 +131,15 @@ def relocate(values: Values, folder: Path) -> Values:
         if Path(moved).exists():
             values = {**values, "data_dir": moved}
     return {**values, "out_dir": str(folder)}
+
+
+def unescape(text: str) -> str:
+    r"""Replace the escapes \n, \r, \t and \\, which shells do not interpret.
+
+    >>> unescape(r"one\ntwo\\three")
+    'one\ntwo\\three'
+    """
+    return re.sub(r"\\([\\nrt])", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(escape[1], "\\"), text)
 
 
 def command(script: str, *words: str | Path) -> str:

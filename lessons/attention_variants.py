@@ -140,8 +140,8 @@ class VariantTrainer(Trainer):
     def generation_loss(self) -> float:
         """Return the mean loss of the character after a full window, where no mask can show the future."""
         T = self.settings.block_size
-        starts = np.arange(0, self.dataset.val.tokens - T, T)  # (B,)
-        windows = self.val_windows.read(starts, T + 1)  # (B, T + 1)
+        starts = range(0, self.dataset.val.tokens - T, T)
+        windows = self.val_reader.read([[range(start, start + T + 1)] for start in starts], T + 1)  # (B, T + 1)
         with self.runtime.autocast():
             logits = self.model.eval().next_logits(windows[:, :-1])  # (B, V)
         return F.cross_entropy(logits.float(), windows[:, -1]).item()

@@ -157,6 +157,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "books/two.txt": some_text(3000),
         "talks.jsonl": '{"body": "good night, my lord"}\n' * 20,
         "pairs.txt": "".join(f"{source}\t{target}\n" for source, target in pairs),
+        "names.txt": "\n".join(some_text(3000).split()),
+        "poems.txt": some_text(3000).replace("\n", "\n\n"),
         "german.txt": "the king 1\nking 2\n",
         "english.txt": "good night 1\ngood night 2\n",
     }.items():

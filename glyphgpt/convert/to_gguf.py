@@ -23,7 +23,7 @@ from glyphgpt.convert.common import (
     split_qkv,
 )
 from glyphgpt.data.downloads import GPT2_MERGES, fetch
-from glyphgpt.data.tokenizers import BPETokenizer, Tokenizer
+from glyphgpt.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer
 from glyphgpt.errors import UserError, optional_import, shorten, warn
 from glyphgpt.files import atomic_path
 from glyphgpt.inference.loading import open_checkpoint
@@ -168,21 +168,22 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:
 
     llama.cpp encodes text to the same ids, with two exceptions: it skips unknown characters, as --skip_unknown does,
     and it reads <|endoftext|> in a prompt as the token that separates documents, where there is one. It adds no token
-    before or after a text. END is never sampled, because the file tells llama.cpp to suppress it. Older versions ignore
-    that, and need --ignore-eos.
+    before or after a text, except the one before a record. END is never sampled, because the file tells llama.cpp to
+    suppress it. Older versions ignore that, and need --ignore-eos.
     """
-    tokens = [in_symbols(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
-    if tokenizer.kind == "gpt2":
+    base = tokenizer.base
+    tokens = [in_symbols(base.token_bytes(token)) for token in range(base.vocab_size)]
+    if base.kind == "gpt2":
         merges = read_merges(fetch(GPT2_MERGES, data_dir))
-    elif isinstance(tokenizer, BPETokenizer):
-        merges = merges_in_symbols(tokenizer) or [NO_MERGE]
+    elif isinstance(base, BPETokenizer):
+        merges = merges_in_symbols(base) or [NO_MERGE]
     else:
         pairs = (f"{token[:end]} {token[end]}" for token in tokens for end in range(1, len(token)))
         merges = list(dict.fromkeys(pairs)) or [NO_MERGE]
-    end = tokenizer.end_of_text
-    if end is None:
-        end = len(tokens)
-        tokens.append(END)
+    if base.end_of_text is None:
+        tokens.append(END_OF_TEXT if tokenizer.end_of_text else END)
+    end = tokenizer.end_of_text or len(tokens) - 1
+    if tokenizer.end_of_text is None:
         writer.add_array("tokenizer.ggml.suppress_tokens", [end])
     types = [1] * len(tokens)  # normal
     types[end] = 3 if tokenizer.end_of_text else 5  # control, which prompts may contain, or unused
@@ -193,5 +194,5 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, data_dir: Path) -> None:
     writer.add_token_merges(merges)
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokenizer.separator is not None)
     writer.add_add_eos_token(False)

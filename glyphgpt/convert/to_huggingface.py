@@ -196,12 +196,19 @@ def tokenizer_json(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
     """Return a tokenizer with the same ids in the format of Hugging Face's tokenizers library.
 
     As here, "<|endoftext|>" in a text is ordinary text, because of `split_special_tokens` in tokenizer_config.json.
+    Where the model was trained on records, the token before a record precedes each text.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     single_characters = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True, "normalized": False,
            "single_word": False, "lstrip": False, "rstrip": False}  # fmt: skip
-    has_characters = isinstance(tokenizer, CharTokenizer)
+    begin_record = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text], "tokens": [END_OF_TEXT]}},
+    }
+    has_characters = isinstance(tokenizer.base, CharTokenizer)
     return {
         "version": "1.0",
         "truncation": None,
@@ -209,9 +216,9 @@ def tokenizer_json(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
         "added_tokens": [end] if tokenizer.end_of_text else [],
         "normalizer": None,
         "pre_tokenizer": single_characters if has_characters else byte_level,
-        "post_processor": None,
+        "post_processor": None if tokenizer.separator is None else begin_record,
         "decoder": {"type": "Fuse"} if has_characters else byte_level,
-        "model": tokenizer_model(tokenizer, data_dir),
+        "model": tokenizer_model(tokenizer.base, data_dir),
     }
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from glyphgpt.data.cleaning import Cleaner
 from glyphgpt.data.records import Documents
 from glyphgpt.data.sources import list_names
-from glyphgpt.data.splitting import Draw, block_size, join_splits, number_blocks, number_documents
+from glyphgpt.data.splitting import (
+    Draw,
+    assign_records,
+    block_size,
+    join_splits,
+    number_blocks,
+    number_documents,
+    read_records,
+)
 from glyphgpt.data.text import OnChunk, OnText, OnWarning, Text
 from glyphgpt.errors import UserError
 from glyphgpt.settings import PrepareSettings
@@ -16,10 +24,12 @@ from glyphgpt.settings import PrepareSettings
 class Corpus:
     """The user's text, with a text for validation of its own if there is one."""
 
-    def __init__(self, text: Text, settings: PrepareSettings, val: Text | None = None) -> None:
-        """Combine the texts."""
+    def __init__(
+        self, text: Text, settings: PrepareSettings, val: Text | None = None, separator: str | None = None
+    ) -> None:
+        """Combine the texts. `separator` is that of the records, if these are texts of records (Tokenizer)."""
         self.texts = {"train": text} | ({"val": val} if val else {})
-        self.settings = settings
+        self.settings, self.separator = settings, separator
         self.names = tuple(name for text in self.texts.values() for name in text.names)
         self.rereadable = all(text.rereadable for text in self.texts.values())
 
@@ -40,7 +50,7 @@ class Corpus:
     def passes(self) -> int:
         """How often `read_splits` reads the files."""
         splits = 2 + (self.settings.test_fraction > 0)
-        return 1 if self.settings.split == "tail" else splits
+        return splits if self.draws_splits else 1
 
     def read(
         self, on_chunk: OnChunk, on_warning: OnWarning | None = None, on_text: OnText | None = None
@@ -55,17 +65,25 @@ class Corpus:
             for part, documents in self._assign(stream, split):
                 yield part, documents if text.separate_documents else ["".join(documents)]
 
+    @property
+    def draws_splits(self) -> bool:
+        """Whether parts of the text are drawn at random for the splits, which then do not follow each other."""
+        return self.settings.split != "tail" or (self.separator is not None and len(self.texts) == 1)
+
     def _assign(self, stream: Iterator[Documents], split: str) -> Iterator[tuple[str, Documents]]:
         """Yield the documents of a stream with their split."""
         settings = self.settings
-        if settings.split == "tail":
-            yield from ((split, documents) for documents in stream)
-            return
         draw = Draw(settings.val_fraction, settings.test_fraction, settings.seed)
-        size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
-        are_documents = settings.split == "documents"
-        numbered = number_documents(stream) if are_documents else number_blocks(stream, size)
-        yield from join_splits(numbered, draw, are_documents=are_documents)
+        if self.separator is not None:
+            records = read_records(stream, self.separator)
+            yield from assign_records(records, draw if self.draws_splits else None, split)
+        elif self.draws_splits:
+            size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
+            are_documents = settings.split == "documents"
+            numbered = number_documents(stream) if are_documents else number_blocks(stream, size)
+            yield from join_splits(numbered, draw, are_documents=are_documents)
+        else:
+            yield from ((split, documents) for documents in stream)
 
     def sizes(self, counts: dict[str, int]) -> dict[str, int]:
         """Return the characters of each split, in their order, from those of the documents that `read` yields.
@@ -78,19 +96,22 @@ class Corpus:
             for name, text in self.texts.items():
                 if not counts.get(name):
                     raise UserError(f"{list_names(text.names)}: the text is empty")
-        if settings.split == "tail" and len(self.texts) == 1:
+        if len(self.texts) == 1 and not self.draws_splits:
             total = sum(counts.values())
             ends = [1 - settings.val_fraction - settings.test_fraction, 1 - settings.test_fraction, 1]
             before = [0, *(int(total * end) for end in ends)]
             return {name: before[i + 1] - before[i] for i, name in enumerate(names)}
         for name in names:
             if not counts.get(name):
-                others = "--split=blocks or tail" if settings.split == "documents" else "--split=tail"
-                raise UserError(
-                    f"{list_names(self.names)}: --split={settings.split} leaves no text for the {name} split; "
-                    f"use a larger fraction, or {others}"
-                )
+                raise UserError(f"{list_names(self.names)}: {self._without_split(name)}")
         return {name: counts[name] for name in names}
+
+    def _without_split(self, name: str) -> str:
+        """Return the problem and the remedy where the random draw leaves a split without text."""
+        if self.separator is not None:
+            return f"--records={self.settings.records} finds too few records for the {name} split; choose other records"
+        others = "--split=blocks or tail" if self.settings.split == "documents" else "--split=tail"
+        return f"--split={self.settings.split} leaves no text for the {name} split; use a larger fraction, or {others}"
 
     def read_splits(self, splits: list[str], on_chunk: OnChunk) -> Iterator[Documents]:
         """Yield all documents, one split after the other."""

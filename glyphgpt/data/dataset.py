@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glyphgpt.cli import command
@@ -26,6 +27,7 @@ from glyphgpt.files import file_sha256
 
 FORMAT = 1
 META = "meta.json"
+CHUNK_TOKENS = 1 << 24  # read at once
 OPEN_SHARDS = 64  # the most shards open at once, since systems limit a process to a few hundred open files
 
 FileIdentity = tuple[int, int, int, int]
@@ -249,6 +251,8 @@ class Split:
 
     shards: tuple[Tokens | ShardFile, ...]
     characters: int
+    end_of_record: int | None = None
+    """The token before and after each record, in a text of records."""
 
     @cached_property
     def shard_ends(self) -> list[int]:
@@ -264,6 +268,15 @@ class Split:
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the tokens."""
         return self.shards[0].dtype
+
+    @cached_property
+    def record_ends(self) -> NDArray[np.int64] | None:
+        """The positions of end_of_record; None where there are no records."""
+        if self.end_of_record is None:
+            return None
+        starts = range(0, self.tokens, CHUNK_TOKENS)
+        parts = (np.flatnonzero(self.slice(start, start + CHUNK_TOKENS) == self.end_of_record) for start in starts)
+        return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
 
     def slice(self, start: int, stop: int) -> Tokens:
         """Return the tokens from `start` up to `stop`, shape (stop - start,), across shards."""
@@ -339,19 +352,24 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
     tokenizer = tokenizer_from_dict(meta.tokenizer, data_dir)
     if tokenizer.vocab_size != meta.vocab_size:
         raise UserError(f"{folder / META}: vocab_size does not match the tokenizer; prepare the dataset again")
+    end = tokenizer.end_of_text if tokenizer.separator is not None else None
     train, val, test = (
-        _load_split(folder, split, meta.vocab_size) if split else None for split in (meta.train, meta.val, meta.test)
+        _load_split(folder, split, meta.vocab_size, end) if split else None
+        for split in (meta.train, meta.val, meta.test)
     )
     assert train
     assert val
     return Dataset(folder, meta, tokenizer, train, val, test)
 
 
-def _load_split(folder: Path, split: SplitMeta, vocab_size: int) -> Split:
+def _load_split(folder: Path, split: SplitMeta, vocab_size: int, end_of_record: int | None) -> Split:
     shards = tuple(_load_shard(folder / shard.file, shard, vocab_size) for shard in split.shards)
     if sum(shard.size for shard in shards) != split.tokens or split.tokens < 2 or split.characters < 1:
         raise UserError(f"{folder / META}: the token counts do not match the shards; prepare the dataset again")
-    return Split(shards, split.characters)
+    loaded = Split(shards, split.characters, end_of_record)
+    if end_of_record is not None and {int(loaded.slice(i, i + 1)[0]) for i in (0, split.tokens - 1)} != {end_of_record}:
+        raise UserError(f"{folder / META}: the records are damaged; prepare the dataset again")
+    return loaded
 
 
 def _load_shard(path: Path, shard: Shard, vocab_size: int) -> ShardFile:

@@ -11,13 +11,16 @@ from functools import lru_cache
 import numpy as np
 
 from glyphgpt.data.records import Documents
-from glyphgpt.data.tokenizers import Tokenizer, Tokens, encode_documents
+from glyphgpt.data.tokenizers import Tokenizer, Tokens
+from glyphgpt.errors import UserError
 
 BLOCKS = 200
 """Blocks of a text for --split=blocks, unless they would be smaller than LEAST_BLOCK or larger than LARGEST_BLOCK."""
 LEAST_BLOCK, LARGEST_BLOCK = 1000, 20_000
 FEWEST_BLOCKS = 8
 """Blocks that each split has about, in a short text."""
+LONGEST_RECORD = 1 << 24
+"""The most characters of a record, which memory must hold."""
 JOINED_CHARACTERS = 1 << 18
 """Documents or blocks of the same split are processed together up to this many characters."""
 
@@ -36,20 +39,66 @@ class Draw:
 
     def split_of(self, number: int) -> str:
         """Return the split of a document or block: "train", "val" or "test"."""
-        fraction = self.val_fraction + self.test_fraction
-        nearest = math.floor(number * fraction)
-        for group in range(max(0, nearest - 1), nearest + 2):  # rounding may move the limits of a group
+        return self.drawn(number, number + 1).get(number, "train")
+
+    def drawn(self, first: int, last: int) -> dict[int, str]:
+        """Return those of the numbers from `first` up to `last` that are not for training, with their splits."""
+        fraction, splits = self.val_fraction + self.test_fraction, dict[int, str]()
+        for group in range(max(0, math.floor(first * fraction) - 1), math.floor(last * fraction) + 2):
             start, end = math.ceil(group / fraction), math.ceil((group + 1) / fraction)
-            if start <= number < end and number == start + random_integer(self.seed, group, end - start):
+            if start < end and first <= (number := start + random_integer(self.seed, group, end - start)) < last:
                 tests = [math.floor(n * self.test_fraction / fraction) for n in (group, group + 1)]
-                return "test" if tests[1] > tests[0] else "val"
-        return "train"
+                splits[number] = "test" if tests[1] > tests[0] else "val"
+        return splits
 
 
 @lru_cache(maxsize=64)  # consecutive numbers share a group
 def random_integer(seed: int, group: int, limit: int) -> int:
     """Return an integer in [0, limit) that depends on a seed and a group."""
     return int(np.random.default_rng((seed, group)).integers(limit))
+
+
+def split_records(text: str, separator: str) -> list[str]:
+    r"""Return the records of a text, without line ends before and after them; empty ones are left out.
+
+    >>> split_records("emma\r\n\nava\n", "\n")
+    ['emma', 'ava']
+    """
+    parts = text.split(separator) if separator else [text]
+    return [record for part in parts if (record := part.strip("\r\n"))]
+
+
+def read_records(stream: Iterator[Documents], separator: str) -> Iterator[list[str]]:
+    """Yield lists of whole records: the parts of each document between separators, or the documents if it is "".
+
+    Raises:
+        UserError: A record is too long.
+    """
+    rest = ""
+    for first, *others in stream:
+        *documents, last = rest + first, *others
+        complete, _, rest = last.rpartition(separator) if separator else ("", "", last)
+        if records := [record for document in (*documents, complete) for record in split_records(document, separator)]:
+            yield records
+        if len(rest) > LONGEST_RECORD:
+            raise UserError(f"a record has more than {LONGEST_RECORD:,} characters; choose another --records")
+    if records := split_records(rest, separator):
+        yield records
+
+
+def assign_records(stream: Iterator[list[str]], draw: Draw | None, split: str) -> Iterator[tuple[str, Documents]]:
+    """Yield the records with the splits that are drawn for them, or with `split`.
+
+    An empty document comes first, so that the next one begins a record.
+    """
+    first = 0
+    for records in stream:
+        drawn = draw.drawn(first, first + len(records)) if draw else {}
+        parts: dict[str, Documents] = {}
+        for number, record in enumerate(records, start=first):
+            parts.setdefault(drawn.get(number, split), [""]).append(record)
+        yield from parts.items()
+        first += len(records)
 
 
 def number_documents(stream: Iterator[Documents]) -> Iterator[tuple[int, Documents]]:
@@ -142,7 +191,8 @@ def split_text(
         pending = [*pending[:-1], pending[-1] + first, *others]
         while (missing := sizes[split] - start) <= count_characters(pending):
             segment, pending = split_at(pending, missing)
-            yield Segment(split, start, segment, is_last=True)
+            closing = [] if tokenizer.separator is None else [""]  # after which the last record ends
+            yield Segment(split, start, [*segment, *closing], is_last=True)
             if split == splits[-1]:
                 return
             split, start = splits[splits.index(split) + 1], 0
@@ -178,7 +228,7 @@ def encode_segments(
     """Yield each segment and its tokens in order, while the executor's threads encode the next segments."""
     pending: deque[tuple[Segment, Future[Tokens]]] = deque()
     for segment in segments:
-        pending.append((segment, executor.submit(encode_documents, segment.documents, tokenizer)))
+        pending.append((segment, executor.submit(tokenizer.encode_documents, segment.documents)))
         if len(pending) > 2 * (os.cpu_count() or 1):
             oldest, tokens = pending.popleft()
             yield oldest, tokens.result()

@@ -33,6 +33,13 @@ class Tokenizer(ABC):
     vocab_size: int
     end_of_text: int | None = None
     """The token that separates documents, if there is one."""
+    separator: str | None = None
+    """What separates records in a text of records, or "" if each document is a record; None for other texts."""
+
+    @property
+    def base(self) -> "Tokenizer":
+        """The tokenizer of the text within records: this one, unless it is one of records."""
+        return self
 
     @abstractmethod
     def encode(self, text: str) -> Tokens:
@@ -57,6 +64,18 @@ class Tokenizer(ABC):
     def split_point(self, text: str) -> int:
         """Return an index, as late as possible, at which a text can be split without changing its tokens, or 0."""
         return len(text)
+
+    def encode_documents(self, documents: Sequence[str]) -> Tokens:
+        """Return the ids of documents, separated by the end-of-text token.
+
+        Raises:
+            UserError: A character has no token.
+        """
+        first, *others = documents
+        parts = [self.encode(first)]
+        for document in others:
+            parts += [np.array([self.end_of_text], dtype=parts[0].dtype), self.encode(document)]
+        return np.concatenate(parts) if others else parts[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tokenizer as JSON types, for `tokenizer_from_dict`."""
@@ -319,6 +338,67 @@ class GPT2Tokenizer(BPETokenizer):
         return {"kind": self.kind}
 
 
+class RecordTokenizer(Tokenizer):
+    r"""A tokenizer for records, with a token before and after each: that of the base, or one more.
+
+    >>> tokenizer = RecordTokenizer(CharTokenizer("aemnov"), separator="\n")
+    >>> tokenizer.encode_documents(["", "emma", "ava", ""]).tolist()
+    [6, 1, 2, 2, 0, 6, 0, 5, 0, 6]
+    >>> decode(tokenizer, [0, 5, 0, 6, 1])
+    'ava\ne'
+    """
+
+    end_of_text: int
+
+    def __init__(self, base: Tokenizer, separator: str) -> None:
+        """Add records to a tokenizer; `separator` is what separates them in a text, or "" if nothing does."""
+        self._base, self.kind, self.separator = base, base.kind, separator
+        self.end_of_text = base.vocab_size if base.end_of_text is None else base.end_of_text
+        self.vocab_size = max(base.vocab_size, self.end_of_text + 1)
+
+    @property
+    def base(self) -> Tokenizer:
+        """The tokenizer of the text within records."""
+        return self._base
+
+    def encode(self, text: str) -> Tokens:
+        """Return the ids of a record, or of a part of one, without the tokens before and after it."""
+        return self._base.encode(text).astype(token_dtype(self.vocab_size), copy=False)
+
+    def encode_documents(self, documents: Sequence[str]) -> Tokens:
+        """Return the ids of documents, separated by the end-of-text token."""
+        if not isinstance(self._base, CharTokenizer):
+            return super().encode_documents(documents)
+        ends = np.cumsum([len(document) for document in documents[:-1]])  # many times as fast for short records
+        return np.insert(self.encode("".join(documents)), ends, self.end_of_text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a token; those of the separator between records."""
+        return (self.separator or END_OF_TEXT).encode() if token == self.end_of_text else self._base.token_bytes(token)
+
+    def decode_bytes(self, tokens: Tokens) -> bytes:
+        """Return the UTF-8 bytes of tokens (N,)."""
+        first, *others = np.split(tokens, np.flatnonzero(tokens == self.end_of_text))
+        parts = [self._base.decode_bytes(part) for part in (first, *(part[1:] for part in others))]
+        return self.token_bytes(self.end_of_text).join(parts)
+
+    def unknown_characters(self, text: str) -> list[str]:
+        """Return the distinct characters of a text that have no token, sorted."""
+        return self._base.unknown_characters(text)
+
+    def split_unknown(self, text: str) -> tuple[str, str]:
+        """Return the characters of a text that have a token, and those that have none, both in their order."""
+        return self._base.split_unknown(text)
+
+    def split_point(self, text: str) -> int:
+        """Return an index, as late as possible, at which a text can be split without changing its tokens, or 0."""
+        return self._base.split_point(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the base does, and the separator."""
+        return self._base.to_dict() | {"separator": self.separator}
+
+
 def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
     """Restore a tokenizer from the result of its `to_dict`.
 
@@ -326,6 +406,8 @@ def tokenizer_from_dict(data: Any, data_dir: Path) -> Tokenizer:
         UserError: The data does not describe a tokenizer.
     """
     match data:
+        case {"separator": str(separator), **base}:
+            return RecordTokenizer(tokenizer_from_dict(base, data_dir), separator)
         case {"kind": "char", "characters": str(characters)}:
             return CharTokenizer(characters)
         case {"kind": "byte"}:
@@ -379,19 +461,6 @@ def encode_text(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
 
 
-def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
-    """Return the ids of documents, separated by the end-of-text token.
-
-    Raises:
-        UserError: A character has no token.
-    """
-    first, *others = documents
-    parts = [tokenizer.encode(first)]
-    for document in others:
-        parts += [np.array([tokenizer.end_of_text], dtype=parts[0].dtype), tokenizer.encode(document)]
-    return np.concatenate(parts) if others else parts[0]
-
-
 def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Counter[str]) -> Iterator[list[str]]:
     """Yield lists of texts without the characters that have no token, and count these in `dropped`."""
     for texts in stream:
@@ -411,7 +480,12 @@ def token_text(token_bytes: bytes) -> str:
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """Return the token that a sample without a prompt starts from: the newline, or the first token if there is none."""
+    """Return the token that a sample without a prompt starts from.
+
+    It is the token before a record in a text of records, else the newline, or the first token if there is none.
+    """
+    if tokenizer.separator is not None and tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
     return 0 if tokenizer.unknown_characters("\n") else int(tokenizer.encode("\n")[0])
 
 

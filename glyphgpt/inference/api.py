@@ -25,7 +25,7 @@ from glyphgpt.inference.generate import (
     log_softmax,
 )
 from glyphgpt.inference.loading import language_model, open_checkpoint
-from glyphgpt.inference.score import Score, make_score, token_losses
+from glyphgpt.inference.score import Score, encode_split, make_score, token_losses
 from glyphgpt.settings import SampleSettings
 
 if TYPE_CHECKING:
@@ -111,14 +111,13 @@ class Model:
         return {token_text(self.tokenizer.token_bytes(int(i))): float(probs[i]) for i in np.argsort(-probs)}
 
     def score(self, text: str, *, skip_unknown: bool = False) -> TextScore:
-        """Return how well the model predicts a text.
+        """Return how well the model predicts a text, or the records of a text if it was trained on records.
 
         Raises:
             UserError: The text has characters that the model does not know, or less than two tokens.
         """
-        tokens = encode_text(text, self.tokenizer, skip=skip_unknown)
-        parts = split_tokens(tokens, self.tokenizer)
-        split = Split((tokens,), sum(len(part) for part, _ in parts))
+        split = encode_split(text, self.tokenizer, skip=skip_unknown)
+        parts = split_tokens(split.slice(0, split.tokens), self.tokenizer)
         losses = np.concatenate(([0.0], *self.token_losses(split)))
         ends = np.cumsum([count for _, count in parts]) - 1
         bits = np.diff(losses.cumsum()[ends] / np.log(2), prepend=0.0)
@@ -146,9 +145,10 @@ class Model:
         return token_losses(self.model, split, block_size=self.block_size, vocab_size=self.checkpoint.config.vocab_size)
 
     def prompt_tokens(self, prompt: str, *, skip: bool) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the tokens of a prompt; of an empty one, the token that a text starts from."""
-        tokens = encode_text(prompt, self.tokenizer, skip=skip)
-        return tokens.astype(np.int64) if tokens.size else np.array([start_token(self.tokenizer)])
+        """Return the tokens of a prompt; of an empty one, or before a record, the token that a text starts from."""
+        tokens = encode_text(prompt, self.tokenizer, skip=skip).astype(np.int64)
+        has_start = tokens.size and self.tokenizer.separator is None
+        return tokens if has_start else np.concatenate(([start_token(self.tokenizer)], tokens))
 
 
 def split_tokens(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, int]]:

@@ -140,11 +140,12 @@ def generate_text(
 
 
 class TextStream:
-    """The text of one sample while it is generated. It ends before the first stop string."""
+    """The text of one sample while it is generated. It ends with its record, or before the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         """Start an empty text."""
         self._decoder = StreamDecoder(tokenizer)
+        self._end_of_record = None if tokenizer.separator is None else tokenizer.end_of_text
         self._stops = [stop for stop in stops if stop]
         self._pending = ""  # may be the start of a stop string
         self.text = ""
@@ -152,6 +153,8 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Add a token, and return the text that is final now."""
+        if token == self._end_of_record:
+            return self.end()
         return "".join(map(self._feed_character, self._decoder.feed(token)))
 
     def end(self) -> str:

@@ -9,6 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from glyphgpt.data.dataset import Split
+from glyphgpt.data.rows import evaluation_blocks
+from glyphgpt.data.splitting import split_records
+from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text
 from glyphgpt.inference.generate import Floats, Ids, log_softmax
 
 BATCH_LOGITS = 2**22
@@ -58,19 +61,39 @@ def make_score(loss: float, eval_tokens: int, split: Split, standard_error: floa
     )
 
 
+def encode_split(text: str, tokenizer: Tokenizer, *, skip: bool) -> Split:
+    """Return a user's text as a split, without its unknown characters if `skip` is true.
+
+    Raises:
+        UserError: The text has unknown characters and `skip` is false.
+    """
+    if tokenizer.separator is None:
+        tokens = encode_text(text, tokenizer, skip=skip)
+        return Split((tokens,), len(decode(tokenizer, tokens)))
+    records = split_records(text, tokenizer.separator)
+    encode_text("".join(records), tokenizer, skip=skip)
+    known = [tokenizer.split_unknown(record)[0] for record in records]
+    tokens = tokenizer.encode_documents(["", *known, ""])
+    return Split((tokens,), sum(map(len, known)), tokenizer.end_of_text)
+
+
 def token_losses(model: Scorer, split: Split, *, block_size: int, vocab_size: int) -> Iterator[Floats]:
     """Yield the losses of all N tokens but the first, in nats, as arrays of N - 1 numbers together.
 
-    The tokens are predicted in blocks of block_size, each without what precedes it, as in training.
+    The tokens are predicted in the blocks of an evaluation, each without what precedes it, as in training.
     """
-    batch = max(1, BATCH_LOGITS // (block_size * vocab_size))
-    start, count = 0, split.tokens - 1
-    with tqdm(total=count, unit="token", desc="scoring", leave=False, delay=BAR_SECONDS, disable=None) as progress:
-        while start < count:
-            T = min(block_size, count - start)
-            B = min(batch, (count - start) // T)
-            tokens = split.slice(start, start + B * T + 1).astype(np.int64)
-            log_probs = log_softmax(model.logits(tokens[:-1].reshape(B, T)))  # (B, T, V)
-            yield -np.take_along_axis(log_probs, tokens[1:].reshape(B, T, 1), axis=-1).ravel()
-            start += B * T
-            progress.update(B * T)
+    starts, sizes = evaluation_blocks(split, block_size)
+    batch = max(1, BATCH_LOGITS // (int(sizes.max()) * vocab_size))
+    with tqdm(
+        total=split.tokens - 1, unit="token", desc="scoring", leave=False, delay=BAR_SECONDS, disable=None
+    ) as progress:
+        for first in range(0, len(starts), batch):
+            block_starts, block_sizes = starts[first : first + batch], sizes[first : first + batch]
+            T, total = int(block_sizes.max()), int(block_sizes.sum())
+            text = split.slice(int(block_starts[0]), int(block_starts[0]) + total + 1).astype(np.int64)
+            # Blocks that are shorter than the longest one are filled with what follows, and its losses are left out.
+            index = np.minimum(block_starts[:, None] - block_starts[0] + np.arange(T), total - 1)  # (B, T)
+            log_probs = log_softmax(model.logits(text[index]))  # (B, T, V)
+            losses = -np.take_along_axis(log_probs, text[index + 1][:, :, None], axis=-1)[:, :, 0]
+            yield losses[np.arange(T) < block_sizes[:, None]]
+            progress.update(total)

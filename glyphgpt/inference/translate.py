@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from glyphgpt.cli import parse
 from glyphgpt.data.text import read_lines
-from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text
+from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, exit_on_error, optional_import
 from glyphgpt.files import write_atomic
 from glyphgpt.inference.api import open_model
@@ -64,12 +64,14 @@ class Translator:
         Raises:
             UserError: The vocabulary lacks the tab or the line end.
         """
-        if tokenizer.unknown_characters("\t\n"):
+        has_records = tokenizer.separator is not None
+        if tokenizer.unknown_characters("\t" if has_records else "\t\n"):
             raise UserError(
                 "the model's vocabulary lacks the tab or the line end; train on lines of source, tab, translation"
             )
         self.model, self.tokenizer, self.block_size, self.settings = model, tokenizer, block_size, settings
-        self.end = int(tokenizer.encode("\n")[0])
+        self.end = start_token(tokenizer)
+        """The token before and after each line."""
 
     def translate(self, sources: Sequence[str]) -> list[str]:
         """Return the translation of each line; that of an empty line is empty.
@@ -98,7 +100,7 @@ class Translator:
             source = encode_text(line, self.tokenizer, skip=self.settings.skip_unknown)
         except UserError as error:
             raise UserError(f"line {number}: {error}") from error
-        prompt = np.concatenate((self.tokenizer.encode("\n"), source, self.tokenizer.encode("\t"))).astype(np.int64)
+        prompt = np.concatenate(([self.end], source, self.tokenizer.encode("\t"))).astype(np.int64)
         if len(prompt) >= self.block_size:
             raise UserError(
                 f"line {number}: {len(source):,} tokens leave no room in the model's context of {self.block_size:,}; "

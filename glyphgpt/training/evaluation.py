@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from glyphgpt.cli import command
-from glyphgpt.data.batches import Windows
+from glyphgpt.data.batches import PADDING, Reader, inputs_and_targets
 from glyphgpt.data.dataset import Dataset
+from glyphgpt.data.rows import Ints, Row, evaluation_blocks
 from glyphgpt.errors import UserError
 from glyphgpt.inference.score import BAR_SECONDS, Score, make_score
 from glyphgpt.runtime import Runtime
@@ -51,51 +52,74 @@ def sample_blocks(blocks: int, count: int) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, windows: Windows, runtime: Runtime, *, block_size: int, batch_size: int, max_tokens: int = 0
+    model: nn.Module, reader: Reader, runtime: Runtime, *, block_size: int, batch_size: int, max_tokens: int = 0
 ) -> Score:
-    """Return the score on blocks of block_size tokens: all of them, or a sample.
+    """Return the score on blocks of up to block_size tokens (`evaluation_blocks`): all of them, or a sample.
 
-    Consecutive blocks predict every token of the split but the first once. Processes share the blocks. Each calls the
-    model equally often, as a sharded model requires.
+    Processes share the blocks. Each calls the model equally often, as a sharded model requires.
 
     Args:
         batch_size: Batch size of training. Without gradients four times as many sequences fit, and are faster, except
             with a large vocabulary, whose logits take most of the memory.
         max_tokens: If above 0, read a sample of the blocks, at least two, with about this many tokens.
     """
-    blocks, rest = divmod(windows.split.tokens - 1, block_size)
-    count = min(blocks, max(2, max_tokens // block_size)) if max_tokens else blocks
-    if count > NEARLY_ALL * blocks:
-        count = blocks
+    starts, sizes = evaluation_blocks(reader.split, block_size)
+    blocks, count = len(sizes), sample_size(sizes, max_tokens)
     if count < blocks:
-        rest = 0
-    starts = sample_blocks(blocks, count) * block_size
-    eval_batch_size = batch_size * (4 if windows.split.dtype.itemsize == 1 else 1)
-    calls = math.ceil(count / (eval_batch_size * runtime.world_size))
-    parts = np.array_split(starts[runtime.rank :: runtime.world_size], calls) if calls else []
-    batches = [(part if part.size else starts[:1], block_size, part.size) for part in parts]
-    if rest:
-        batches.append((np.array([blocks * block_size]), rest, int(runtime.is_main)))
+        chosen = sample_blocks(blocks, count)
+        starts, sizes = starts[chosen], sizes[chosen]
+    order = np.argsort(-sizes, kind="stable")  # blocks of similar sizes together, as the others are padded
+    starts, sizes = starts[order], sizes[order]
+    batch_tokens = block_size * batch_size * (4 if reader.split.dtype.itemsize == 1 else 1)
     was_training = model.training
     model.eval()
-    total = squares = 0.0
+    sums = np.zeros(count)  # of each block's losses, in the blocks that this process evaluates
     hidden = None if runtime.is_main else True  # None hides the bar where there is no terminal
-    for batch_starts, length, counted in tqdm(
-        batches, "evaluating", unit="batch", leave=False, delay=BAR_SECONDS, disable=hidden
-    ):
-        sequences = windows.read(batch_starts, length + 1)
+    for first, last in tqdm(
+        batch_limits(sizes, batch_tokens * runtime.world_size),
+        "evaluating", unit="batch", leave=False, delay=BAR_SECONDS, disable=hidden,
+    ):  # fmt: skip
+        own = np.arange(first + runtime.rank, last, runtime.world_size)
+        read = own if own.size else [first]
+        length = int(sizes[first])
+        rows: list[Row] = [[range(starts[i], starts[i] + sizes[i] + 1)] for i in read]
+        inputs, targets = inputs_and_targets(reader.read(rows, length + 1))
         with runtime.autocast():
-            logits = model(sequences[:, :-1])
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten(), reduction="none")
-        block_losses = losses.view(-1, length).sum(1, dtype=torch.float64)[:counted]
-        total += block_losses.sum().item()
-        squares += block_losses.square().sum().item() if length == block_size else 0.0
+            logits = model(inputs)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=PADDING, reduction="none"
+        )
+        sums[own] = losses.view(-1, length).sum(1, dtype=torch.float64)[: own.size].cpu()
     model.train(was_training)
-    total, squares = runtime.sum(total, squares)
-    tokens = count * block_size + rest
-    variance = max(0.0, squares - total**2 / count) / (count - 1) if count < blocks else 0.0  # of a block's loss
-    standard_error = math.sqrt(variance / count * (1 - count / blocks)) / block_size if variance else 0.0
-    return make_score(total / tokens, tokens, windows.split, standard_error)
+    total, squares, products = runtime.sum(float(sums.sum()), float(sums @ sums), float(sums @ sizes))
+    tokens = int(sizes.sum())
+    loss = total / tokens
+    error = 0.0
+    if count < blocks:  # of a ratio of two sums over a sample (Cochran 1977, section 6.3)
+        variance = max(0.0, squares - 2 * loss * products + loss**2 * float(sizes @ sizes)) / (count - 1)
+        error = math.sqrt(variance / count * (1 - count / blocks)) / (tokens / count)
+    return make_score(loss, tokens, reader.split, error)
+
+
+def sample_size(sizes: Ints, max_tokens: int) -> int:
+    """Return how many of the blocks of these sizes to evaluate, so that they have about `max_tokens` tokens."""
+    blocks = len(sizes)
+    count = min(blocks, max(2, int(max_tokens / sizes.mean()))) if max_tokens else blocks
+    return blocks if count > NEARLY_ALL * blocks else count
+
+
+def batch_limits(sizes: Ints, tokens: int) -> list[tuple[int, int]]:
+    """Return the first block of each batch and the one after its last; a batch has about `tokens` tokens.
+
+    Args:
+        sizes: The sizes of the blocks, the largest first. Each block of a batch is padded to the first one's size.
+    """
+    limits, first = [], 0
+    while first < len(sizes):
+        last = min(len(sizes), first + max(1, tokens // int(sizes[first])))
+        limits.append((first, last))
+        first = last
+    return limits
 
 
 def evaluate_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -> Score:
@@ -107,9 +131,9 @@ def evaluate_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -
     best = load_checkpoint(find_checkpoint(Path(settings.out_dir)), with_optimizer=False)
     check_vocabulary(best, dataset)
     model = build_model(best).to(runtime.device)
-    windows, block_size = Windows(dataset.val, runtime.device), model.config.block_size
+    reader, block_size = Reader(dataset.val, runtime.device), model.config.block_size
     limit = 0 if settings.eval_tokens == "auto" else settings.eval_tokens
-    return evaluate(model, windows, runtime, block_size=block_size, batch_size=settings.batch_size, max_tokens=limit)
+    return evaluate(model, reader, runtime, block_size=block_size, batch_size=settings.batch_size, max_tokens=limit)
 
 
 def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:

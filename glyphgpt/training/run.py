@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint, TrainState, load_checkpoint, read_metadata, save_checkpoint
 from glyphgpt.cli import command
-from glyphgpt.data.batches import windows_per_epoch
 from glyphgpt.data.dataset import Dataset
 from glyphgpt.errors import BROKEN_PIPE_STATUS, UsageError, UserError, is_broken_pipe, shorten, warn
 from glyphgpt.files import (
@@ -116,7 +116,7 @@ def check_train_length(settings: TrainSettings, dataset: Dataset) -> None:
 
 
 def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
-    """Check that the training split fills a window; warn if the validation split does not.
+    """Check that the training split fills a window; warn if the validation split does not, or if records are longer.
 
     Raises:
         UserError: The training split is shorter than one window.
@@ -125,6 +125,11 @@ def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
     val, block_size = dataset.val.tokens, settings.block_size
     if val <= block_size:
         warn(f"the validation split has only {val:,} tokens, fewer than block_size = {block_size:,}: its loss is noisy")
+    if (ends := dataset.train.record_ends) is not None and (sizes := np.diff(ends)).max() > block_size:
+        warn(
+            f"{np.mean(sizes > block_size):.1%} of the records are longer than block_size = {block_size:,}, and their "
+            f"later parts are learned without what precedes them; the longest needs block_size = {sizes.max():,}"
+        )
 
 
 def diverged(step: int, problem: str, when: str) -> UserError:
@@ -208,11 +213,11 @@ class Run:
         if checkpoint.metadata.data != dataset.meta.fingerprint and self.runtime.is_main:
             warn(f"{dataset.folder} has changed since the run began; the run continues, but not exactly")
 
-    def log_start(self, parameters: int, train_tokens: int) -> None:
+    def log_start(self, parameters: int, train_tokens: int, rows_per_epoch: int) -> None:
         """Print one line that describes the run."""
         settings, runtime = self.settings, self.runtime
         sequences = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
-        epochs = sequences / windows_per_epoch(train_tokens, settings.block_size)
+        epochs = sequences / rows_per_epoch
         processes = f", {runtime.world_size} processes" if runtime.world_size > 1 else ""
         self.log(
             f"{self.folder}: {parameters:,} parameters on {runtime.device}, "

@@ -26,7 +26,7 @@ from glyphgpt.convert import __main__ as convert
 from glyphgpt.convert import to_gguf
 from glyphgpt.convert.common import make_checkpoint
 from glyphgpt.data.bpe import learn_bpe
-from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, RecordTokenizer, Tokenizer, decode
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.inference.generate import SamplingParams, generate
 from glyphgpt.settings import ConvertSettings
@@ -223,6 +223,20 @@ def test_llama_cpp_generates_to_requested_length(tmp_path: Path, tokenizer: Toke
         responses = [llama.complete("a", 60, seed=seed, **params) for seed in range(20)]
         assert {(response["stop_type"], response["tokens_evaluated"]) for response in responses} == {("limit", 1)}
         assert max(token for response in responses for token in response["tokens"]) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("base", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_llama_cpp_begins_and_ends_records(tmp_path: Path, base: Tokenizer) -> None:
+    tokenizer = RecordTokenizer(base, "\n")
+    path, _ = write_checkpoint(tmp_path, tokenizer, scale=0, n_embd=4)  # all tokens are about equally probable
+    to_gguf.export_gguf(path, settings(out=tmp_path / "model.gguf"))
+    with start_llama(tmp_path / "model.gguf") as llama:
+        response = llama.complete("a", 3000, temperature=1, top_k=0, top_p=1, min_p=0, seed=1)
+        assert (response["stop_type"], response["tokens_evaluated"]) == ("eos", 2)
+        assert llama.post("tokenize", content="ab", add_special=True)["tokens"] == [
+            tokenizer.end_of_text,
+            *encode_known(base, "ab"),
+        ]
 
 
 def test_added_token_is_never_most_probable(tmp_path: Path) -> None:

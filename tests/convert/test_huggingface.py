@@ -22,7 +22,7 @@ from glyphgpt.convert import from_huggingface, to_huggingface
 from glyphgpt.convert.common import make_checkpoint
 from glyphgpt.data.bpe import learn_bpe
 from glyphgpt.data.dataset import load_dataset
-from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, RecordTokenizer, Tokenizer
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.inference.generate import SamplingParams, generate
 from glyphgpt.settings import ConvertSettings, TrainSettings
@@ -282,6 +282,18 @@ def test_exported_tokenizer_has_end_of_text_token(pairs: dict[str, tuple[Tokeniz
         "gpt2": 50256,
     }
     assert pairs["gpt2"][1].decode([50256]) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("base", [CharTokenizer(CHARACTERS), ByteTokenizer()], ids=["char", "byte"])
+def test_exported_tokenizer_begins_records(tmp_path: Path, base: Tokenizer) -> None:
+    tokenizer = RecordTokenizer(base, "\n")
+    save_our_model(tmp_path / "best.safetensors", tokenizer, n_embd=4, n_layer=1)
+    to_huggingface.export_folder(tmp_path, settings(out=tmp_path / "out"))
+    model, exported = load_hf(tmp_path / "out")
+    text = CHARACTERS[:5]
+    assert exported.encode(text) == [tokenizer.end_of_text, *base.encode(text).tolist()]
+    assert exported.decode(exported.encode(text), skip_special_tokens=True) == text
+    assert exported.eos_token_id == model.generation_config.eos_token_id == tokenizer.end_of_text
 
 
 def save_gpt2_model(folder: Path, gpt2_data_dir: Path, vocabulary_format: str) -> Path:

@@ -14,7 +14,7 @@ import torch
 import train
 from conftest import MODERN, NETWORKS, decoder_of, random_model, some_text, tiny_settings
 from glyphgpt.data.bpe import learn_bpe
-from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
+from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, RecordTokenizer, Tokenizer, decode
 from glyphgpt.files import BEST
 from glyphgpt.inference.generate import SamplingParams, context_start, generate
 from glyphgpt.inference.loading import open_checkpoint
@@ -220,6 +220,26 @@ def test_texts_have_the_tokens_of_the_tokenizer(kind: str, request: pytest.Fixtu
     for text, pieces in zip(texts, found, strict=True):
         assert "".join(piece["text"] for piece in pieces) == text
         assert [token for piece in pieces for token in piece["tokens"]] == tokenizer.encode(text).tolist()
+        assert all(decode(tokenizer, piece["tokens"]) == piece["text"] for piece in pieces)
+
+
+@pytest.mark.parametrize("separator", ["\n", "%%", ""])
+def test_records_have_their_tokens_before_and_after(separator: str) -> None:
+    tokenizer = RecordTokenizer(CharTokenizer("aemnv"), separator)
+    between = separator or "<|endoftext|>"
+    texts = ["", "emma", f"{between}emma{between}ava", f"emma{between}{between}", between]
+    found = run_page(
+        """
+        const tokenizer = new TOKENIZERS[data.tokenizer.kind](data.tokenizer);
+        return data.texts.map((text) => tokenizer.pieces(text));
+        """,
+        {"tokenizer": tokenizer_data(tokenizer), "texts": texts},
+    )
+    tokens = [[token for piece in pieces for token in piece["tokens"]] for pieces in found]
+    emma, ava = [5, 1, 2, 2, 0], [5, 0, 4, 0]
+    assert tokens == [[], emma, emma + ava, [*emma, 5, 5], [5]]
+    for pieces, text in zip(found, texts, strict=True):
+        assert "".join(piece["text"] for piece in pieces).removeprefix(between) == text.removeprefix(between)
         assert all(decode(tokenizer, piece["tokens"]) == piece["text"] for piece in pieces)
 
 

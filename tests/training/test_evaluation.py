@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import prepare_text, some_text, tiny_model
-from glyphgpt.data.batches import Windows
+from glyphgpt.data.batches import Reader
 from glyphgpt.data.dataset import Split, load_dataset
+from glyphgpt.data.rows import evaluation_blocks
 from glyphgpt.inference.score import Score
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
@@ -37,8 +37,8 @@ def split(tokens: int, characters: int | None = None, *, shards: int = 1) -> Spl
 
 
 def score(model: GPT, text: Split, *, batch_size: int = 4, max_tokens: int = 0) -> Score:
-    windows = Windows(text, CPU.device)
-    return evaluate(model, windows, CPU, block_size=8, batch_size=batch_size, max_tokens=max_tokens)
+    reader = Reader(text, CPU.device)
+    return evaluate(model, reader, CPU, block_size=8, batch_size=batch_size, max_tokens=max_tokens)
 
 
 def loss_by_token(model: GPT, ids: list[int]) -> float:
@@ -74,19 +74,42 @@ def test_score_is_deterministic_and_independent_of_shards() -> None:
     assert score(model, text) == score(model, text) == score(model, split(100, shards=7))
 
 
-@pytest.mark.parametrize(("max_tokens", "blocks"), [(1, 2), (8, 2), (24, 3), (57, 7), (79, 9)])
-def test_a_sample_is_some_blocks_of_the_split(max_tokens: int, blocks: int) -> None:
+@pytest.mark.parametrize("is_records", [False, True])
+@pytest.mark.parametrize(("max_tokens", "blocks"), [(1, 2), (8, 2), (24, 3), (57, 7), (79, 10)])
+def test_a_sample_is_some_blocks_of_the_split(max_tokens: int, blocks: int, is_records: bool) -> None:
     model, text = confident_model(), split(100)
+    if is_records:
+        ids = text.slice(0, 100) % 10
+        ids[[0, 5, 8, 10, 20, 29, 33, 40, 60, 70, 80, 99]] = 10
+        text = Split((ids,), 100, end_of_record=10)
+    starts, sizes = evaluation_blocks(text, 8)
+    blocks = min(len(sizes), max(2, int(max_tokens / sizes.mean()))) if is_records else blocks
     result = score(model, text, max_tokens=max_tokens)
-    chosen = sample_blocks(12, blocks)
-    losses = [loss_by_token(model, text.slice(8 * block, 8 * block + 9).tolist()) for block in chosen]
-    assert result.eval_tokens == 8 * blocks
-    assert result.loss == pytest.approx(mean(losses), abs=1e-5)
-    assert result.standard_error == pytest.approx(stdev(losses) * math.sqrt((1 - blocks / 12) / blocks), rel=1e-3)
+    chosen = sample_blocks(len(sizes), blocks)
+    losses = np.array([
+        loss_by_token(model, text.slice(start, start + size + 1).tolist()) * size
+        for start, size in zip(starts[chosen], sizes[chosen], strict=True)
+    ])  # fmt: skip
+    chosen_sizes = sizes[chosen]
+    mean = losses.sum() / chosen_sizes.sum()
+    assert result.eval_tokens == chosen_sizes.sum()
+    assert result.loss == pytest.approx(mean, abs=1e-5)
+    error = np.sqrt(((losses - mean * chosen_sizes) ** 2).sum() / (blocks - 1) / blocks * (1 - blocks / len(sizes)))
+    assert result.standard_error == pytest.approx(error / chosen_sizes.mean(), rel=1e-3)
     assert f"± {result.standard_error:.4f}" in str(result)
 
 
-@pytest.mark.parametrize("max_tokens", [0, 80, 95, 96, 1000])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_each_record_is_evaluated_by_itself(batch_size: int) -> None:
+    model = confident_model()
+    records = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3]]
+    ids = [10, *(token for record in records for token in [*record, 10])]
+    text = Split((np.array(ids, np.uint8),), 15, end_of_record=10)
+    total = sum(loss_by_token(model, [10, *record, 10]) * (len(record) + 1) for record in records)
+    assert score(model, text, batch_size=batch_size).loss == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 85, 95, 96, 1000])
 def test_the_whole_split_has_no_standard_error(max_tokens: int) -> None:
     """It is also read where a sample would be more than 80% of it."""
     model, text = confident_model(), split(100)
@@ -181,15 +204,15 @@ def test_processes_divide_the_tiles_and_call_the_model_equally_often(
     expected = score(model, text).loss
     totals, calls = [], [0] * world_size
 
-    def record(_: Runtime, total: float, squares: float) -> list[float]:
+    def record(_: Runtime, total: float, *others: float) -> list[float]:
         totals.append(total)
-        return [total, squares]
+        return [total, *others]
 
     monkeypatch.setattr(Runtime, "sum", record)
     for rank in range(world_size):
         runtime = Runtime(torch.device("cpu"), torch.float32, rank, world_size)
         hook = model.register_forward_hook(lambda *_, rank=rank: calls.__setitem__(rank, calls[rank] + 1))
-        evaluate(model, Windows(text, runtime.device), runtime, block_size=8, batch_size=1)
+        evaluate(model, Reader(text, runtime.device), runtime, block_size=8, batch_size=1)
         hook.remove()
     assert sum(totals) / (tokens - 1) == pytest.approx(expected, abs=1e-6)
     assert len(set(calls)) == 1, "with a sharded model, every call waits for all processes"

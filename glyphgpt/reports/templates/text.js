@@ -78,7 +78,26 @@ class BPETokenizer {
   }
 }
 
-const TOKENIZERS = { char: CharTokenizer, byte: ByteTokenizer, bpe: BPETokenizer };
+// Records, with a token before and after each. The text that separates them is shown in its place.
+class RecordTokenizer {
+  constructor({ base, separator, end }) {
+    this.base = new TOKENIZERS[base.kind](base);
+    Object.assign(this, { separator, end, unit: this.base.unit });
+  }
+
+  // A text begins with a record, whether or not it begins with a separator.
+  pieces(text) {
+    const records = text.split(this.separator);
+    if (!records[0]) records.shift();
+    return records.flatMap((record) => [{ text: this.separator, tokens: [this.end] }, ...this.base.pieces(record)]);
+  }
+
+  tokenBytes(token) {
+    return token === this.end ? new TextEncoder().encode(this.separator) : this.base.tokenBytes(token);
+  }
+}
+
+const TOKENIZERS = { char: CharTokenizer, byte: ByteTokenizer, bpe: BPETokenizer, records: RecordTokenizer };
 
 // Joins tokens to pieces. The last piece may be unfinished: its text is then empty.
 function joinPieces(tokens, tokenizer) {

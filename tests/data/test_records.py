@@ -1,0 +1,269 @@
+"""A text of records: prepared, trained on, scored and sampled, each record on its own."""
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+from test_cleaning import in_parts
+
+import train
+from conftest import prepare_text, run_prepare, script, some_text, tiny_settings
+from glyphgpt.data.dataset import Split, load_dataset
+from glyphgpt.data.splitting import read_records
+from glyphgpt.data.staging import ResumableWriter
+from glyphgpt.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    RecordTokenizer,
+    decode,
+    start_token,
+    tokenizer_from_dict,
+)
+from glyphgpt.errors import UsageError, UserError
+from glyphgpt.inference.api import load
+from glyphgpt.inference.translate import Translator
+from glyphgpt.settings import TranslateSettings
+
+NAMES = [first + last for first in ("an", "be", "cor", "dal", "em") for last in ("a", "na", "nie", "wyn", "ric", "lo")]
+
+
+def records_of(split: Split, end: int) -> list[list[int]]:
+    """Return the tokens of each record of a split, without the ends."""
+    tokens = split.slice(0, split.tokens).tolist()
+    assert tokens[0] == tokens[-1] == end
+    records: list[list[int]] = []
+    for token in tokens[:-1]:
+        records = [*records, []] if token == end else [*records[:-1], [*records[-1], token]]
+    return records
+
+
+@given(
+    st.lists(st.text("ab\n\r", max_size=30), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.sampled_from(["\n", "\n\n", "ab", "", "b\n"]),
+)
+@example(documents=["a\n\nb", "c"], part=1, separator="\n\n")
+def test_records_are_found_however_the_text_arrives(documents: list[str], part: int, separator: str) -> None:
+    parts = [piece for document in documents for piece in (document.split(separator) if separator else [document])]
+    expected = [record for piece in parts if (record := piece.strip("\r\n"))]
+    assert [record for records in read_records(in_parts(documents, part), separator) for record in records] == expected
+
+
+@tries(deadline=None)
+@given(st.lists(st.text(min_size=1), min_size=1), st.booleans(), st.sampled_from(["\n", "%%", ""]))
+def test_encoded_records_decode_to_the_text(records: list[str], characters: bool, separator: str) -> None:
+    base = CharTokenizer.learn(records) if characters else ByteTokenizer()
+    tokenizer = RecordTokenizer(base, separator)
+    tokens = tokenizer.encode_documents(["", *records, ""])
+    end = tokenizer.end_of_text
+    assert tokens.dtype == np.min_scalar_type(end)
+    assert records_of(Split((tokens,), 0), end) == [base.encode(record).tolist() for record in records]
+    between = separator or "<|endoftext|>"
+    assert decode(tokenizer, tokens) == between + between.join(records) + between
+    assert tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())), Path()).to_dict() == tokenizer.to_dict()
+    assert start_token(tokenizer) == end
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("fractions", [{}, {"test_fraction": 0.2, "val_fraction": 0.2, "seed": 7}])
+def test_each_record_is_in_one_split(tmp_path: Path, tokenizer: str, fractions: dict[str, Any]) -> None:
+    lines = [f"{name} {number}" for number, name in enumerate(NAMES * 30)]
+    text = "\n".join(lines) + "\n\n\r\n"
+    vocabulary: dict[str, Any] = {"vocab_size": 270} if tokenizer == "bpe" else {}
+    folder = prepare_text(text, tmp_path, records="lines", tokenizer=tokenizer, **fractions, **vocabulary)
+    dataset = load_dataset(folder, tmp_path)
+    end = dataset.tokenizer.end_of_text
+    assert end == dataset.tokenizer.vocab_size - 1
+    splits = [split for split in (dataset.train, dataset.val, dataset.test) if split]
+    assert len(splits) == 2 + ("test_fraction" in fractions)
+    found = []
+    for split in splits:
+        records = [decode(dataset.tokenizer, record) for record in records_of(split, end)]
+        assert split.characters == sum(map(len, records))
+        assert records == sorted(records, key=lambda record: int(record.split()[1])), "they keep their order"
+        found += records
+    assert Counter(found) == Counter(lines)
+    assert len(records_of(dataset.val, end)) / len(lines) == pytest.approx(fractions.get("val_fraction", 0.1), abs=0.01)
+
+
+def test_a_validation_file_is_divided_into_records(tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("emma\nava\n")
+    folder = prepare_text("\n".join(NAMES) + "v", tmp_path, records="lines", val=str(tmp_path / "val.txt"))
+    dataset = load_dataset(folder, tmp_path)
+    splits = (dataset.train, dataset.val)
+    train_records, val_records = (records_of(split, dataset.tokenizer.vocab_size - 1) for split in splits)
+    assert (len(train_records), len(val_records)) == (len(NAMES), 2)
+    assert decode(dataset.tokenizer, val_records[1]) == "ava"
+
+
+def test_records_of_json_and_files_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "poems.jsonl").write_text("".join(json.dumps({"text": f"{name}\nline\n"}) + "\n" for name in NAMES))
+    run_prepare(str(tmp_path / "poems.jsonl"), "--records=documents", f"--data_dir={tmp_path / 'data'}")
+    dataset = load_dataset(tmp_path / "data" / "poems", tmp_path)
+    records = [
+        decode(dataset.tokenizer, record)
+        for split in (dataset.train, dataset.val)
+        for record in records_of(split, dataset.tokenizer.vocab_size - 1)
+    ]
+    assert sorted(records) == sorted(f"{name}\nline" for name in NAMES)
+
+
+@pytest.mark.parametrize("writes", [5, 20, 26])
+def test_a_preparation_of_records_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], writes: int
+) -> None:
+    monkeypatch.setattr("glyphgpt.data.text.CHUNK_BYTES", 300)
+    text = "\n".join(NAMES * 30)
+    whole = load_dataset(prepare_text(text, tmp_path, "whole", records="lines"), tmp_path)
+    changes: dict[str, Any] = {"records": "lines", "shard_tokens": 100}
+    write, count = ResumableWriter.write, itertools.count()
+
+    def fail(*args: Any) -> None:
+        if next(count) == writes:
+            raise UserError("stopped")
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableWriter, "write", fail)
+        with pytest.raises(UserError, match="stopped"):
+            prepare_text(text, tmp_path, "parts", **changes)
+    flags = ["--records=lines", "--shard_tokens=100", f"--data_dir={tmp_path}"]
+    run_prepare(str(tmp_path / "parts.txt"), *flags)
+    parts = load_dataset(tmp_path / "parts", tmp_path)
+    assert "resuming" in capsys.readouterr().out
+    assert parts.meta.train.sha256 == whole.meta.train.sha256
+    assert parts.meta.val.sha256 == whole.meta.val.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (some_text(300).replace("\n", " "), ["--records=lines"], "--records=lines finds too few records"),
+        (some_text(3000), ["--records=%%"], "--records=%% finds too few records"),
+        (some_text(3000), ["--records=documents"], "--records=documents finds too few records"),
+        ("\n\n\r\n\n" * 50, ["--records=lines"], "the text is empty"),
+    ],
+)
+def test_texts_without_records_are_refused_in_one_line(
+    tmp_path: Path, text: str, flags: list[str], message: str
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(UserError) as caught:
+        run_prepare(str(tmp_path / "a.txt"), *flags, f"--data_dir={tmp_path / 'data'}")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data" / "a").exists()
+
+
+def test_a_record_that_memory_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glyphgpt.data.splitting.LONGEST_RECORD", 100)
+    with pytest.raises(UserError, match="a record has more than 100 characters"):
+        list(read_records(iter([["a" * 60], ["b" * 60]]), "\n"))
+
+
+@pytest.mark.parametrize("flags", [["--split=blocks"], ["--split=tail"], ["--vocabulary=out/run"]])
+def test_contradicting_options_are_refused(flags: list[str]) -> None:
+    with pytest.raises(UsageError, match="leave out"):
+        run_prepare("a.txt", "--records=lines", *flags)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned NAMES by heart, beside its dataset."""
+    folder = tmp_path_factory.mktemp("names")
+    prepare_text("".join(f"{name}\n" for name in NAMES) * 12, folder, "names", records="lines")
+    settings = tiny_settings(
+        folder, folder / "run", dataset="names", block_size=16, max_steps=300, learning_rate=0.01, n_embd=32
+    )
+    train.main(settings)
+    return folder / "run"
+
+
+def test_samples_are_records(run: Path) -> None:
+    names = script("sample.py", str(run), "--num_samples=20", "--device=cpu").stdout.splitlines()
+    assert len(names) == 20
+    assert sum(name in NAMES for name in names) > 15
+    assert script("sample.py", str(run), "--prompt=cor", "--device=cpu").stdout.strip() in NAMES
+    model = load(run)
+    assert model.generate(seed=4) in NAMES
+    assert next(iter(model.probabilities("emna"))) == "\n", "the end of the record"
+
+
+def test_conversations_are_records_of_their_own(run: Path) -> None:
+    done = script("sample.py", str(run), "--interactive", "--device=cpu", text="cor\nem\n")
+    replies = [line.removeprefix("> ") for line in done.stdout.splitlines() if line.strip("> ")]
+    assert "cor" + replies[0] in NAMES
+    assert "em" + replies[1] in NAMES
+
+
+def test_each_record_is_scored_on_its_own(run: Path, tmp_path: Path) -> None:
+    model, names = load(run), NAMES[:7]
+    score = model.score("\n".join(names))
+    total = 0.0
+    for name in names:
+        for index in range(len(name) + 1):
+            following = name[index] if index < len(name) else "\n"
+            total -= math.log(model.probabilities(name[:index])[following])
+    assert score.eval_tokens == sum(map(len, names)) + len(names)
+    assert score.loss == pytest.approx(total / score.eval_tokens, abs=1e-4)
+    assert "".join(part for part, _ in score.surprise) == "\n" + "\n".join(names) + "\n"
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    printed = script("sample.py", str(run), f"--score={tmp_path / 'names.txt'}", "--device=cpu").stdout
+    assert printed == f"{tmp_path / 'names.txt'}: {score}\n"
+
+
+def test_the_training_reports_the_loss_of_records(run: Path) -> None:
+    printed = script("sample.py", str(run), "--score=names", f"--data_dir={run.parent}", "--device=cpu").stdout
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert f"loss {min(row['loss'] for row in rows if row['kind'] == 'val'):.4f}" in printed
+
+
+def test_micro_batches_weigh_targets_alike(run: Path, tmp_path: Path) -> None:
+    losses = []
+    for batch_size, steps in ((12, 1), (4, 3)):
+        settings = tiny_settings(
+            run.parent, tmp_path / str(steps), dataset="names", block_size=16,
+            batch_size=batch_size, gradient_accumulation_steps=steps, max_steps=20, log_every=1,
+        )  # fmt: skip
+        train.main(settings)
+        rows = [json.loads(line) for line in (tmp_path / str(steps) / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+
+
+def test_long_records_are_reported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(tiny_settings(run.parent, tmp_path / "run", dataset="names", block_size=4, max_steps=2))
+    assert "of the records are longer than block_size = 4" in capsys.readouterr().err
+
+
+def test_a_vocabulary_brings_its_records(run: Path, tmp_path: Path) -> None:
+    folder = prepare_text("emna\nanna\n" * 20, tmp_path, vocabulary=str(run))
+    dataset = load_dataset(folder, tmp_path)
+    assert len(records_of(dataset.train, dataset.tokenizer.vocab_size - 1)) == 36
+
+
+def test_damaged_records_are_refused(tmp_path: Path) -> None:
+    folder = prepare_text("emna\nanna\n" * 20, tmp_path)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][:-1]
+    meta["tokenizer"]["separator"] = "\n"
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="the records are damaged"):
+        load_dataset(folder, tmp_path)
+
+
+def test_translations_end_with_their_record(tmp_path: Path) -> None:
+    prepare_text("rot\tred\nblau\tblue\ngruen\tgreen\n" * 60, tmp_path, records="lines")
+    settings = tiny_settings(tmp_path, tmp_path / "run", block_size=24, max_steps=300, learning_rate=0.01, n_embd=32)
+    train.main(settings)
+    model = load(tmp_path / "run")
+    translator = Translator(model.model, model.tokenizer, model.block_size, TranslateSettings(beam=2))
+    assert translator.translate(["blau", "", "gruen"]) == ["blue", "", "green"]
