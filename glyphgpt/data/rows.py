@@ -10,6 +10,7 @@ same data, also with another number of processes.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,39 +61,51 @@ def window_order(tokens: int, block_size: int, seed: int, epoch: int) -> tuple[i
 
 
 class RecordRows:
-    """Training rows of a text of records: whole records, as many as fit, in another order in each epoch."""
+    """Training rows of a text of records: whole records, combined so that they fill the rows, anew in each epoch."""
 
     def __init__(self, ends: Ints, block_size: int, seed: int) -> None:
         """Divide the text at its end-of-text tokens, whose positions `ends` are."""
         self.block_size, self.seed = block_size, seed
         self.starts, self.sizes = divide_records(ends, block_size, overlap=True)
-        self.order = lru_cache(maxsize=2)(self._order)
-        self.per_epoch = len(self.order(0)[1]) - 1
-        """Rows in an epoch. Another order may need more rows, whose records are left out then, or fewer."""
+        self.combined = lru_cache(maxsize=2)(self._combined)  # a batch may extend into the next epoch
+        self.per_epoch = len(self.combined(0)[1]) - 1
+        """Rows in an epoch. It is the same for all epochs, because the sizes of the records are."""
 
     def take(self, first: int, count: int) -> list[Row]:
         """Return `count` rows from row `first` on, counted over all epochs, with block_size + 1 tokens at most."""
         return [self._row(*divmod(number, self.per_epoch)) for number in range(first, first + count)]
 
     def _row(self, epoch: int, number: int) -> Row:
-        order, firsts = self.order(epoch)
-        number %= len(firsts) - 1
+        order, firsts = self.combined(epoch)
         chosen = order[firsts[number] : firsts[number + 1]]
-        row = [range(start, start + size) for start, size in zip(self.starts[chosen], self.sizes[chosen], strict=True)]
+        starts, sizes = self.starts[chosen].tolist(), self.sizes[chosen].tolist()
+        row = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         return [*row[:-1], range(row[-1].start, row[-1].stop + 1)]  # with the end of the last record
 
-    def _order(self, epoch: int) -> tuple[Ints, Ints]:
-        """Return the records' numbers in the order of an epoch, and where in this order each row begins, and the end.
+    def _combined(self, epoch: int) -> tuple[Ints, Ints]:
+        """Return the numbers of the records, row by row, and where each row begins in them, and the end.
 
-        Each row takes records until the next one would not fit.
+        A row takes the largest record that fits, until none does (best-fit decreasing).
         """
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
-        ends = np.cumsum(self.sizes[order])
-        nexts = np.searchsorted(ends, ends - self.sizes[order] + self.block_size, side="right")
-        firsts = [0]
-        while firsts[-1] < len(order):
-            firsts.append(int(nexts[firsts[-1]]))
-        return order, np.array(firsts)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.sizes))
+        by_size = order[np.argsort(self.sizes[order], kind="stable")]
+        ends = np.cumsum(np.bincount(self.sizes))[:-1]
+        waiting = {size: part.tolist() for size, part in enumerate(np.split(by_size, ends)) if part.size}
+        available = sum(1 << size for size in waiting)  # a bit for each size of which there are records
+        rank = np.argsort(order).tolist()
+        rows: list[list[int]] = []
+        while available:
+            row, room = list[int](), self.block_size
+            while fitting := available & ((2 << room) - 1):
+                size = fitting.bit_length() - 1
+                row.append(waiting[size].pop())
+                room -= size
+                if not waiting[size]:
+                    available ^= 1 << size
+            rows.append(sorted(row, key=rank.__getitem__))
+        shuffled = [rows[number] for number in rng.permutation(len(rows))]
+        return np.array(list(chain.from_iterable(shuffled))), np.cumsum([0, *map(len, shuffled)])
 
 
 TrainingRows = WindowRows | RecordRows

@@ -94,11 +94,11 @@ def records(draw: st.DrawFn) -> Split:
 
 
 @tries(deadline=None, max_examples=200)
-@given(split=records(), block_size=st.integers(1, 40), seed=SEEDS)
-def test_an_epoch_visits_every_record_once(split: Split, block_size: int, seed: int) -> None:
+@given(split=records(), block_size=st.integers(1, 40), seed=SEEDS, epoch=st.integers(0, 3))
+def test_an_epoch_visits_every_record_once(split: Split, block_size: int, seed: int, epoch: int) -> None:
     rows = training_rows(split, block_size, seed)
     seen = list[int]()
-    for row in rows.take(0, rows.per_epoch):
+    for row in rows.take(epoch * rows.per_epoch, rows.per_epoch):
         tokens = np.concatenate([split.slice(part.start, part.stop) for part in row]).tolist()
         assert 2 <= len(tokens) <= block_size + 1
         if tokens[0] == END == tokens[-1]:
@@ -123,13 +123,17 @@ def test_rows_of_records_do_not_depend_on_how_many_are_requested(split: Split, b
     assert [rows.take(first + offset, 1)[0] for offset in reversed(range(6))] == six[::-1]
 
 
-def test_records_meet_others_in_each_epoch() -> None:
-    rows = RecordRows(np.arange(0, 1000, 10), 40, seed=0)
-    neighbors = {
-        (one.start, other.start) for row in rows.take(0, 20 * rows.per_epoch) for one, other in itertools.pairwise(row)
-    }
-    assert len(neighbors) > 1000
-    assert rows.per_epoch == 25
+def test_records_meet_others_in_each_epoch_and_fill_the_rows() -> None:
+    sizes = np.random.default_rng(0).integers(5, 30, size=300)
+    rows = RecordRows(np.cumsum([0, *sizes]), 40, seed=0)
+    epochs = [rows.take(epoch * rows.per_epoch, rows.per_epoch) for epoch in range(20)]
+    neighbors = {(one.start, other.start) for row in itertools.chain(*epochs) for one, other in itertools.pairwise(row)}
+    assert len(neighbors) > 2000
+    assert len({tuple(row[0].start for row in epoch) for epoch in epochs}) == 20
+    firsts = [len(row[0]) for row in itertools.chain(*epochs) if len(row) > 1]
+    lasts = [len(row[-1]) - 1 for row in itertools.chain(*epochs) if len(row) > 1]
+    assert abs(np.mean(firsts) - np.mean(lasts)) < 1, "no size prefers a place in the row"
+    assert rows.per_epoch < 1.05 * sizes.sum() / 40
 
 
 @tries(deadline=None, max_examples=100)
