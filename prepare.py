@@ -19,23 +19,21 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from glyphgpt.checkpoint import find_checkpoint, read_metadata
 from glyphgpt.cli import ROOT, command, from_here, unescape
 from glyphgpt.data.background import BackgroundWorker
-from glyphgpt.data.bpe import learn_bpe
 from glyphgpt.data.cleaning import replace_unknown
 from glyphgpt.data.corpus import Corpus
 from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
-from glyphgpt.data.inspection import Inspector, leaked_fraction
+from glyphgpt.data.inspection import leaked_fraction
 from glyphgpt.data.recipes import download_text, read_recipe
+from glyphgpt.data.scan import Scan, progress_bar
 from glyphgpt.data.sources import is_stream, list_names
 from glyphgpt.data.splitting import encode_segments, split_text
 from glyphgpt.data.staging import (
@@ -48,13 +46,7 @@ from glyphgpt.data.staging import (
 )
 from glyphgpt.data.text import Text, open_text
 from glyphgpt.data.tokenizers import (
-    REPLACEMENT,
-    CharacterCounts,
-    CharacterSet,
-    CharTokenizer,
     Tokenizer,
-    control_characters,
-    describe_characters,
     drop_unknown,
     tokenizer_from_dict,
 )
@@ -146,7 +138,7 @@ def prepare(
     if progress:
         print(f"resuming an interrupted preparation; finished shards: {sum(map(len, progress.shards.values()))}")
     else:
-        progress = scan(text, settings, vocabulary, fingerprint)
+        progress = Scan(text, settings, vocabulary).read(fingerprint)
     tokenizer = tokenizer_from_dict(progress.tokenizer, Path(settings.data_dir))
     writer = write_shards(text, folder, settings, tokenizer, progress)
     splits = writer.splits()
@@ -183,75 +175,6 @@ def task_fingerprint(text: Corpus, settings: PrepareSettings, recipe: str, vocab
     paths, chosen = [str(path) for path in text.paths], settings.model_dump(include=keys)
     facts = [paths, text.file_stats(), chosen, recipe, vocabulary and vocabulary.to_dict()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def scan(text: Corpus, settings: PrepareSettings, vocabulary: Tokenizer | None, fingerprint: str) -> PrepareProgress:
-    """Read a text for the first time: count and check its characters, hash its bytes, and choose the tokenizer.
-
-    Raises:
-        UserError: The text is empty, or has characters that are not in the vocabulary.
-    """
-    learns_vocabulary = settings.tokenizer == "char" and not vocabulary
-    digest, unknown, characters, inspector = hashlib.sha256(), Counter[str](), Counter[str](), Inspector()
-    learned = CharacterCounts(settings.min_count) if settings.min_count > 1 else CharacterSet()
-    warnings: defaultdict[str, dict[str, None]] = defaultdict(dict)  # warning -> ordered set of file names
-    with progress_bar("counting", text) as bar, BackgroundWorker() as hasher:
-
-        def on_chunk(chunk: bytes) -> None:
-            hasher.submit(digest.update, chunk)
-            bar.update(len(chunk))
-
-        stream = text.read(
-            on_chunk,
-            lambda warning, name: warnings[warning].setdefault(name),
-            inspector.add if settings.report else None,
-        )
-        trained = CharacterSet()  # characters of the training text
-
-        def parts() -> Iterator[str]:
-            for split, documents in stream:
-                for part in documents:
-                    known, dropped = vocabulary.split_unknown(part) if vocabulary else (part, "")
-                    unknown.update(dropped)
-                    if learns_vocabulary:
-                        learned.add(known)
-                        if settings.val and split == "train":
-                            trained.add(known)
-                    characters[split] += len(known)
-                    yield known
-
-        if settings.tokenizer == "bpe" and not vocabulary:
-            vocabulary = learn_bpe(parts(), settings.vocab_size)
-        else:
-            deque(parts(), maxlen=0)
-        hasher.flush()
-    check_characters(text, characters.total(), unknown, settings)
-    if settings.tokenizer == "bpe" and vocabulary and not settings.vocabulary:
-        check_vocab_size(vocabulary, settings)
-    for warning, names in warnings.items():
-        warn(f"{list_names(list(names))}: {warning}")
-    tokenizer: dict[str, Any] = {"kind": settings.tokenizer}
-    if vocabulary:
-        tokenizer = vocabulary.to_dict()
-    elif learns_vocabulary:
-        tokenizer = CharTokenizer(learned.sorted()).to_dict()
-        if settings.val and (unseen := sorted(set(learned.sorted()) - set(trained.sorted()) - {REPLACEMENT})):
-            warn(
-                f"{settings.val}: {len(unseen):,} characters of the validation text do not occur in the training text, "
-                f"so no model can predict them: {describe_characters(unseen)}"
-            )
-        if controls := control_characters(learned.sorted()):
-            warn(f"control characters become part of the vocabulary: {list_names(controls, length=10)}")
-    if text.separator is not None:
-        tokenizer |= {"separator": text.separator}
-    return PrepareProgress(
-        fingerprint=fingerprint,
-        characters=text.sizes(characters),
-        sha256=digest.hexdigest(),
-        tokenizer=tokenizer,
-        dropped=unknown.total(),
-        report=inspector.report() if settings.report else None,
-    )
 
 
 def write_shards(
@@ -301,41 +224,6 @@ def load_tokenizer(settings: PrepareSettings) -> Tokenizer:
             f"{tokenizer.kind}; leave one of them out"
         )
     return tokenizer
-
-
-def progress_bar(label: str, text: Corpus, passes: int = 1) -> "tqdm[Any]":
-    """Return a progress bar of the bytes of a text; it is shown only on a terminal."""
-    return tqdm(total=text.total_bytes() * passes, unit="B", unit_scale=True, desc=label, disable=None)
-
-
-def check_characters(text: Corpus, characters: int, unknown: Counter[str], settings: PrepareSettings) -> None:
-    """Check that a text has known characters, and no unknown ones unless --skip_unknown is set.
-
-    Raises:
-        UserError: The text has no known characters, or has unknown ones.
-    """
-    names = list_names(text.names)
-    if unknown and not settings.skip_unknown:
-        found = describe_characters([character for character, _ in unknown.most_common()], unknown)
-        raise UserError(
-            f"{names}: {settings.vocabulary} has no token for {found}; change the text, or add --skip_unknown"
-        )
-    if not characters:
-        problem = f"{settings.vocabulary} has no token for any of its characters" if unknown else "the text is empty"
-        raise UserError(f"{names}: {problem}; there is nothing to learn from")
-
-
-def check_vocab_size(tokenizer: Tokenizer, settings: PrepareSettings) -> None:
-    """Check that as many tokens were learned as the settings ask for.
-
-    Raises:
-        UsageError: The text is too short for so many.
-    """
-    if tokenizer.vocab_size < settings.vocab_size:
-        raise UsageError(
-            f"--vocab_size={settings.vocab_size}: the text has too few repeated pairs for so many tokens; "
-            f"use --vocab_size={tokenizer.vocab_size} or less"
-        )
 
 
 def find_short_split(splits: dict[str, SplitMeta]) -> str:

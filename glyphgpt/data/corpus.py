@@ -9,11 +9,10 @@ from glyphgpt.data.records import Documents
 from glyphgpt.data.sources import list_names
 from glyphgpt.data.splitting import (
     Draw,
-    assign_records,
+    assign_blocks,
+    assign_documents,
     block_size,
-    join_splits,
     number_blocks,
-    number_documents,
     read_records,
 )
 from glyphgpt.data.text import OnChunk, OnText, OnWarning, Text
@@ -75,15 +74,14 @@ class Corpus:
         settings = self.settings
         draw = Draw(settings.val_fraction, settings.test_fraction, settings.seed)
         if self.separator is not None:
-            records = read_records(stream, self.separator)
-            yield from assign_records(records, draw if self.draws_splits else None, split)
-        elif self.draws_splits:
-            size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
-            are_documents = settings.split == "documents"
-            numbered = number_documents(stream) if are_documents else number_blocks(stream, size)
-            yield from join_splits(numbered, draw, are_documents=are_documents)
-        else:
+            stream = read_records(stream, self.separator)
+        if not self.draws_splits:
             yield from ((split, documents) for documents in stream)
+        elif settings.split == "blocks":
+            size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
+            yield from assign_blocks(number_blocks(stream, size), draw)
+        else:
+            yield from assign_documents(stream, draw)
 
     def sizes(self, counts: dict[str, int]) -> dict[str, int]:
         """Return the characters of each split, in their order, from those of the documents that `read` yields.

@@ -22,7 +22,7 @@ FEWEST_BLOCKS = 8
 LONGEST_RECORD = 1 << 24
 """The most characters of a record, which memory must hold."""
 JOINED_CHARACTERS = 1 << 18
-"""Documents or blocks of the same split are processed together up to this many characters."""
+"""Blocks of the same split are processed together up to this many characters."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def split_records(text: str, separator: str) -> list[str]:
     return [record for part in parts if (record := part.strip("\r\n"))]
 
 
-def read_records(stream: Iterator[Documents], separator: str) -> Iterator[list[str]]:
-    """Yield lists of whole records: the parts of each document between separators, or the documents if it is "".
+def read_records(stream: Iterator[Documents], separator: str) -> Iterator[Documents]:
+    """Yield the records of a stream as documents: what separators divide, or the documents if it is "".
 
     Raises:
         UserError: A record is too long.
@@ -78,36 +78,23 @@ def read_records(stream: Iterator[Documents], separator: str) -> Iterator[list[s
     for first, *others in stream:
         *documents, last = rest + first, *others
         complete, _, rest = last.rpartition(separator) if separator else ("", "", last)
-        if records := [record for document in (*documents, complete) for record in split_records(document, separator)]:
-            yield records
+        yield ["", *(record for document in (*documents, complete) for record in split_records(document, separator))]
         if len(rest) > LONGEST_RECORD:
             raise UserError(f"a record has more than {LONGEST_RECORD:,} characters; choose another --records")
-    if records := split_records(rest, separator):
-        yield records
+    yield ["", *split_records(rest, separator)]
 
 
-def assign_records(stream: Iterator[list[str]], draw: Draw | None, split: str) -> Iterator[tuple[str, Documents]]:
-    """Yield the records with the splits that are drawn for them, or with `split`.
-
-    An empty document comes first, so that the next one begins a record.
-    """
-    first = 0
-    for records in stream:
-        drawn = draw.drawn(first, first + len(records)) if draw else {}
-        parts: dict[str, Documents] = {}
-        for number, record in enumerate(records, start=first):
-            parts.setdefault(drawn.get(number, split), [""]).append(record)
-        yield from parts.items()
-        first += len(records)
-
-
-def number_documents(stream: Iterator[Documents]) -> Iterator[tuple[int, Documents]]:
-    """Yield each document, or a part of one, with its number."""
-    number = 0
+def assign_documents(stream: Iterator[Documents], draw: Draw) -> Iterator[tuple[str, Documents]]:
+    """Yield the documents with their splits; of each list, those of a split together."""
+    first = 0  # number of the first document of the list
     for documents in stream:
-        for index, document in enumerate(documents):
-            number += index > 0
-            yield number, [document] if index == 0 else ["", document]
+        drawn = draw.drawn(first, first + len(documents))
+        parts: dict[str, Documents] = {}
+        for position, document in enumerate(documents):
+            # Only the first document continues an earlier one.
+            parts.setdefault(drawn.get(first + position, "train"), [""] if position else []).append(document)
+        yield from parts.items()
+        first += len(documents) - 1
 
 
 def number_blocks(stream: Iterator[Documents], size: int) -> Iterator[tuple[int, Documents]]:
@@ -138,10 +125,8 @@ def block_size(characters: int, fraction: float) -> int:
     return max(1, min(size, int(characters * fraction / FEWEST_BLOCKS)))
 
 
-def join_splits(
-    numbered: Iterator[tuple[int, Documents]], draw: Draw, *, are_documents: bool
-) -> Iterator[tuple[str, Documents]]:
-    """Yield the documents or blocks with their splits; neighbors of the same split, up to JOINED_CHARACTERS, together.
+def assign_blocks(numbered: Iterator[tuple[int, Documents]], draw: Draw) -> Iterator[tuple[str, Documents]]:
+    """Yield numbered blocks with their splits; neighbors of the same split, up to JOINED_CHARACTERS, together.
 
     Where blocks of a split do not follow each other in the text, a document begins.
     """
@@ -153,7 +138,7 @@ def join_splits(
             if size:
                 yield split, joined
             split, joined, size = chosen, [""], 0
-        if not are_documents and number > last.setdefault(chosen, number) + 1:
+        if number > last.setdefault(chosen, number) + 1:
             joined.append("")
         last[chosen] = number
         joined[-1] += first

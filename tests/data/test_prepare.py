@@ -30,6 +30,7 @@ from conftest import ROOT, prepare_text, run_prepare, script, some_text
 from glyphgpt.checkpoint import Checkpoint, Metadata, TrainState, save_checkpoint
 from glyphgpt.data import text as texts
 from glyphgpt.data.dataset import Dataset, ShardWriter, load_dataset, read_meta
+from glyphgpt.data.scan import Scan
 from glyphgpt.data.splitting import Segment, count_characters, split_text
 from glyphgpt.data.staging import PrepareProgress
 from glyphgpt.data.tokenizers import decode
@@ -348,14 +349,14 @@ def test_a_text_that_changes_between_the_passes_is_reported(
 ) -> None:
     file = write(tmp_path / "mine.txt", TEXT)
     os.utime(file, (0, 0))  # since file systems round times
-    scan = prepare.scan
+    read = Scan.read
 
-    def scan_and_change(*arguments: Any) -> PrepareProgress:
-        progress = scan(*arguments)
+    def read_and_change(*arguments: Any) -> PrepareProgress:
+        progress = read(*arguments)
         file.write_text(later)
         return progress
 
-    monkeypatch.setattr(prepare, "scan", scan_and_change)
+    monkeypatch.setattr(Scan, "read", read_and_change)
     (tmp_path / "data").mkdir()
     assert failure(run, tmp_path / "data", file) == f"{file}: the text changed while it was read; try again"
 

