@@ -90,9 +90,9 @@ class Workspace:
         path.write_text(text[:characters], encoding="utf-8")
         return path
 
-    def prepare(self, text: Path, name: str) -> None:
+    def prepare(self, text: Path, name: str, *flags: str) -> None:
         """Prepare a text as a dataset."""
-        program = Program(self, "prepare.py", self.prepare_args(text, name))
+        program = Program(self, "prepare.py", [*self.prepare_args(text, name), *flags])
         if program.wait():
             raise RuntimeError(program.stderr())
 

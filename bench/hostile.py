@@ -85,11 +85,17 @@ def forged_checkpoints(workspace: Workspace, trials: int) -> Tally:
 
 
 def forged_datasets(workspace: Workspace, trials: int) -> Tally:
-    """Change meta.json or a shard of a dataset at random, with valid checksums, and train on it."""
+    """Change meta.json or a shard of a dataset, with or without records, with valid checksums, and train on it."""
     tally, folder = Tally(), workspace.data_dir / "forged"
-    intact = {path.name: path.read_bytes() for path in (workspace.data_dir / "small").iterdir()}
+    (workspace.scratch / "records.txt").write_text(workspace.text.replace(" ", "\n"), encoding="utf-8")
+    workspace.prepare(workspace.scratch / "records.txt", "records", "--records=lines")
+    datasets = [
+        {path.name: path.read_bytes() for path in (workspace.data_dir / name).iterdir()}
+        for name in ("small", "records")
+    ]
     folder.mkdir()
     for trial in range(trials):
+        intact = workspace.rng.choice(datasets)
         for name, content in intact.items():
             (folder / name).write_bytes(content)
         meta = json.loads(intact[META])
@@ -110,17 +116,22 @@ def forged_datasets(workspace: Workspace, trials: int) -> Tally:
 
 
 def random_bytes(workspace: Workspace, trials: int) -> Tally:
-    """Prepare random bytes: the splits decode to the same bytes, in blocks of any order, or there is no dataset."""
+    """Prepare random bytes: the splits decode to the same bytes, in blocks of any order, or there is no dataset.
+
+    Records lose the line ends around them.
+    """
     tally, file = Tally(), workspace.scratch / "random.txt"
     text = st.text(min_size=20, max_size=200).map(str.encode)
     contents = st.one_of(
         st.binary(max_size=200), text, text, st.tuples(text, st.binary(max_size=3), text).map(b"".join)
     )
 
-    @given(contents, st.sampled_from(["char", "byte"]), st.sampled_from(["tail", "blocks"]), st.sampled_from([0, 0.2]))
-    def trial(content: bytes, tokenizer: str, split: str, test_fraction: float) -> None:
+    ways = st.sampled_from([{}, {"split": "blocks"}, {"records": "lines"}, {"records": "0"}])
+
+    @given(contents, st.sampled_from(["char", "byte"]), ways, st.sampled_from([0, 0.2]))
+    def trial(content: bytes, tokenizer: str, way: dict[str, str], test_fraction: float) -> None:
         file.write_bytes(content)
-        values = {"name": "random", "tokenizer": tokenizer, "split": split, "test_fraction": test_fraction}
+        values = {"name": "random", "tokenizer": tokenizer, "test_fraction": test_fraction, **way}
         settings = PrepareSettings.model_validate(
             {**values, "data_dir": str(workspace.data_dir), "overwrite": True, "report": bool(test_fraction)}
         )
@@ -136,12 +147,16 @@ def random_bytes(workspace: Workspace, trials: int) -> Tally:
         failure = check_call(prepare_file, tally)
         if errors:
             with suppress(UnicodeDecodeError):
-                failure = f"rejected: {errors[0]}" if len(content.decode()) > 40 else ""
+                failure = f"rejected: {errors[0]}" if len(content.decode()) > 40 and "records" not in way else ""
         elif not failure:
             dataset = load_dataset(workspace.data_dir / "random", workspace.data_dir)
             splits = [part for part in (dataset.train, dataset.val, dataset.test) if part]
             text = "".join(decode(dataset.tokenizer, part.slice(0, part.tokens)) for part in splits)
-            same = text.encode() == content if split == "tail" else sorted(text) == sorted(content.decode())
+            dropped = "\r\n0" if "records" in way else ""
+            kept, expected = (
+                sorted(each.translate(dict.fromkeys(map(ord, dropped)))) for each in (text, content.decode())
+            )
+            same = kept == expected if way else text.encode() == content
             failure = "" if same else "decoded to another text"
         tally.add_trial(failure and f"{failure}: {content!r}")
 
