@@ -86,15 +86,24 @@ def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     folder = Path(settings.data_dir) / name
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
-        if (meta.source.sha256, meta.tokenizer["kind"]) == (recipe.text.sha256, recipe.tokenizer):
+        has_records = "separator" in meta.tokenizer
+        expected = (recipe.text.sha256, recipe.tokenizer, recipe.pairs is not None)
+        if (meta.source.sha256, meta.tokenizer["kind"], has_records) == expected:
             print(f"{folder} is already prepared; next: {train_command(folder, recipe.config)}")
             return
-    file = download_text(recipe, Path(settings.data_dir))
+    file, val_file = download_text(recipe, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
-    text = Text((file,), (sanitize(file),), can_set_encoding=False)
-    settings = settings.model_copy(update={"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction})
+    chosen = {"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction, "val": str(val_file or "")}
+    settings = settings.model_copy(update=chosen)
+    has_records = recipe.pairs is not None
+    text, val = (
+        Text((each,), (sanitize(each),), can_set_encoding=False, separate_documents=has_records) if each else None
+        for each in (file, val_file)
+    )
+    assert text
+    corpus = Corpus(text, settings, val, separator="\n" if has_records else None)
     with staging_dir(folder, overwrite=settings.overwrite, can_rename=False) as staging:
-        meta = prepare(Corpus(text, settings), staging, settings, recipe=name)
+        meta = prepare(corpus, staging, settings, recipe=name)
         found = report(staging, name, meta, settings)
     print_summary(meta, folder, found, recipe.config)
 

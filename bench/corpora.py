@@ -77,7 +77,8 @@ def compressed(package: str, path: str) -> Callable[[Path], str]:
 
 def shakespeare(folder: Path) -> str:
     """Return Tiny Shakespeare, which `prepare.py shakespeare_char` uses too."""
-    return download_text(read_recipe(ROOT / "data" / "shakespeare_char.toml"), folder).read_text(encoding="utf-8")
+    path, _ = download_text(read_recipe(ROOT / "data" / "shakespeare_char.toml"), folder)
+    return path.read_text(encoding="utf-8")
 
 
 def topics(_folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,15 +20,19 @@ class Pairs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: FileName
+    val_file: FileName
     sha256: Sha256
+    """Checksum of the text and the validation text, one after the other."""
     sources: tuple[RemoteFile, ...]
-    aligned: tuple[tuple[str, str], ...]
-    """Pairs of file names whose lines correspond; the text holds the pairs of files one after the other."""
+    train: tuple[str, str]
+    """Names of the two sources whose lines correspond."""
+    val: tuple[str, str]
+    """The same for the validation text."""
 
     @model_validator(mode="after")
     def check_names(self) -> "Pairs":
-        """Check that every aligned file is a source."""
-        missing = {name for names in self.aligned for name in names} - {source.file for source in self.sources}
+        """Check that every file is a source."""
+        missing = {*self.train, *self.val} - {source.file for source in self.sources}
         if missing:
             raise ValueError(f"no source is called {min(missing)}")
         return self
@@ -41,7 +46,7 @@ class Recipe(BaseModel):
     title: str
     licence: str
     tokenizer: Literal["char", "byte", "gpt2"]
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     config: Annotated[str, Field(pattern=r"^([\w./-]+\.toml)?$")] = ""
     """The config to train with, if there is one."""
     source: RemoteFile | None = None
@@ -77,33 +82,46 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError("\n".join(": ".join(filter(None, problem)) for problem in problems)) from error
 
 
-def download_text(recipe: Recipe, data_dir: Path) -> Path:
-    """Return the path of a recipe's text, and download its files into `data_dir`/downloads if they are missing there.
+def download_text(recipe: Recipe, data_dir: Path) -> tuple[Path, Path | None]:
+    """Return the paths of a recipe's text and of its validation text, if it has one of its own.
+
+    Files that are missing are downloaded into `data_dir`/downloads.
 
     Raises:
         UserError: A file cannot be downloaded, or has the wrong checksum.
     """
-    return fetch(recipe.text, data_dir) if isinstance(recipe.text, RemoteFile) else join_pairs(recipe.text, data_dir)
+    return (
+        (fetch(recipe.text, data_dir), None)
+        if isinstance(recipe.text, RemoteFile)
+        else join_pairs(recipe.text, data_dir)
+    )
 
 
-def join_pairs(pairs: Pairs, data_dir: Path) -> Path:
-    """Write a text of pairs, and return its path.
+def join_pairs(pairs: Pairs, data_dir: Path) -> tuple[Path, Path]:
+    """Write a text of pairs and its validation text, and return their paths.
 
     Raises:
-        UserError: A file cannot be downloaded, the files of a pair have different numbers of lines, or the text has
+        UserError: A file cannot be downloaded, the files of a pair have different numbers of lines, or the texts have
             the wrong checksum.
     """
     paths = {source.file: fetch(source, data_dir) for source in pairs.sources}
-    target = data_dir / "downloads" / pairs.file
-    joined: list[str] = []
-    for names in pairs.aligned:
-        left, right = (read_lines(str(paths[name])) for name in names)
-        if len(left) != len(right):
-            raise UserError(f"{' and '.join(names)} have different numbers of lines: {len(left):,} and {len(right):,}")
-        joined += [f"{one}\t{other}\n" for one, other in zip(left, right, strict=True)]
-    text = "".join(joined).encode()
-    sha256 = hashlib.sha256(text).hexdigest()
+    texts = [join_lines(names, paths) for names in (pairs.train, pairs.val)]
+    sha256 = hashlib.sha256(b"".join(texts)).hexdigest()
     if sha256 != pairs.sha256:
         raise UserError(f"{pairs.file}: not the text of the recipe: its SHA-256 is {sha256}, not {pairs.sha256}")
-    write_atomic(target, text)
-    return target
+    targets = data_dir / "downloads" / pairs.file, data_dir / "downloads" / pairs.val_file
+    for target, text in zip(targets, texts, strict=True):
+        write_atomic(target, text)
+    return targets
+
+
+def join_lines(names: tuple[str, str], paths: Mapping[str, Path]) -> bytes:
+    """Return the lines of two files in pairs, each with a tab between them.
+
+    Raises:
+        UserError: The files have different numbers of lines.
+    """
+    left, right = (read_lines(str(paths[name])) for name in names)
+    if len(left) != len(right):
+        raise UserError(f"{' and '.join(names)} have different numbers of lines: {len(left):,} and {len(right):,}")
+    return "".join(f"{one}\t{other}\n" for one, other in zip(left, right, strict=True)).encode()

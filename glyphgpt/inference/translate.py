@@ -4,8 +4,8 @@
     python -m glyphgpt.inference.translate out/multi30k_de_en german.txt --reference=english.txt   and their BLEU score
     python -m glyphgpt.inference.translate out/multi30k_de_en german.txt --out=mine.txt --beam=1   greedy, to a file
 
-Any task works whose training text has one line per example: the input, a tab, the output. prepare.py multi30k_de_en
-makes such a dataset, and config/translate.toml trains on it.
+Any task works whose training text has one line per example: the input, a tab, the output. prepare.py --records=lines
+makes such a dataset, as does prepare.py multi30k_de_en, and config/translate.toml trains on it.
 """
 
 import sys

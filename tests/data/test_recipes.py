@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from pydantic import ValidationError
 
-from conftest import ROOT, script
+from conftest import ROOT, run_prepare, script
 from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.downloads import GPT2_ENCODER, GPT2_MERGES, RemoteFile, fetch
 from glyphgpt.data.recipes import Recipe, download_text, read_recipe
+from glyphgpt.data.tokenizers import decode
 from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import REPORT, file_sha256
 
@@ -104,7 +106,7 @@ def test_recipes_can_be_read(path: Path) -> None:
     else:
         assert recipe.pairs
         files = {source.file for source in recipe.pairs.sources}
-        assert {name for names in recipe.pairs.aligned for name in names} < files
+        assert {*recipe.pairs.train, *recipe.pairs.val} < files
         assert all(source.url.endswith(source.file.removeprefix("multi30k-")) for source in recipe.pairs.sources)
 
 
@@ -163,7 +165,7 @@ def test_prepared_tiny_shakespeare_has_the_counts_of_nanogpt(tmp_path: Path, tin
         (('"config/quick.toml"', "'; rm'"), "config: String should match pattern '"),
         (("[source]", "[source"), "not a TOML file: "),
         (("[source]", "[pairs]"), "pairs.sources: Field required"),
-        (("[source]", "[pairs]\naligned = []\n[source]"), "pairs.file: Field required"),
+        (("[source]", "[pairs]\ntrain = []\n[source]"), "pairs.file: Field required"),
     ],
     ids=str,
 )
@@ -326,13 +328,25 @@ def pairs_recipe(data_dir: Path, left: str = LEFT, right: str = RIGHT, joined: b
     for name, content in files.items():
         (data_dir / "downloads" / name).write_bytes(content)
     sources = [{"file": name, "sha256": sha256(content).hexdigest(), "url": URL} for name, content in files.items()]
-    pairs = {"file": "both", "sha256": sha256(joined * 2).hexdigest(), "aligned": [["left.gz", "right"]] * 2}
-    texts = {"title": "T", "licence": "L", "tokenizer": "char"}
-    return Recipe.model_validate({**texts, "val_fraction": 0.5, "pairs": {**pairs, "sources": sources}})
+    pairs = {"file": "both", "val_file": "both-val", "sha256": sha256(joined * 2).hexdigest(), "sources": sources}
+    pairs |= {"train": ["left.gz", "right"], "val": ["left.gz", "right"]}
+    return Recipe.model_validate({"title": "T", "licence": "L", "tokenizer": "char", "pairs": pairs})
 
 
 def test_pairs_are_joined_line_by_line(tmp_path: Path) -> None:
-    assert download_text(pairs_recipe(tmp_path), tmp_path).read_bytes() == JOINED * 2
+    paths = download_text(pairs_recipe(tmp_path), tmp_path)
+    assert [path.read_bytes() for path in paths if path] == [JOINED] * 2
+
+
+def test_each_pair_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = pairs_recipe(tmp_path).model_dump(exclude_none=True)
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(recipe))
+    for _ in range(2):
+        run_prepare("mine", f"--data_dir={tmp_path}")
+    dataset = load_dataset(tmp_path / "mine", tmp_path)
+    assert decode(dataset.tokenizer, dataset.val.slice(0, dataset.val.tokens)) == "\n" + JOINED.decode()
+    assert dataset.train.record_ends is not None
+    assert "is already prepared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -353,8 +367,8 @@ def test_pairs_that_do_not_match_are_rejected(tmp_path: Path, change: dict[str, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"aligned": [["left.gz", "wrong"]]}, "no source is called wrong"),
-        ({"aligned": [["left.gz"]]}, "Field required"),
+        ({"val": ["left.gz", "wrong"]}, "no source is called wrong"),
+        ({"train": ["left.gz"]}, "Field required"),
     ],
 )
 def test_aligned_files_must_be_pairs_of_sources(tmp_path: Path, change: dict[str, Any], message: str) -> None:
