@@ -67,6 +67,13 @@ MANY_STEPS = 700
 NGRAM_ROWS, MANY_NGRAM_ROWS, MANY_TOKENS, MANY_ROWS_COST = 8192, 32_768, 2_000_000, 1.1
 """Rows of each n-gram table; more where a run sees so much text and a step takes less than so many times as long."""
 
+BPE_CHARACTERS, LARGEST_ALPHABET = 900_000, 256
+"""Least characters of a text, and most different ones, for which BPE tokens were better where time is short."""
+BPE_HINT = (
+    "\n  hint:    there is more text than time for it; BPE tokens (prepare.py --tokenizer=bpe --vocab_size=512) would "
+    "probably reach fewer bits per character"
+)
+
 COMPILE_STARTS, COMPILE_LAYER_STARTS, COMPILE_PAYS = 4.5, 3.4, 3.5
 """Time to compile a network without blocks, and each block, in units of the time in which this program started, which
 measures the machine; how many times that long a run must be to compile."""
@@ -353,8 +360,14 @@ class Dial:
             f"  steps:   {chosen.max_steps:,} of {chosen.batch_size} x {chosen.block_size} tokens, "
             f"{epochs:.2f} epochs\n"
             f"  rates:   learning rate {chosen.learning_rate:.3g}, weight decay {chosen.weight_decay:.2g}, "
-            f"{chosen.ngram_weight_decay:.2g} of the n-gram tables"
+            f"{chosen.ngram_weight_decay:.2g} of the n-gram tables" + (BPE_HINT if self.suggests_bpe(epochs) else "")
         )
+
+    def suggests_bpe(self, epochs: float) -> bool:
+        """Return whether a run of so many epochs would probably reach fewer bits per character with BPE tokens."""
+        text, tokenizer = self.dataset.train, self.dataset.tokenizer
+        is_alphabet = tokenizer.kind == "char" and tokenizer.vocab_size <= LARGEST_ALPHABET
+        return is_alphabet and text.tokens >= BPE_CHARACTERS and epochs < MAX_EPOCHS
 
 
 class Pace:

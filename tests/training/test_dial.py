@@ -44,7 +44,7 @@ def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_text(tokens: int, vocab_size: int = 65) -> Dataset:
     val = SimpleNamespace(tokens=max(2, tokens // 9))
-    tokenizer = SimpleNamespace(vocab_size=vocab_size)
+    tokenizer = SimpleNamespace(vocab_size=vocab_size, kind="char" if vocab_size < 10_000 else "gpt2")
     return cast("Dataset", SimpleNamespace(train=SimpleNamespace(tokens=tokens), val=val, tokenizer=tokenizer))
 
 
@@ -301,3 +301,15 @@ def test_a_timed_run_that_torchrun_restarts_keeps_its_settings(
     resumed = resume_after_restart(again, CPU)
     assert (resumed.minutes, resumed.resume) == (0, True)
     assert (resumed.max_steps, resumed.learning_rate, resumed.out_dir) == (3, 0.007, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "tokens", "vocab_size", "hint"),
+    [(1, 10**6, 65, True), (1, 10**8, 200, True), (600, 10**6, 65, False), (1, 2 * 10**5, 65, False),
+     (1, 10**6, 3000, False), (1, 10**6, 50_257, False)],
+)  # fmt: skip
+def test_bpe_is_suggested_for_more_text_than_time(minutes: float, tokens: int, vocab_size: int, hint: bool) -> None:
+    settings = TrainSettings.model_validate({"minutes": minutes})
+    dial = Dial(settings, a_text(tokens, vocab_size), CPU, machine())
+    dial.choose()
+    assert ("--tokenizer=bpe" in dial.description()) == hint
