@@ -367,7 +367,7 @@ class Dial:
         """Return whether a run of so many epochs would probably reach fewer bits per character with BPE tokens."""
         text, tokenizer = self.dataset.train, self.dataset.tokenizer
         is_alphabet = tokenizer.kind == "char" and tokenizer.vocab_size <= LARGEST_ALPHABET
-        return is_alphabet and text.tokens >= BPE_CHARACTERS and epochs < MAX_EPOCHS
+        return is_alphabet and text.tokens >= BPE_CHARACTERS and round(epochs) < MAX_EPOCHS
 
 
 class Pace:
