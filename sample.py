@@ -26,7 +26,7 @@ from glyphgpt.cli import unescape
 from glyphgpt.data.dataset import META, Dataset, Split, find_dataset, load_dataset
 from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.text import read_text
-from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_text, start_token
+from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_prompt, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import write_atomic
 from glyphgpt.inference.api import Model, open_model
@@ -141,7 +141,9 @@ def write_attention(path: Path, settings: SampleSettings) -> None:
         UserError: The text is empty or too long, or the file could not be written.
     """
     checkpoint, tokenizer = open_checkpoint(path, Path(settings.data_dir))
-    tokens, out = encode_text(settings.attention, tokenizer, skip=settings.skip_unknown), Path(settings.out)
+    encode = encode_text if tokenizer.separator is None else encode_prompt
+    tokens: Tokens = encode(settings.attention, tokenizer, skip=settings.skip_unknown).astype(np.uint32)
+    out = Path(settings.out)
     if out.name.lower().endswith(".html"):
         write_model_page(out, checkpoint, tokenizer, text=settings.attention, view="attention")
     else:

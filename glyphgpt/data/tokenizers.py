@@ -461,6 +461,17 @@ def encode_text(text: str, tokenizer: Tokenizer, *, skip: bool) -> Tokens:
     return tokenizer.encode(text.translate(dict.fromkeys(map(ord, unknown))))
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer, *, skip: bool) -> NDArray[np.int64]:
+    """Return the ids of a text to continue, int64. The start token precedes a record, and is an empty text.
+
+    Raises:
+        UserError: The text has unknown characters and `skip` is false.
+    """
+    tokens = encode_text(text, tokenizer, skip=skip).astype(np.int64)
+    has_start = tokens.size and tokenizer.separator is None
+    return tokens if has_start else np.concatenate(([start_token(tokenizer)], tokens))
+
+
 def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Counter[str]) -> Iterator[list[str]]:
     """Yield lists of texts without the characters that have no token, and count these in `dropped`."""
     for texts in stream:

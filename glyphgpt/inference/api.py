@@ -14,7 +14,7 @@ import numpy as np
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.cli import resolve
 from glyphgpt.data.dataset import Split
-from glyphgpt.data.tokenizers import StreamDecoder, Tokenizer, Tokens, encode_text, start_token, token_text
+from glyphgpt.data.tokenizers import StreamDecoder, Tokenizer, Tokens, encode_prompt, token_text
 from glyphgpt.errors import UserError
 from glyphgpt.inference.generate import (
     Floats,
@@ -88,7 +88,7 @@ class Model:
         streams = [TextStream(self.tokenizer, settings.stop) for _ in range(settings.num_samples)]
         params = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
         for tokens in generate(
-            self.model, self.prompt_tokens(prompt, skip=settings.skip_unknown), block_size=self.block_size,
+            self.model, encode_prompt(prompt, self.tokenizer, skip=settings.skip_unknown), block_size=self.block_size,
             num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens, params=params,
             seed=settings.seed, use_cache=settings.cache,
         ):  # fmt: skip
@@ -105,7 +105,7 @@ class Model:
         Raises:
             UserError: The text has characters that the model does not know.
         """
-        tokens = self.prompt_tokens(text, skip=skip_unknown)
+        tokens = encode_prompt(text, self.tokenizer, skip=skip_unknown)
         context = tokens[None, context_start(len(tokens), self.block_size) :]
         probs = np.exp(log_softmax(self.model.next_logits(context, self.model.new_cache(1)))[0])
         return {token_text(self.tokenizer.token_bytes(int(i))): float(probs[i]) for i in np.argsort(-probs)}
@@ -143,12 +143,6 @@ class Model:
         if split.tokens < 2:
             raise UserError(f"{split.tokens} tokens; a score needs at least 2")
         return token_losses(self.model, split, block_size=self.block_size, vocab_size=self.checkpoint.config.vocab_size)
-
-    def prompt_tokens(self, prompt: str, *, skip: bool) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the tokens of a prompt; of an empty one, or before a record, the token that a text starts from."""
-        tokens = encode_text(prompt, self.tokenizer, skip=skip).astype(np.int64)
-        has_start = tokens.size and self.tokenizer.separator is None
-        return tokens if has_start else np.concatenate(([start_token(self.tokenizer)], tokens))
 
 
 def split_tokens(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, int]]:
