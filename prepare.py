@@ -158,7 +158,8 @@ def prepare(
         raise UserError(f"{list_names(text.names)}: {problem}")
     text_report = progress.report
     if text_report:
-        leaked = leaked_fraction(writer.read("train"), writer.read("val"), tokenizer)
+        end = tokenizer.end_of_text if tokenizer.separator is not None else None
+        leaked = leaked_fraction(writer.read("train", end), writer.read("val", end), tokenizer)
         text_report = text_report.model_copy(update={"leaked": leaked})
     meta = DatasetMeta(
         format=FORMAT,

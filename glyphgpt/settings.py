@@ -355,8 +355,8 @@ class PrepareSettings(Settings):
     r"""lf: make every line end \n; otherwise \r\n and \r stay as they are."""
     normalize: Literal["none", "nfc"] = "none"
     """nfc: compose letters and accents to single characters where Unicode has them (NFC)."""
-    deduplicate: Literal["none", "lines", "passages"] = "none"
-    """Drop repeated lines of at least 20 characters, or passages (between empty lines) of at least 50."""
+    deduplicate: Literal["none", "lines", "passages", "records"] = "none"
+    """Drop repeated lines of at least 20 characters, passages (between empty lines) of at least 50, or records."""
     min_count: Count = 1
     """Replace characters that occur fewer than this many times by one symbol, U+FFFD."""
     report: bool = True
@@ -384,6 +384,8 @@ class PrepareSettings(Settings):
             yield "seed is for a random split: --split=blocks or --split=documents"
         if self.records and "split" in self.model_fields_set:
             yield "records are drawn at random; leave out split, or name the validation text with --val"
+        if self.deduplicate == "records" and not (self.records or self.vocabulary):
+            yield "deduplicate = 'records' is for a text of records: --records=lines, or what separates them"
         if self.records and self.vocabulary:
             yield "a vocabulary knows its records; leave out records"
         if "vocab_size" in self.model_fields_set and (self.tokenizer != "bpe" or self.vocabulary):

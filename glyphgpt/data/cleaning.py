@@ -25,7 +25,7 @@ class Cleaner:
     def __init__(self, settings: PrepareSettings) -> None:
         """Begin with no stream."""
         self.settings = settings
-        self.repeated = Repeated(settings.deduplicate) if settings.deduplicate != "none" else None
+        self.repeated = Repeated(settings.deduplicate) if settings.deduplicate in SHORT else None
 
     def clean(self, stream: Iterator[Documents]) -> Iterator[Documents]:
         """Yield the changed documents of a stream."""

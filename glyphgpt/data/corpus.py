@@ -59,8 +59,11 @@ class Corpus:
         The functions are those of Text.read.
         """
         cleaner = Cleaner(self.settings)
+        seen = set[int]() if self.settings.deduplicate == "records" else None
         for split, text in self.texts.items():
             stream = cleaner.clean(text.read(on_chunk, on_warning, on_text))
+            if self.separator is not None:
+                stream = read_records(stream, self.separator, seen)
             for part, documents in self._assign(stream, split):
                 yield part, documents if text.separate_documents else ["".join(documents)]
 
@@ -73,8 +76,6 @@ class Corpus:
         """Yield the documents of a stream with their split."""
         settings = self.settings
         draw = Draw(settings.val_fraction, settings.test_fraction, settings.seed)
-        if self.separator is not None:
-            stream = read_records(stream, self.separator)
         if not self.draws_splits:
             yield from ((split, documents) for documents in stream)
         elif settings.split == "blocks":

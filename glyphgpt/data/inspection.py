@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glyphgpt.data.cleaning import SHORT
 from glyphgpt.data.dataset import Found, Place, Split, TextReport
@@ -43,6 +44,8 @@ LEAK_LENGTH = LENGTHS[1]
 """Characters of a run of validation text that hardly occurs twice by chance."""
 VAL_PIECES, PIECE_TOKENS = 100, 2000
 """Pieces of a longer validation text in which leaks are looked for."""
+HASHED_TOKENS = 1 << 22
+"""Tokens of records that are hashed at once."""
 
 
 class Inspector:
@@ -154,9 +157,10 @@ class Inspector:
 
 
 def leaked_fraction(train: Split, val: Split, tokenizer: Tokenizer) -> float:
-    """Return the fraction of the validation text in runs of LEAK_LENGTH or more that occur in the training text.
+    """Return the fraction of the validation text that occurs in the training text too.
 
-    Of a longer training text, COMPARED tokens from all parts are compared; then the fraction is a lower bound.
+    Counted are runs of LEAK_LENGTH characters or more, or whole records if they are a larger part. Of a longer training
+    text, COMPARED tokens from all parts are compared; then the fraction is a lower bound.
     """
     starts, length = [0], val.tokens
     if length > VAL_PIECES * PIECE_TOKENS:
@@ -164,7 +168,33 @@ def leaked_fraction(train: Split, val: Split, tokenizer: Tokenizer) -> float:
         length = PIECE_TOKENS
     pieces = [decode(tokenizer, val.slice(start, start + length)) for start in starts]
     points = read_points(train, tokenizer, "comparing the splits", most=COMPARED)
-    return copied_fraction(pieces, LEAK_LENGTH, points)
+    in_records = 0.0 if train.record_ends is None else repeated_records(train, val)
+    return max(in_records, copied_fraction(pieces, LEAK_LENGTH, points))
+
+
+def repeated_records(train: Split, val: Split) -> float:
+    """Return the fraction of the validation tokens that are in records which occur in the training split too."""
+    hashes, sizes = record_hashes(val)
+    is_repeated = np.isin(hashes, record_hashes(train)[0])
+    return float(sizes[is_repeated].sum() / sizes.sum())
+
+
+def record_hashes(split: Split) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return a hash of each record of a split, and its size in tokens."""
+    ends = split.record_ends
+    assert ends is not None
+    sizes = np.diff(ends)
+    factors = np.random.default_rng(0).integers(2**63, size=int(sizes.max()), dtype=np.uint64)  # by place in a record
+    hashes = np.empty(len(sizes), dtype=np.uint64)
+    first = 0
+    while first < len(sizes):  # memory holds some of the records at a time
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + HASHED_TOKENS, side="right")) - 1)
+        tokens = split.slice(ends[first], ends[last]).astype(np.uint64) + np.uint64(1)
+        starts = ends[first:last] - ends[first]
+        places = np.arange(len(tokens)) - np.repeat(starts, sizes[first:last])
+        hashes[first:last] = np.add.reduceat(tokens * factors[places], starts)
+        first = last
+    return hashes, sizes
 
 
 def kind_of(character: str) -> str:

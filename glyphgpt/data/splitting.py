@@ -68,8 +68,10 @@ def split_records(text: str, separator: str) -> list[str]:
     return [record for part in parts if (record := part.strip("\r\n"))]
 
 
-def read_records(stream: Iterator[Documents], separator: str) -> Iterator[Documents]:
+def read_records(stream: Iterator[Documents], separator: str, seen: set[int] | None = None) -> Iterator[Documents]:
     """Yield the records of a stream as documents: what separators divide, or the documents if it is "".
+
+    If there is a set `seen`, it collects hashes of the records, and those whose hash it has already are left out.
 
     Raises:
         UserError: A record is too long.
@@ -78,10 +80,20 @@ def read_records(stream: Iterator[Documents], separator: str) -> Iterator[Docume
     for first, *others in stream:
         *documents, last = rest + first, *others
         complete, _, rest = last.rpartition(separator) if separator else ("", "", last)
-        yield ["", *(record for document in (*documents, complete) for record in split_records(document, separator))]
+        records = [record for document in (*documents, complete) for record in split_records(document, separator)]
+        yield ["", *drop_repeated(records, seen)]
         if len(rest) > LONGEST_RECORD:
             raise UserError(f"a record has more than {LONGEST_RECORD:,} characters; choose another --records")
-    yield ["", *split_records(rest, separator)]
+    yield ["", *drop_repeated(split_records(rest, separator), seen)]
+
+
+def drop_repeated(records: list[str], seen: set[int] | None) -> Iterator[str]:
+    """Yield the records whose hashes are not in a set yet, and add them to it; or all records if there is no set."""
+    for record in records:
+        if seen is None or (key := hash(record)) not in seen:
+            yield record
+            if seen is not None:
+                seen.add(key)
 
 
 def assign_documents(stream: Iterator[Documents], draw: Draw) -> Iterator[tuple[str, Documents]]:

@@ -76,12 +76,12 @@ class ResumableWriter:
             resume_from = {"split": segment.split, "start": segment.start, "tokens": tokens_before}
             save_progress(self.folder, self.progress.model_copy(update={"shards": shards, **resume_from}))
 
-    def read(self, name: str) -> Split:
-        """Return a finished split."""
+    def read(self, name: str, end_of_record: int | None) -> Split:
+        """Return a finished split, whose records lie between the tokens `end_of_record`."""
         writer = self._writers[name]
         paths = ((self.folder / shard.file, shard.tokens) for shard in writer.shards)
         shards = (ShardFile(path, file_identity(path), tokens, writer.dtype) for path, tokens in paths)
-        return Split(tuple(shards), self.progress.characters[name])
+        return Split(tuple(shards), self.progress.characters[name], end_of_record)
 
     def splits(self) -> dict[str, SplitMeta]:
         """Return the metadata of the splits by their names."""

@@ -43,10 +43,11 @@ def findings(meta: DatasetMeta, settings: PrepareSettings) -> list[str]:
             "replaces them by one symbol"
         )
     if report.leaked > MUCH_LEAKED:
-        remedies = ["--deduplicate=passages"] * (settings.deduplicate == "none") + ["--val=FILE, with another text"]
+        part = "records" if "separator" in meta.tokenizer else "passages"
+        remedies = [f"--deduplicate={part}"] * (settings.deduplicate == "none") + ["--val=FILE, with another text"]
         found.append(
-            f"{report.leaked:.0%} of the validation text also occurs in the training text, in runs of {LEAK_LENGTH} "
-            f"characters or more, so the validation loss will be too low; try {' or '.join(remedies)}"
+            f"{report.leaked:.0%} of the validation text also occurs in the training text, in {leaks_in_words(meta)}, "
+            f"so the validation loss will be too low; try {' or '.join(remedies)}"
         )
     if meta.recipe:  # which has no options
         found = [finding.partition("; ")[0] for finding in found]
@@ -57,6 +58,12 @@ def describe(problem: Found) -> str:
     """Return a problem with its place and its remedy."""
     meaning, remedy = PROBLEMS[problem.what]
     return f"{problem.place}: {problem.count:,} x {meaning}; {remedy}"
+
+
+def leaks_in_words(meta: DatasetMeta) -> str:
+    """Return what counts as a part of the validation text that occurs in the training text too."""
+    records = "whole records or " if "separator" in meta.tokenizer else ""
+    return f"{records}runs of {LEAK_LENGTH} characters or more"
 
 
 def kinds_in_words(report: TextReport) -> str:
@@ -95,7 +102,7 @@ def page_data(name: str, meta: DatasetMeta, found: list[str]) -> dict[str, Any]:
             ("Lines", f"{report.lines:,}", f"the longest examined one has {report.longest_line:,} characters"),
             ("Vocabulary", f"{meta.vocab_size:,}", f"{meta.tokenizer['kind']} tokens"),
             *((title, f"{split.tokens:,}", "tokens") for title, split in splits.items()),
-            ("Validation in training", f"{report.leaked:.1%}", f"in runs of {LEAK_LENGTH} characters or more"),
+            ("Validation in training", f"{report.leaked:.1%}", f"in {leaks_in_words(meta)}"),
             ("Repeated lines", f"{report.repeated:.1%}", "of the text, without short lines"),
             ("Rare characters", f"{report.rare:,}", f"occur fewer than {FEW} times"),
         ],

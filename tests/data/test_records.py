@@ -17,6 +17,7 @@ from test_cleaning import in_parts
 import train
 from conftest import prepare_text, run_prepare, script, some_text, tiny_settings
 from glyphgpt.data.dataset import Split, load_dataset
+from glyphgpt.data.inspection import repeated_records
 from glyphgpt.data.splitting import read_records
 from glyphgpt.data.staging import ResumableWriter
 from glyphgpt.data.tokenizers import (
@@ -143,6 +144,37 @@ def test_a_preparation_of_records_resumes(
     assert "resuming" in capsys.readouterr().out
     assert parts.meta.train.sha256 == whole.meta.train.sha256
     assert parts.meta.val.sha256 == whole.meta.val.sha256
+
+
+def test_repeated_records_are_found_and_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "val.txt").write_text("emma\nanna\nbena\nava\nem\n")
+    flags = {"records": "lines", "val": str(tmp_path / "val.txt")}
+    text = "".join(f"{name}\n" for name in [*NAMES, *NAMES[:3], "v"])
+    folder = prepare_text(text, tmp_path, **flags)
+    assert "45% of the validation text also occurs in the training text, in whole records or" in capsys.readouterr().err
+    report = load_dataset(folder, tmp_path).meta.report
+    assert report
+    assert report.leaked == len("anna bena ") / len("emma anna bena ava em ")
+    dataset = load_dataset(prepare_text(text, tmp_path, "dropped", deduplicate="records", **flags), tmp_path)
+    splits = (dataset.train, dataset.val)
+    train_records, val_records = (records_of(split, dataset.tokenizer.vocab_size - 1) for split in splits)
+    assert len(train_records) == len(NAMES) + 1
+    assert [decode(dataset.tokenizer, record) for record in val_records] == ["emma", "ava", "em"]
+    assert "validation text" not in capsys.readouterr().err
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=5), min_size=1), st.lists(st.text("ab", min_size=1, max_size=5)))
+@tries(deadline=None)
+def test_records_that_occur_in_both_splits_are_counted(train_records: list[str], val_records: list[str]) -> None:
+    val_records = [*val_records, "c"]
+    tokenizer = RecordTokenizer(CharTokenizer("abc"), "\n")
+    splits = [
+        Split((tokenizer.encode_documents(["", *records, ""]),), 0, 3) for records in (train_records, val_records)
+    ]
+    repeated = sum(len(record) + 1 for record in val_records if record in train_records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glyphgpt.data.inspection.HASHED_TOKENS", 7)
+        assert repeated_records(*splits) == pytest.approx(repeated / sum(len(record) + 1 for record in val_records))
 
 
 @pytest.mark.parametrize(
