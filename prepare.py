@@ -81,21 +81,20 @@ def main(settings: PrepareSettings, *words: str) -> None:
 def prepare_recipe(path: Path, settings: PrepareSettings) -> None:
     """Prepare a public text as its recipe says, unless this has been done already."""
     recipe, name = read_recipe(path), path.stem
+    has_records = recipe.pairs is not None
     for key in settings.model_fields_set & TEXT_SETTINGS | ({"name"} & settings.model_fields_set):
         raise UsageError(f"--{key} is only for your own text; a recipe is always prepared as {path} says")
     folder = Path(settings.data_dir) / name
     if folder.exists() and not settings.overwrite:
         meta = read_meta(folder)
-        has_records = "separator" in meta.tokenizer
-        expected = (recipe.text.sha256, recipe.tokenizer, recipe.pairs is not None)
-        if (meta.source.sha256, meta.tokenizer["kind"], has_records) == expected:
+        prepared = meta.source.sha256, meta.tokenizer["kind"], "separator" in meta.tokenizer
+        if prepared == (recipe.text.sha256, recipe.tokenizer, has_records):
             print(f"{folder} is already prepared; next: {train_command(folder, recipe.config)}")
             return
     file, val_file = download_text(recipe, Path(settings.data_dir))
     print(f"{recipe.title}; licence: {recipe.licence}")
     chosen = {"tokenizer": recipe.tokenizer, "val_fraction": recipe.val_fraction, "val": str(val_file or "")}
     settings = settings.model_copy(update=chosen)
-    has_records = recipe.pairs is not None
     text, val = (
         Text((each,), (sanitize(each),), can_set_encoding=False, separate_documents=has_records) if each else None
         for each in (file, val_file)
@@ -116,13 +115,12 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
     separator = vocabulary.separator if vocabulary else record_separator(settings)
-    # there is a token between documents
-    has_separator = settings.tokenizer in ("bpe", "gpt2") or separator is not None
+    has_end_of_text = settings.tokenizer in ("bpe", "gpt2") or separator is not None
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         fields: dict[str, Any] = {
             "field": settings.text_field,
-            "keep_documents": has_separator or settings.split == "documents",
-            "separate_documents": has_separator,
+            "keep_documents": has_end_of_text or settings.split == "documents",
+            "separate_documents": has_end_of_text,
         }
         text, val = open_text(words, staging.parent, settings.encoding, **fields), None
         if settings.val:

@@ -108,7 +108,8 @@ class Corpus:
     def _without_split(self, name: str) -> str:
         """Return the problem and the remedy where the random draw leaves a split without text."""
         if self.separator is not None:
-            return f"--records={self.settings.records} finds too few records for the {name} split; choose other records"
+            where = f"between {self.separator!r}" if self.separator else "one for each document"
+            return f"too few records ({where}) for the {name} split; choose other --records, or add text"
         others = "--split=blocks or tail" if self.settings.split == "documents" else "--split=tail"
         return f"--split={self.settings.split} leaves no text for the {name} split; use a larger fraction, or {others}"
 

@@ -180,9 +180,9 @@ def test_records_that_occur_in_both_splits_are_counted(train_records: list[str],
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
-        (some_text(300).replace("\n", " "), ["--records=lines"], "--records=lines finds too few records"),
-        (some_text(3000), ["--records=%%"], "--records=%% finds too few records"),
-        (some_text(3000), ["--records=documents"], "--records=documents finds too few records"),
+        (some_text(300).replace("\n", " "), ["--records=lines"], "too few records (between '\\n')"),
+        (some_text(3000), ["--records=%%"], "too few records (between '%%')"),
+        (some_text(3000), ["--records=documents"], "too few records (one for each document)"),
         ("\n\n\r\n\n" * 50, ["--records=lines"], "the text is empty"),
     ],
 )
