@@ -53,7 +53,7 @@ from glyphgpt.data.tokenizers import (
 from glyphgpt.errors import UsageError, UserError, sanitize, warn
 from glyphgpt.files import REPORT
 from glyphgpt.reports.dataset_report import findings, kinds_in_words, write_dataset_report
-from glyphgpt.settings import PrepareSettings
+from glyphgpt.settings import RECORD_KINDS, PrepareSettings
 
 TEXT_SETTINGS = {
     "tokenizer", "vocab_size", "vocabulary", "skip_unknown", "encoding", "text_field", "newlines", "normalize",
@@ -114,7 +114,8 @@ def prepare_files(words: Sequence[str], settings: PrepareSettings) -> None:
     vocabulary = load_tokenizer(settings) if settings.vocabulary else None
     if vocabulary:
         settings = settings.model_copy(update={"tokenizer": vocabulary.kind})
-    separator = vocabulary.separator if vocabulary else record_separator(settings)
+    separator = record_separator(settings, vocabulary)
+    check_division(settings, separator)
     has_end_of_text = settings.tokenizer in ("bpe", "gpt2") or separator is not None
     with staging_dir(folder, overwrite=settings.overwrite) as staging:
         fields: dict[str, Any] = {
@@ -148,7 +149,7 @@ def prepare(
         progress = Scan(text, settings, vocabulary).read(fingerprint)
     tokenizer = tokenizer_from_dict(progress.tokenizer, Path(settings.data_dir))
     writer = write_shards(text, folder, settings, tokenizer, progress)
-    splits = writer.splits()
+    splits = {name: count_records(split, writer, name, tokenizer) for name, split in writer.splits().items()}
     has_changed = not writer.finished or text.file_stats() != file_stats
     problem = "the text changed while it was read; try again" if has_changed else find_short_split(splits)
     if problem:
@@ -156,8 +157,8 @@ def prepare(
         raise UserError(f"{list_names(text.names)}: {problem}")
     text_report = progress.report
     if text_report:
-        end = tokenizer.end_of_text if tokenizer.separator is not None else None
-        leaked = leaked_fraction(writer.read("train", end), writer.read("val", end), tokenizer)
+        train, val = (writer.read(name, tokenizer.end_of_record) for name in ("train", "val"))
+        leaked = leaked_fraction(train, val, tokenizer)
         text_report = text_report.model_copy(update={"leaked": leaked})
     meta = DatasetMeta(
         format=FORMAT,
@@ -208,10 +209,43 @@ def write_shards(
     return writer
 
 
-def record_separator(settings: PrepareSettings) -> str | None:
-    """Return what separates records: "" for documents, and None if the text is not one of records."""
-    named = {"": None, "lines": "\n", "documents": ""}
-    return named[settings.records] if settings.records in named else unescape(settings.records)
+def count_records(split: SplitMeta, writer: ResumableWriter, name: str, tokenizer: Tokenizer) -> SplitMeta:
+    """Return the metadata of a split with what separates its records counted as a character each."""
+    ends = writer.read(name, tokenizer.end_of_record).record_ends if writer.finished else None
+    records = 0 if ends is None else len(ends) - 1
+    return split.model_copy(update={"characters": split.characters + records})
+
+
+def record_separator(settings: PrepareSettings, vocabulary: Tokenizer | None) -> str | None:
+    """Return what separates records: "" for documents, and None if the text is not one of records.
+
+    Raises:
+        UsageError: The vocabulary has records already, or no token before and after them.
+    """
+    if vocabulary and not settings.records:
+        return vocabulary.separator
+    if vocabulary and vocabulary.separator is not None:
+        raise UsageError(f"--vocabulary={settings.vocabulary} brings its own records; leave out --records")
+    if vocabulary and vocabulary.end_of_text is None:
+        raise UsageError(
+            f"--vocabulary={settings.vocabulary} has no token for the ends of records; leave out --records"
+        )
+    return RECORD_KINDS[settings.records] if settings.records in RECORD_KINDS else unescape(settings.records)
+
+
+def check_division(settings: PrepareSettings, separator: str | None) -> None:
+    """Check that the options for splits and records fit the text.
+
+    Raises:
+        UsageError: They do not.
+    """
+    given = settings.model_fields_set
+    if separator is None and settings.deduplicate == "records":
+        raise UsageError("--deduplicate=records is for a text of records: --records=lines, or what separates them")
+    if separator is not None and "split" in given:
+        raise UsageError("records are drawn at random; leave out --split")
+    if "seed" in given and settings.split == "tail" and (separator is None or settings.val):
+        raise UsageError("--seed is for a random split: --split=blocks, --split=documents, or --records without --val")
 
 
 def load_tokenizer(settings: PrepareSettings) -> Tokenizer:

@@ -25,7 +25,7 @@ from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.cli import unescape
 from glyphgpt.data.dataset import META, Dataset, Split, find_dataset, load_dataset
 from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
-from glyphgpt.data.text import read_text
+from glyphgpt.data.text import read_documents, read_text
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_prompt, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, warn
 from glyphgpt.files import write_atomic
@@ -81,11 +81,10 @@ def load_split(tokenizer: Tokenizer, settings: SampleSettings) -> tuple[Split, s
         if dataset.meta.tokenizer != tokenizer.to_dict():
             raise UserError(f"{folder}: its vocabulary differs from the model's; score its text: --score=FILE")
         return choose_split(dataset, split or "val"), f"{folder}: {SPLIT_NAMES[split or 'val']} split"
-    text = read_text(settings.score)
-    encoded = encode_split(text, tokenizer, skip=settings.skip_unknown)
+    documents = [[read_text(settings.score)]] if tokenizer.separator is None else read_documents(settings.score)
+    encoded, unknown = encode_split(documents, tokenizer, skip=settings.skip_unknown)
     if encoded.tokens < 2:
         raise UserError(f"{settings.score}: {encoded.tokens} tokens; a score needs at least 2")
-    unknown = sum(text.count(c) for c in tokenizer.unknown_characters(text) if c not in (tokenizer.separator or ""))
     skipped = f" ({unknown:,} unknown characters skipped)" if unknown else ""
     return encoded, f"{settings.score}{skipped}"
 
@@ -120,17 +119,21 @@ def print_novelty(model: Model, settings: SampleSettings) -> None:
 
 def write_samples(model: Model, settings: SampleSettings) -> list[str]:
     """Return samples, without the prompt; show a progress bar meanwhile."""
-    texts, samples = [""] * settings.num_samples, model.samples(read_prompt(settings), settings)
-    length = settings.max_new_tokens
+    prompt, texts = read_prompt(settings, has_records=model.has_records), [""] * settings.num_samples
+    samples, length = model.samples(prompt, settings), settings.max_new_tokens
     for parts in tqdm(samples, "writing samples", length, leave=False, delay=1, unit="token", disable=None):
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
     return texts
 
 
 def random_pieces(split: Split, tokenizer: Tokenizer, settings: SampleSettings) -> list[str]:
-    """Return num_samples pieces of max_new_tokens tokens of a text, from random places."""
+    """Return num_samples records of a split, or pieces of max_new_tokens tokens, from random places."""
+    rng = np.random.default_rng(settings.seed)
+    if (ends := split.record_ends) is not None:
+        chosen = rng.integers(len(ends) - 1, size=settings.num_samples)
+        return [decode(tokenizer, split.slice(ends[i] + 1, ends[i + 1])) for i in chosen]
     length = min(settings.max_new_tokens, split.tokens)
-    starts = np.random.default_rng(settings.seed).integers(split.tokens - length + 1, size=settings.num_samples)
+    starts = rng.integers(split.tokens - length + 1, size=settings.num_samples)
     return [decode(tokenizer, split.slice(start, start + length)) for start in starts.tolist()]
 
 
@@ -175,7 +178,7 @@ def warn_of_unknown_stops(tokenizer: Tokenizer, settings: SampleSettings) -> Non
 
 def print_samples(model: Model, settings: SampleSettings) -> None:
     """Print samples: the first one while it is generated, then the others."""
-    prompt = read_prompt(settings)
+    prompt = read_prompt(settings, has_records=model.has_records)
     texts = [""] * settings.num_samples
     for number, parts in enumerate(model.samples(prompt, settings)):
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
@@ -187,12 +190,12 @@ def print_samples(model: Model, settings: SampleSettings) -> None:
 
 
 def interact(model: Model, settings: SampleSettings) -> None:
-    """Ask for text in a loop, and continue the whole conversation each time."""
+    """Ask for text in a loop, and continue the whole conversation each time, or a record."""
     print("Type a text to continue; Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr)
     with suppress(ImportError, OSError):
         import readline  # noqa: F401, PLC0415  (line editing, where the system has it)
-    tokenizer, opening = model.tokenizer, read_prompt(settings)
-    has_records = tokenizer.separator is not None  # each reply is one, and begins with what is typed
+    tokenizer, has_records = model.tokenizer, model.has_records  # each reply is one, and begins with what is typed
+    opening = read_prompt(settings, has_records=has_records)
     history = "" if has_records else decode(tokenizer, [start_token(tokenizer)])
     end_of_line = "" if has_records or tokenizer.unknown_characters("\n") else "\n"
     for turn in range(sys.maxsize):
@@ -221,9 +224,10 @@ def reply(model: Model, history: str, settings: SampleSettings) -> Iterator[str]
             yield part
 
 
-def read_prompt(settings: SampleSettings) -> str:
-    """Return the prompt of the settings, from the file if they name one."""
-    return read_text(settings.prompt_file) if settings.prompt_file else settings.prompt
+def read_prompt(settings: SampleSettings, *, has_records: bool) -> str:
+    """Return the prompt of the settings, from the file if they name one; line ends after a record are left out."""
+    prompt = read_text(settings.prompt_file) if settings.prompt_file else settings.prompt
+    return prompt.rstrip("\r\n") if settings.prompt_file and has_records else prompt
 
 
 if __name__ == "__main__":

@@ -322,6 +322,10 @@ class SampleSettings(Settings):
             yield f"out = '{self.out}' must end in .html or .png"
 
 
+RECORD_KINDS = {"": None, "lines": "\n", "documents": ""}
+"""Names of kinds of records, and what separates them: nothing where each document is one, None without records."""
+
+
 class PrepareSettings(Settings):
     """Settings of prepare.py"""
 
@@ -348,7 +352,7 @@ class PrepareSettings(Settings):
     """Random seed of the split."""
     records: str = ""
     r"""The text is a list of records, such as names or recipes, which the model learns and writes one by one: lines,
-    documents (files, or the texts of JSON), or the text between them, such as '\n\n' or '%%'."""
+    documents (files, or the texts of JSON, CSV or Parquet), or the text between them, such as '\n\n' or '%%'."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     newlines: Literal["keep", "lf"] = "keep"
@@ -380,14 +384,8 @@ class PrepareSettings(Settings):
             yield "val_fraction and test_fraction leave no text to train on; their sum must be less than 1"
         if self.val and (self.split != "tail" or {"val_fraction", "test_fraction"} & self.model_fields_set):
             yield "val names the validation text; leave out split, val_fraction and test_fraction"
-        if "seed" in self.model_fields_set and self.split == "tail" and (self.val or not self.records):
-            yield "seed is for a random split: --split=blocks or --split=documents"
-        if self.records and "split" in self.model_fields_set:
-            yield "records are drawn at random; leave out split, or name the validation text with --val"
-        if self.deduplicate == "records" and not (self.records or self.vocabulary):
-            yield "deduplicate = 'records' is for a text of records: --records=lines, or what separates them"
-        if self.records and self.vocabulary:
-            yield "a vocabulary knows its records; leave out records"
+        if self.records not in RECORD_KINDS and (kind := self.records.lower().rstrip("s") + "s") in RECORD_KINDS:
+            yield f"records = '{self.records}': did you mean {kind}?"
         if "vocab_size" in self.model_fields_set and (self.tokenizer != "bpe" or self.vocabulary):
             yield "vocab_size is for a vocabulary that is learned: --tokenizer=bpe, without --vocabulary"
         if self.min_count > 1 and (self.tokenizer != "char" or self.vocabulary):

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from glyphgpt import runtime as runtimes
 from glyphgpt.cli import command, parse, read_toml
 from glyphgpt.data.batches import inputs_and_targets
-from glyphgpt.data.dataset import Dataset, load_dataset
+from glyphgpt.data.dataset import Dataset, Split, load_dataset
 from glyphgpt.data.rows import Row, evaluation_blocks
+from glyphgpt.data.tokenizers import Tokenizer
 from glyphgpt.errors import UsageError, exit_on_error, shorten
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import CountOrZero, Settings, SingleLine, TrainSettings
@@ -161,11 +162,20 @@ class PrefixTrainer(Trainer):
         return total / count
 
 
+def has_pairs(tokenizer: Tokenizer, split: Split) -> bool:
+    """Return whether a split consists of records, each with a tab."""
+    ends = split.record_ends
+    if ends is None or tokenizer.unknown_characters("\t"):
+        return False
+    is_tab = split.slice(0, split.tokens) == tokenizer.encode("\t")[0]
+    return bool(np.logical_or.reduceat(is_tab, ends[:-1]).all())
+
+
 def main(settings: PrefixSettings) -> None:
     """Train in each way, and print a row of the table after each training."""
     data_dir = Path(settings.data_dir)
     dataset = load_dataset(data_dir / settings.dataset, data_dir)
-    if dataset.tokenizer.separator is None or dataset.tokenizer.unknown_characters("\t"):
+    if not all(has_pairs(dataset.tokenizer, split) for split in (dataset.train, dataset.val)):
         prepared = command("prepare.py", "PAIRS.txt", "--records=lines")
         raise UsageError(f"{dataset.folder}: has no pairs; prepare lines of text, tab, translation: {prepared}")
     changes: dict[str, Any] = {**NETWORK, "dataset": settings.dataset, "data_dir": settings.data_dir}

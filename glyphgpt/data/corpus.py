@@ -78,6 +78,8 @@ class Corpus:
         draw = Draw(settings.val_fraction, settings.test_fraction, settings.seed)
         if not self.draws_splits:
             yield from ((split, documents) for documents in stream)
+        elif self.separator is not None:
+            yield from assign_documents(stream, draw, first=-1)  # the stream begins with an empty document
         elif settings.split == "blocks":
             size = block_size(self.total_bytes(), min(settings.val_fraction, settings.test_fraction or 1))
             yield from assign_blocks(number_blocks(stream, size), draw)
@@ -109,7 +111,8 @@ class Corpus:
         """Return the problem and the remedy where the random draw leaves a split without text."""
         if self.separator is not None:
             where = f"between {self.separator!r}" if self.separator else "one for each document"
-            return f"too few records ({where}) for the {name} split; choose other --records, or add text"
+            line_ends = ", or --newlines=lf if its line ends are \\r\\n" if "\n" in self.separator[1:] else ""
+            return f"too few records ({where}) for the {name} split; divide the text otherwise, or add text{line_ends}"
         others = "--split=blocks or tail" if self.settings.split == "documents" else "--split=tail"
         return f"--split={self.settings.split} leaves no text for the {name} split; use a larger fraction, or {others}"
 

@@ -102,7 +102,8 @@ class TextReport(_StrictModel):
     repeated: float
     """Fraction of the characters that are in lines which occurred before, except short ones."""
     leaked: float = 0.0
-    """Fraction of the validation text in runs of 50 or more characters that stand in the training text."""
+    """Fraction of the validation text that occurs in the training text, in runs of 50 or more characters or in whole
+    records."""
 
 
 class DatasetMeta(_StrictModel):
@@ -352,9 +353,8 @@ def load_dataset(folder: Path, data_dir: Path) -> Dataset:
     tokenizer = tokenizer_from_dict(meta.tokenizer, data_dir)
     if tokenizer.vocab_size != meta.vocab_size:
         raise UserError(f"{folder / META}: vocab_size does not match the tokenizer; prepare the dataset again")
-    end = tokenizer.end_of_text if tokenizer.separator is not None else None
     train, val, test = (
-        _load_split(folder, split, meta.vocab_size, end) if split else None
+        _load_split(folder, split, meta.vocab_size, tokenizer.end_of_record) if split else None
         for split in (meta.train, meta.val, meta.test)
     )
     assert train

@@ -64,8 +64,12 @@ def split_records(text: str, separator: str) -> list[str]:
     >>> split_records("emma\r\n\nava\n", "\n")
     ['emma', 'ava']
     """
-    parts = text.split(separator) if separator else [text]
-    return [record for part in parts if (record := part.strip("\r\n"))]
+    return strip_records(text.split(separator) if separator else [text])
+
+
+def strip_records(records: list[str]) -> list[str]:
+    """Return records without line ends before and after them; empty ones are left out."""
+    return [stripped for record in records if (stripped := record.strip("\r\n"))]
 
 
 def read_records(stream: Iterator[Documents], separator: str, seen: set[int] | None = None) -> Iterator[Documents]:
@@ -79,26 +83,32 @@ def read_records(stream: Iterator[Documents], separator: str, seen: set[int] | N
     rest = ""
     for first, *others in stream:
         *documents, last = rest + first, *others
-        complete, _, rest = last.rpartition(separator) if separator else ("", "", last)
-        records = [record for document in (*documents, complete) for record in split_records(document, separator)]
-        yield ["", *drop_repeated(records, seen)]
+        *parts, rest = last.split(separator) if separator else [last]
+        records = [record for document in documents for record in split_records(document, separator)]
+        yield ["", *drop_repeated([*records, *strip_records(parts)], seen)]
         if len(rest) > LONGEST_RECORD:
             raise UserError(f"a record has more than {LONGEST_RECORD:,} characters; choose another --records")
     yield ["", *drop_repeated(split_records(rest, separator), seen)]
 
 
-def drop_repeated(records: list[str], seen: set[int] | None) -> Iterator[str]:
-    """Yield the records whose hashes are not in a set yet, and add them to it; or all records if there is no set."""
+def drop_repeated(records: list[str], seen: set[int] | None) -> list[str]:
+    """Return the records whose hashes are not in a set yet, and add them to it; or all records if there is no set."""
+    if seen is None:
+        return records
+    new = []
     for record in records:
-        if seen is None or (key := hash(record)) not in seen:
-            yield record
-            if seen is not None:
-                seen.add(key)
+        if (key := hash(record)) not in seen:
+            seen.add(key)
+            new.append(record)
+    return new
 
 
-def assign_documents(stream: Iterator[Documents], draw: Draw) -> Iterator[tuple[str, Documents]]:
-    """Yield the documents with their splits; of each list, those of a split together."""
-    first = 0  # number of the first document of the list
+def assign_documents(stream: Iterator[Documents], draw: Draw, first: int = 0) -> Iterator[tuple[str, Documents]]:
+    """Yield the documents with their splits; of each list, those of a split together.
+
+    Args:
+        first: Number of the first document.
+    """
     for documents in stream:
         drawn = draw.drawn(first, first + len(documents))
         parts: dict[str, Documents] = {}

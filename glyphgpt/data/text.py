@@ -280,6 +280,19 @@ def read_text(word: str) -> str:
     return "".join(chain.from_iterable(text.read(lambda _: None)))
 
 
+def read_documents(word: str) -> Iterator[Documents]:
+    """Yield the documents of a UTF-8 file, a folder or a pattern, or of standard input for `-`, each by itself.
+
+    Raises:
+        UserError: A file is missing or is not text.
+    """
+    files = list_files([word])
+    text = Text(
+        tuple(files), display_names(files), keep_documents=True, separate_documents=True, can_set_encoding=False
+    )
+    return text.read(lambda _: None)
+
+
 def read_lines(word: str) -> list[str]:
     """Return the lines of a file, stripped, with each run of white space replaced by a single space.
 

@@ -41,6 +41,11 @@ class Tokenizer(ABC):
         """The tokenizer of the text within records: this one, unless it is one of records."""
         return self
 
+    @property
+    def end_of_record(self) -> int | None:
+        """The token before and after each record, in a text of records."""
+        return None if self.separator is None else self.end_of_text
+
     @abstractmethod
     def encode(self, text: str) -> Tokens:
         """Return the ids of a text in the smallest unsigned dtype that holds the vocabulary."""
@@ -153,6 +158,7 @@ class CharTokenizer(Tokenizer):
             raise UserError("a character vocabulary holds no surrogates, which are not characters")
         self.characters = characters
         self.vocab_size = len(characters)
+        self._known = set(characters)
         self._points = known = code_points(characters)
         self._unknown_id = self.vocab_size
         dtype = np.min_scalar_type(self._unknown_id)
@@ -198,7 +204,7 @@ class CharTokenizer(Tokenizer):
 
     def unknown_characters(self, text: str) -> list[str]:
         """Return the distinct characters of a text that have no token, sorted."""
-        return sorted(set(text) - set(self.characters))
+        return sorted(set(text) - self._known)
 
     def split_unknown(self, text: str) -> tuple[str, str]:
         """Return the characters of a text that have a token, and those that have none, both in their order."""
@@ -355,6 +361,9 @@ class RecordTokenizer(Tokenizer):
         self._base, self.kind, self.separator = base, base.kind, separator
         self.end_of_text = base.vocab_size if base.end_of_text is None else base.end_of_text
         self.vocab_size = max(base.vocab_size, self.end_of_text + 1)
+        self._points: NDArray[np.uint32] | None = None  # of the tokens, where each is a character
+        if isinstance(base, CharTokenizer) and len(separator) == 1:
+            self._points = code_points(base.characters + separator)
 
     @property
     def base(self) -> Tokenizer:
@@ -369,7 +378,8 @@ class RecordTokenizer(Tokenizer):
         """Return the ids of documents, separated by the end-of-text token."""
         if not isinstance(self._base, CharTokenizer):
             return super().encode_documents(documents)
-        ends = np.cumsum([len(document) for document in documents[:-1]])  # many times as fast for short records
+        # For short records, this is many times as fast as encoding each.
+        ends = np.cumsum([len(document) for document in documents[:-1]], dtype=np.int64)
         return np.insert(self.encode("".join(documents)), ends, self.end_of_text)
 
     def token_bytes(self, token: int) -> bytes:
@@ -378,6 +388,8 @@ class RecordTokenizer(Tokenizer):
 
     def decode_bytes(self, tokens: Tokens) -> bytes:
         """Return the UTF-8 bytes of tokens (N,)."""
+        if self._points is not None:  # many times as fast
+            return self._points[tokens].tobytes().decode("utf-32-le").encode()
         first, *others = np.split(tokens, np.flatnonzero(tokens == self.end_of_text))
         parts = [self._base.decode_bytes(part) for part in (first, *(part[1:] for part in others))]
         return self.token_bytes(self.end_of_text).join(parts)
@@ -477,7 +489,8 @@ def drop_unknown(stream: Iterator[list[str]], tokenizer: Tokenizer, dropped: Cou
     for texts in stream:
         parts = [tokenizer.split_unknown(text) for text in texts]
         dropped.update("".join(unknown for _, unknown in parts))
-        yield [known for known, _ in parts]
+        first, *others = (known for known, _ in parts)
+        yield [first, *(others if tokenizer.separator is None else filter(None, others))]  # without empty records
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int] | Tokens) -> str:
@@ -495,8 +508,8 @@ def start_token(tokenizer: Tokenizer) -> int:
 
     It is the token before a record in a text of records, else the newline, or the first token if there is none.
     """
-    if tokenizer.separator is not None and tokenizer.end_of_text is not None:
-        return tokenizer.end_of_text
+    if tokenizer.end_of_record is not None:
+        return tokenizer.end_of_record
     return 0 if tokenizer.unknown_characters("\n") else int(tokenizer.encode("\n")[0])
 
 

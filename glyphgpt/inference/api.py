@@ -14,7 +14,7 @@ import numpy as np
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.cli import resolve
 from glyphgpt.data.dataset import Split
-from glyphgpt.data.tokenizers import StreamDecoder, Tokenizer, Tokens, encode_prompt, token_text
+from glyphgpt.data.tokenizers import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, encode_prompt, token_text
 from glyphgpt.errors import UserError
 from glyphgpt.inference.generate import (
     Floats,
@@ -62,6 +62,8 @@ class Model:
         """Combine the parts; `load` loads them from a file."""
         self.checkpoint, self.tokenizer, self.model = checkpoint, tokenizer, model
         self.block_size = checkpoint.config.block_size
+        self.has_records = tokenizer.separator is not None
+        """Whether the model was trained on records: each text that it writes is one."""
         self.resources = ExitStack()  # open as long as the model lives
 
     def generate(self, prompt: str = "", **sampling: Unpack[Sampling]) -> str:
@@ -100,7 +102,7 @@ class Model:
     def probabilities(self, text: str = "", *, skip_unknown: bool = False) -> dict[str, float]:
         r"""Return the probability of each token to follow the text, the most probable first.
 
-        Bytes that are not a whole character are escaped, as in \xc3.
+        Bytes that are not a whole character are escaped, as in \xc3. The end of a record is "<|endoftext|>".
 
         Raises:
             UserError: The text has characters that the model does not know.
@@ -108,7 +110,12 @@ class Model:
         tokens = encode_prompt(text, self.tokenizer, skip=skip_unknown)
         context = tokens[None, context_start(len(tokens), self.block_size) :]
         probs = np.exp(log_softmax(self.model.next_logits(context, self.model.new_cache(1)))[0])
-        return {token_text(self.tokenizer.token_bytes(int(i))): float(probs[i]) for i in np.argsort(-probs)}
+        return {self.token_name(int(i)): float(probs[i]) for i in np.argsort(-probs)}
+
+    def token_name(self, token: int) -> str:
+        """Return the text of a token."""
+        is_end = token == self.tokenizer.end_of_text
+        return END_OF_TEXT if is_end else token_text(self.tokenizer.token_bytes(token))
 
     def score(self, text: str, *, skip_unknown: bool = False) -> TextScore:
         """Return how well the model predicts a text, or the records of a text if it was trained on records.
@@ -116,7 +123,7 @@ class Model:
         Raises:
             UserError: The text has characters that the model does not know, or less than two tokens.
         """
-        split = encode_split(text, self.tokenizer, skip=skip_unknown)
+        split, _ = encode_split([[text]], self.tokenizer, skip=skip_unknown)
         parts = split_tokens(split.slice(0, split.tokens), self.tokenizer)
         losses = np.concatenate(([0.0], *self.token_losses(split)))
         ends = np.cumsum([count for _, count in parts]) - 1

@@ -145,7 +145,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         """Start an empty text."""
         self._decoder = StreamDecoder(tokenizer)
-        self._end_of_record = None if tokenizer.separator is None else tokenizer.end_of_text
+        self._end_of_record = tokenizer.end_of_record
         self._stops = [stop for stop in stops if stop]
         self._pending = ""  # may be the start of a stop string
         self.text = ""

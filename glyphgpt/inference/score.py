@@ -1,17 +1,19 @@
 """Scores: how well a model predicts a text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from glyphgpt.data.dataset import Split
+from glyphgpt.data.records import Documents
 from glyphgpt.data.rows import evaluation_blocks
-from glyphgpt.data.splitting import split_records
-from glyphgpt.data.tokenizers import Tokenizer, decode, encode_text
+from glyphgpt.data.splitting import read_records
+from glyphgpt.data.tokenizers import Tokenizer, encode_text
 from glyphgpt.inference.generate import Floats, Ids, log_softmax
 
 BATCH_LOGITS = 2**22
@@ -61,20 +63,25 @@ def make_score(loss: float, eval_tokens: int, split: Split, standard_error: floa
     )
 
 
-def encode_split(text: str, tokenizer: Tokenizer, *, skip: bool) -> Split:
-    """Return a user's text as a split, without its unknown characters if `skip` is true.
+def encode_split(documents: Iterable[Documents], tokenizer: Tokenizer, *, skip: bool) -> tuple[Split, int]:
+    """Return a user's text as a split, and the number of its unknown characters, which are left out if `skip` is true.
 
     Raises:
         UserError: The text has unknown characters and `skip` is false.
     """
     if tokenizer.separator is None:
-        tokens = encode_text(text, tokenizer, skip=skip)
-        return Split((tokens,), len(decode(tokenizer, tokens)))
-    records = split_records(text, tokenizer.separator)
-    encode_text("".join(records), tokenizer, skip=skip)
-    known = [tokenizer.split_unknown(record)[0] for record in records]
-    tokens = tokenizer.encode_documents(["", *known, ""])
-    return Split((tokens,), sum(map(len, known)), tokenizer.end_of_text)
+        records = ["".join(chain.from_iterable(documents))]
+    else:
+        stream = read_records(iter(documents), tokenizer.separator)
+        records = [record for _, *others in stream for record in others]
+    text = "".join(records)
+    encode_text("".join(tokenizer.unknown_characters(text)), tokenizer, skip=skip)  # checks them
+    known = [part for record in records if (part := tokenizer.split_unknown(record)[0])]
+    characters = sum(map(len, known))
+    if tokenizer.separator is None:
+        return Split((tokenizer.encode("".join(known)),), characters), len(text) - characters
+    tokens = tokenizer.encode_documents(["", *known, ""] if known else [""])
+    return Split((tokens,), characters + len(known), tokenizer.end_of_record), len(text) - characters
 
 
 def token_losses(model: Scorer, split: Split, *, block_size: int, vocab_size: int) -> Iterator[Floats]:

@@ -123,10 +123,9 @@ def encode_weights(model: Arrays, *, int8: bool) -> tuple[list[dict[str, Any]], 
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what the page needs to encode and decode; a character of a BPE vocabulary stands for a byte."""
-    if tokenizer.separator is not None and tokenizer.end_of_text is not None:
-        separator = tokenizer.token_bytes(tokenizer.end_of_text).decode()
-        base = tokenizer_data(tokenizer.base)
-        return {"kind": "records", "base": base, "separator": separator, "end": tokenizer.end_of_text}
+    if (end := tokenizer.end_of_record) is not None:
+        separator = tokenizer.token_bytes(end).decode()
+        return {"kind": "records", "base": tokenizer_data(tokenizer.base), "separator": separator, "end": end}
     if not isinstance(tokenizer, BPETokenizer):
         return tokenizer.to_dict()
     vocabulary = [tokenizer.token_bytes(token).decode("latin-1") for token in range(tokenizer.vocab_size)]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,13 +137,19 @@ def evaluate_best(settings: TrainSettings, dataset: Dataset, runtime: Runtime) -
     return evaluate(model, reader, runtime, block_size=block_size, batch_size=settings.batch_size, max_tokens=limit)
 
 
+def token_ids(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Return what determines the ids of a tokenizer; records do not change those of BPE tokens."""
+    has_end = tokenizer.get("kind") in ("bpe", "gpt2")
+    return {key: value for key, value in tokenizer.items() if not (has_end and key == "separator")}
+
+
 def check_vocabulary(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Check that a checkpoint and a dataset have the same tokenizer.
 
     Raises:
         UserError: The tokenizers differ.
     """
-    if checkpoint.metadata.tokenizer != dataset.meta.tokenizer:
+    if token_ids(checkpoint.metadata.tokenizer) != token_ids(dataset.meta.tokenizer):
         raise UserError(
             f"{checkpoint.path} and {dataset.folder} have different vocabularies; use the dataset of that run, or "
             f"prepare yours for it: {command('prepare.py', 'FILE', '--name=NAME', f'--vocabulary={checkpoint.path}')}"

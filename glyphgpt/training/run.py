@@ -127,8 +127,8 @@ def check_lengths(settings: TrainSettings, dataset: Dataset) -> None:
         warn(f"the validation split has only {val:,} tokens, fewer than block_size = {block_size:,}: its loss is noisy")
     if (ends := dataset.train.record_ends) is not None and (sizes := np.diff(ends)).max() > block_size:
         warn(
-            f"{np.mean(sizes > block_size):.1%} of the records are longer than block_size = {block_size:,}, and their "
-            f"later parts are learned without what precedes them; the longest needs block_size = {sizes.max():,}"
+            f"{np.sum(sizes > block_size):,} of {len(sizes):,} records are longer than block_size = {block_size:,}: "
+            f"later parts of them are learned without what precedes; the longest needs block_size = {sizes.max():,}"
         )
 
 

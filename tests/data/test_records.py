@@ -52,6 +52,7 @@ def records_of(split: Split, end: int) -> list[list[int]]:
     st.sampled_from(["\n", "\n\n", "ab", "", "b\n"]),
 )
 @example(documents=["a\n\nb", "c"], part=1, separator="\n\n")
+@example(documents=["aababab", "b"], part=2, separator="bab")
 def test_records_are_found_however_the_text_arrives(documents: list[str], part: int, separator: str) -> None:
     parts = [piece for document in documents for piece in (document.split(separator) if separator else [document])]
     expected = [record for piece in parts if (record := piece.strip("\r\n"))]
@@ -90,7 +91,7 @@ def test_each_record_is_in_one_split(tmp_path: Path, tokenizer: str, fractions: 
     found = []
     for split in splits:
         records = [decode(dataset.tokenizer, record) for record in records_of(split, end)]
-        assert split.characters == sum(map(len, records))
+        assert split.characters == sum(len(record) + 1 for record in records), "line ends are characters too"
         assert records == sorted(records, key=lambda record: int(record.split()[1])), "they keep their order"
         found += records
     assert Counter(found) == Counter(lines)
@@ -203,10 +204,26 @@ def test_a_record_that_memory_cannot_hold_is_refused(monkeypatch: pytest.MonkeyP
         list(read_records(iter([["a" * 60], ["b" * 60]]), "\n"))
 
 
-@pytest.mark.parametrize("flags", [["--split=blocks"], ["--split=tail"], ["--vocabulary=out/run"]])
-def test_contradicting_options_are_refused(flags: list[str]) -> None:
-    with pytest.raises(UsageError, match="leave out"):
-        run_prepare("a.txt", "--records=lines", *flags)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--records=lines", "--split=blocks"], "records are drawn at random; leave out --split"),
+        (["--records=lines", "--val=a.txt", "--seed=3"], "--seed is for a random split"),
+        (["--seed=3"], "--seed is for a random split"),
+        (["--deduplicate=records"], "--deduplicate=records is for a text of records"),
+        (["--records=Line"], "records = 'Line': did you mean lines?"),
+        (["--vocabulary=RUN", "--records=lines"], "--vocabulary=RUN brings its own records; leave out --records"),
+        (["--vocabulary=RUN", "--split=blocks"], "records are drawn at random; leave out --split"),
+        (["--vocabulary=CHARACTERS", "--records=lines"], "no token for the ends of records; leave out --records"),
+    ],
+    ids=str,
+)
+def test_contradicting_options_are_refused(run: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    characters = prepare_text(some_text(3000), tmp_path, "characters")
+    words = [flag.replace("=RUN", f"={run}").replace("=CHARACTERS", f"={characters}") for flag in flags]
+    with pytest.raises(UsageError) as caught:
+        run_prepare("a.txt", *words, f"--data_dir={tmp_path}")
+    assert message.replace("=RUN", f"={run}") in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +245,7 @@ def test_samples_are_records(run: Path) -> None:
     assert script("sample.py", str(run), "--prompt=cor", "--temperature=0").stdout.strip() in NAMES
     model = load(run)
     assert model.generate(temperature=0) in NAMES
-    assert next(iter(model.probabilities("emna"))) == "\n", "the end of the record"
+    assert next(iter(model.probabilities("emna"))) == "<|endoftext|>", "the end of the record"
 
 
 def test_conversations_are_records_of_their_own(run: Path) -> None:
@@ -244,7 +261,7 @@ def test_each_record_is_scored_on_its_own(run: Path, tmp_path: Path) -> None:
     total = 0.0
     for name in names:
         for index in range(len(name) + 1):
-            following = name[index] if index < len(name) else "\n"
+            following = name[index] if index < len(name) else "<|endoftext|>"
             total -= math.log(model.probabilities(name[:index])[following])
     assert score.eval_tokens == sum(map(len, names)) + len(names)
     assert score.loss == pytest.approx(total / score.eval_tokens, abs=1e-4)
@@ -275,13 +292,77 @@ def test_micro_batches_weigh_targets_alike(run: Path, tmp_path: Path) -> None:
 
 def test_long_records_are_reported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(tiny_settings(run.parent, tmp_path / "run", dataset="names", block_size=4, max_steps=2))
-    assert "of the records are longer than block_size = 4" in capsys.readouterr().err
+    assert "292 of 324 records are longer than block_size = 4: later parts" in capsys.readouterr().err
 
 
 def test_a_vocabulary_brings_its_records(run: Path, tmp_path: Path) -> None:
     folder = prepare_text("emna\nanna\n" * 20, tmp_path, vocabulary=str(run))
     dataset = load_dataset(folder, tmp_path)
     assert len(records_of(dataset.train, dataset.tokenizer.vocab_size - 1)) == 36
+
+
+def test_a_bpe_model_learns_records_later(tmp_path: Path) -> None:
+    """The token between documents becomes the one between records."""
+    text = "".join(f"{name}\n" for name in NAMES) * 12
+    prepare_text(text, tmp_path, "stream", tokenizer="bpe", vocab_size=270)
+    train.main(tiny_settings(tmp_path, tmp_path / "first", dataset="stream", max_steps=5))
+    prepare_text(text, tmp_path, "records", vocabulary=str(tmp_path / "first"), records="lines")
+    changes = {"dataset": "records", "init_from": str(tmp_path / "first"), "max_steps": 5}
+    train.main(tiny_settings(tmp_path, tmp_path / "second", **changes))
+    assert load(tmp_path / "second").has_records
+
+
+@pytest.mark.parametrize("text", ["12\n3\n", "\n\n", ""])
+def test_a_score_needs_records(run: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    done = script("sample.py", str(run), f"--score={tmp_path / 'a.txt'}", "--skip_unknown", "--device=cpu")
+    assert done.stderr == f"error: {tmp_path / 'a.txt'}: 0 tokens; a score needs at least 2\n"
+
+
+def test_unknown_characters_within_records_are_counted(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"an1na\r\n12\r\nbena\r\n")
+    words = [str(run), f"--score={tmp_path / 'a.txt'}", "--device=cpu"]
+    assert "the model has never seen '1' (U+0031), '2' (U+0032)" in script("sample.py", *words).stderr
+    printed = script("sample.py", *words, "--skip_unknown").stdout
+    assert printed.startswith(f"{tmp_path / 'a.txt'} (3 unknown characters skipped): loss ")
+    assert "(10 tokens)" in printed, "anna and bena, and their ends"
+
+
+def test_documents_are_scored_one_by_one(tmp_path: Path) -> None:
+    for number, name in enumerate(NAMES):
+        (tmp_path / f"{number}.txt").write_text(f"{name}\n{name}\n")
+    (tmp_path / "data").mkdir()
+    run_prepare(str(tmp_path / "*.txt"), "--name=files", "--records=documents", f"--data_dir={tmp_path / 'data'}")
+    train.main(tiny_settings(tmp_path / "data", tmp_path / "run", dataset="files", max_steps=3))
+    printed = script("sample.py", str(tmp_path / "run"), f"--score={tmp_path / '*.txt'}", "--device=cpu").stdout
+    assert f"({sum(2 * len(name) + 2 for name in NAMES):,} tokens)" in printed
+
+
+def test_a_prompt_file_ends_before_its_line_end(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("cor\n")
+    printed = script("sample.py", str(run), f"--prompt_file={tmp_path / 'prompt.txt'}", "--temperature=0").stdout
+    assert printed.strip() in NAMES
+
+
+def test_novelty_compares_records(run: Path) -> None:
+    flags = [f"--novelty={run.parent / 'names'}", "--num_samples=50", "--device=cpu"]
+    done = script("sample.py", str(run), *flags)
+    assert done.returncode == 0
+    assert "validation text" in done.stdout
+
+
+def test_records_without_known_characters_are_left_out(run: Path, tmp_path: Path) -> None:
+    folder = prepare_text("emna\n12\nanna\n3\n" * 20, tmp_path, vocabulary=str(run), skip_unknown=True)
+    dataset = load_dataset(folder, tmp_path)
+    end = dataset.tokenizer.vocab_size - 1
+    records = [*records_of(dataset.train, end), *records_of(dataset.val, end)]
+    assert all(records)
+    assert len(records) == 40
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ten_records_are_enough(tmp_path: Path, seed: int) -> None:
+    prepare_text("\n".join(f"record {number}" for number in range(10)), tmp_path, records="lines", seed=seed)
 
 
 def test_damaged_records_are_refused(tmp_path: Path) -> None:

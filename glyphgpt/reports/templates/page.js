@@ -124,7 +124,7 @@ const state = {
 };
 
 // A text area changes carriage returns; a symbol stands for them there.
-const hasReturns = tokenizer.pieces("\r").at(-1).tokens.length > 0;
+const hasReturns = tokenizer.pieces("\r").at(-1).tokens.length > 0 || tokenizer.separator?.includes("\r");
 const toArea = (text) => (hasReturns ? text.replaceAll("\r", SYMBOLS["\r"]) : text);
 const fromArea = (text) => (hasReturns ? text.replaceAll(SYMBOLS["\r"], "\r") : text);
 
