@@ -19,6 +19,7 @@ from glyphgpt.convert.nanogpt import NANOGPT_TO_OURS
 from glyphgpt.convert.to_huggingface import (
     ACTIVATIONS,
     CONFIG_FILE,
+    SEPARATOR_KEY,
     TOKENIZER_FILE,
     TRANSPOSED,
     WEIGHTS_FILE,
@@ -30,6 +31,7 @@ from glyphgpt.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    RecordTokenizer,
     Tokenizer,
     bytes_to_unicode,
 )
@@ -190,9 +192,10 @@ def read_tokenizer(folder: Path, vocab_size: int, data_dir: Path) -> Tokenizer:
         UserError: The folder's tokenizer is damaged, or none of ours equals it.
     """
     try:
-        vocabulary = read_vocabulary(folder)
-        for tokenizer in candidate_tokenizers(vocabulary, vocab_size, data_dir):
-            ours = parse_vocabulary(tokenizer_model(tokenizer, data_dir))
+        vocabulary, separator = read_vocabulary(folder), read_separator(folder)
+        for base in candidate_tokenizers(vocabulary, vocab_size, data_dir):
+            tokenizer = base if separator is None else RecordTokenizer(base, separator)
+            ours = parse_vocabulary(tokenizer_model(base, data_dir))
             if tokenizer.vocab_size == vocab_size and vocabulary in (None, ours):
                 return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -206,7 +209,7 @@ def candidate_tokenizers(vocabulary: Vocabulary | None, vocab_size: int, data_di
     """Yield our tokenizers that may match a vocabulary. A model without tokenizer files may use GPT-2's."""
     if vocab_size == GPT2Tokenizer.vocab_size:
         yield GPT2Tokenizer(data_dir)
-    if vocabulary and vocab_size == ByteTokenizer.vocab_size:
+    if vocabulary:
         yield ByteTokenizer()
     if vocabulary and (tokens := from_symbols(vocabulary[0])):
         with suppress(UserError):  # its merges are not those that lead to its tokens
@@ -240,6 +243,13 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         return read_json(folder / "vocab.json"), read_merges(merges)
     except OSError as error:
         raise UserError(f"{merges}: cannot be read, but {folder} has a vocab.json: {error.strerror}") from error
+
+
+def read_separator(folder: Path) -> str | None:
+    """Return what separates records, if an export of ours has them."""
+    path = folder / "tokenizer_config.json"
+    separator = read_json(path).get(SEPARATOR_KEY) if path.exists() else None
+    return separator if isinstance(separator, str) else None
 
 
 def parse_vocabulary(model: dict[str, Any]) -> Vocabulary:

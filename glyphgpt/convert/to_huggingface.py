@@ -64,6 +64,10 @@ OURS_TO_APERTUS = OURS_TO_ARCEE | {
 """Names of modules here and in an architecture."""
 
 
+SEPARATOR_KEY = "record_separator"
+"""Key of tokenizer_config.json for what separates records, which transformers does not need."""
+
+
 def export_folder(path: Path, settings: ConvertSettings) -> str:
     """Export a checkpoint, or a run's best one, to a folder for transformers; return a message for the user.
 
@@ -239,12 +243,17 @@ def tokenizer_model(tokenizer: Tokenizer, data_dir: Path) -> dict[str, Any]:
 def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     """Return the settings that transformers reads from tokenizer_config.json."""
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "split_special_tokens": True}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": config.block_size,
-        "clean_up_tokenization_spaces": False,
-    } | (ends if tokenizer.end_of_text else {})
+    records = {} if tokenizer.separator is None else {SEPARATOR_KEY: tokenizer.separator}
+    return (
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": config.block_size,
+            "clean_up_tokenization_spaces": False,
+        }
+        | (ends if tokenizer.end_of_text else {})
+        | records
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -187,9 +187,11 @@ def test_exported_model_has_same_logits_and_samples(tmp_path: Path, architecture
 @pytest.mark.parametrize(
     "network", [network for architecture, network in NETWORKS if architecture == "GPT2" and "position" not in network]
 )
-@pytest.mark.parametrize("kind", ["char", "byte"])
+@pytest.mark.parametrize("kind", ["char", "byte", "records"])
 def test_export_and_import_restore_checkpoint(tmp_path: Path, kind: str, network: dict[str, Any]) -> None:
-    tokenizer: Tokenizer = CharTokenizer(CHARACTERS) if kind == "char" else ByteTokenizer()
+    tokenizer: Tokenizer = ByteTokenizer() if kind == "byte" else CharTokenizer(CHARACTERS)
+    if kind == "records":
+        tokenizer = RecordTokenizer(tokenizer, "\n\n")
     save_our_model(tmp_path / "best.safetensors", tokenizer, **network)
     to_huggingface.export_folder(tmp_path, settings(out=tmp_path / "out"))
     hf_model, hf_tokenizer = load_hf(tmp_path / "out")
@@ -562,3 +564,7 @@ def test_a_learned_bpe_is_exported_and_imported(tmp_path: Path) -> None:
     save_our_model(tmp_path / "best.safetensors", tokenizer)
     to_huggingface.export_folder(tmp_path, settings(out=tmp_path / "hf"))
     assert from_huggingface.read_model(tmp_path / "hf", tmp_path).metadata.tokenizer == tokenizer.to_dict()
+    save_our_model(tmp_path / "best.safetensors", RecordTokenizer(tokenizer, ""))
+    to_huggingface.export_folder(tmp_path, settings(out=tmp_path / "hf2"))
+    read = from_huggingface.read_model(tmp_path / "hf2", tmp_path).metadata.tokenizer
+    assert read == tokenizer.to_dict() | {"separator": ""}
