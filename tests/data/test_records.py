@@ -347,8 +347,9 @@ def test_a_prompt_file_ends_before_its_line_end(run: Path, tmp_path: Path) -> No
 def test_novelty_compares_records(run: Path) -> None:
     flags = [f"--novelty={run.parent / 'names'}", "--num_samples=50", "--device=cpu"]
     done = script("sample.py", str(run), *flags)
-    assert done.returncode == 0
-    assert "validation text" in done.stdout
+    longest = {line.split("  ")[0]: int(line.split()[-1]) for line in done.stdout.splitlines()[2:4]}
+    assert 2 < longest["validation text"] <= max(map(len, NAMES))
+    assert 2 < longest["samples"] <= max(map(len, NAMES))
 
 
 def test_records_without_known_characters_are_left_out(run: Path, tmp_path: Path) -> None:
