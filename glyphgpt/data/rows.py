@@ -10,7 +10,7 @@ same data, also with another number of processes.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from glyphgpt.data.dataset import Split
 from glyphgpt.data.tokenizers import Tokens, token_dtype
 
 Ints = NDArray[np.int64]
+AHEAD = 32
+"""Records among which a row looks for those that fill it."""
 Row = Sequence[range]
 """Ranges of tokens that are read one after the other."""
 
@@ -69,7 +71,7 @@ class RecordRows:
         self.starts, self.sizes = divide_records(ends, block_size, overlap=True)
         self.combined = lru_cache(maxsize=2)(self._combined)  # a batch may extend into the next epoch
         self.per_epoch = len(self.combined(0)[1]) - 1
-        """Rows in an epoch. It is the same for all epochs, because the sizes of the records are."""
+        """Rows in an epoch, those of the first. If a later epoch has more, some records are left out in it."""
 
     def take(self, first: int, count: int) -> list[Row]:
         """Return `count` rows from row `first` on, counted over all epochs, with block_size + 1 tokens at most."""
@@ -77,6 +79,7 @@ class RecordRows:
 
     def _row(self, epoch: int, number: int) -> Row:
         order, firsts = self.combined(epoch)
+        number %= len(firsts) - 1
         chosen = order[firsts[number] : firsts[number + 1]]
         starts, sizes = self.starts[chosen].tolist(), self.sizes[chosen].tolist()
         row = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
@@ -85,24 +88,23 @@ class RecordRows:
     def _combined(self, epoch: int) -> tuple[Ints, Ints]:
         """Return the numbers of the records, row by row, and where each row begins in them, and the end.
 
-        A row takes the largest record that fits, until none does (best-fit decreasing).
+        A row takes the next record, in random order, and then whichever of the next AHEAD ones fit. If the best fit was
+        chosen, records of one size would share rows, and the model would infer their sizes from their neighbors.
         """
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.sizes))
-        by_size = order[np.argsort(self.sizes[order], kind="stable")]
-        ends = np.cumsum(np.bincount(self.sizes))[:-1]
-        waiting = {size: part.tolist() for size, part in enumerate(np.split(by_size, ends)) if part.size}
-        available = sum(1 << size for size in waiting)  # a bit for each size of which there are records
-        rank = np.argsort(order).tolist()
+        sizes, rank = self.sizes.tolist(), rng.permutation(len(self.sizes)).tolist()
+        waiting = iter(rng.permutation(len(sizes)).tolist())
+        ahead = list(islice(waiting, AHEAD))
         rows: list[list[int]] = []
-        while available:
-            row, room = list[int](), self.block_size
-            while fitting := available & ((2 << room) - 1):
-                size = fitting.bit_length() - 1
-                row.append(waiting[size].pop())
-                room -= size
-                if not waiting[size]:
-                    available ^= 1 << size
+        while ahead:
+            row, room, place = list[int](), self.block_size, 0
+            while place < len(ahead):
+                if sizes[ahead[place]] <= room:
+                    room -= sizes[ahead[place]]
+                    row.append(ahead.pop(place))
+                    ahead += islice(waiting, 1)
+                else:
+                    place += 1
             rows.append(sorted(row, key=rank.__getitem__))
         shuffled = [rows[number] for number in rng.permutation(len(rows))]
         return np.array(list(chain.from_iterable(shuffled))), np.cumsum([0, *map(len, shuffled)])
