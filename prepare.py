@@ -30,7 +30,7 @@ from glyphgpt.cli import ROOT, command, from_here, unescape
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.cleaning import replace_unknown
 from glyphgpt.data.corpus import Corpus
-from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, SplitMeta, read_meta, write_meta
+from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, Split, SplitMeta, read_meta, write_meta
 from glyphgpt.data.inspection import leaked_fraction
 from glyphgpt.data.recipes import download_text, read_recipe
 from glyphgpt.data.scan import Scan, progress_bar
@@ -149,16 +149,17 @@ def prepare(
         progress = Scan(text, settings, vocabulary).read(fingerprint)
     tokenizer = tokenizer_from_dict(progress.tokenizer, Path(settings.data_dir))
     writer = write_shards(text, folder, settings, tokenizer, progress)
-    splits = {name: count_records(split, writer, name, tokenizer) for name, split in writer.splits().items()}
+    splits = writer.splits()
     has_changed = not writer.finished or text.file_stats() != file_stats
     problem = "the text changed while it was read; try again" if has_changed else find_short_split(splits)
     if problem:
         clear_progress(folder)
         raise UserError(f"{list_names(text.names)}: {problem}")
+    texts = {name: writer.read(name, tokenizer.end_of_record) for name in splits}
+    splits = {name: count_separators(split, texts[name]) for name, split in splits.items()}
     text_report = progress.report
     if text_report:
-        train, val = (writer.read(name, tokenizer.end_of_record) for name in ("train", "val"))
-        leaked = leaked_fraction(train, val, tokenizer)
+        leaked = leaked_fraction(texts["train"], texts["val"], tokenizer)
         text_report = text_report.model_copy(update={"leaked": leaked})
     meta = DatasetMeta(
         format=FORMAT,
@@ -209,11 +210,10 @@ def write_shards(
     return writer
 
 
-def count_records(split: SplitMeta, writer: ResumableWriter, name: str, tokenizer: Tokenizer) -> SplitMeta:
-    """Return the metadata of a split with what separates its records counted as a character each."""
-    ends = writer.read(name, tokenizer.end_of_record).record_ends if writer.finished else None
-    records = 0 if ends is None else len(ends) - 1
-    return split.model_copy(update={"characters": split.characters + records})
+def count_separators(meta: SplitMeta, split: Split) -> SplitMeta:
+    """Return the metadata of a split with the end of each record counted as a character, as a line end would be."""
+    records = 0 if split.record_ends is None else len(split.record_ends) - 1
+    return meta.model_copy(update={"characters": meta.characters + records})
 
 
 def record_separator(settings: PrepareSettings, vocabulary: Tokenizer | None) -> str | None:

@@ -71,7 +71,7 @@ class RecordRows:
         self.starts, self.sizes = divide_records(ends, block_size, overlap=True)
         self.combined = lru_cache(maxsize=2)(self._combined)  # a batch may extend into the next epoch
         self.per_epoch = len(self.combined(0)[1]) - 1
-        """Rows in an epoch, those of the first. If a later epoch has more, some records are left out in it."""
+        """Rows of the first epoch. Of another, a few may be left out, or repeated if it has fewer."""
 
     def take(self, first: int, count: int) -> list[Row]:
         """Return `count` rows from row `first` on, counted over all epochs, with block_size + 1 tokens at most."""
