@@ -1,7 +1,7 @@
 """Let a translator see its whole source both ways, as an encoder does, and compare the losses.
 
     python prepare.py multi30k_de_en
-    python lessons/prefix_mask.py                                    six minutes of two CPU cores
+    python lessons/prefix_mask.py                                    five minutes of two CPU cores
     python lessons/prefix_mask.py --max_steps=200 --dataset=pairs    lines of a source, a tab and its translation
 
 A decoder reads a source and a translation as one text, and each character sees only those before it. The source is
@@ -48,7 +48,7 @@ class PrefixSettings(Settings):
 
     dataset: SingleLine = "multi30k_de_en"
     """Name of a dataset of records: a source, a tab, and its translation."""
-    max_steps: CountOrZero = 1500
+    max_steps: CountOrZero = 800
     """Updates of each training."""
     data_dir: SingleLine = "data"
     """Folder of the datasets."""
