@@ -2,13 +2,16 @@
 
 import math
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, compress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glyphgpt.data.records import Documents
 from glyphgpt.data.tokenizers import Tokenizer, Tokens
@@ -23,6 +26,8 @@ LONGEST_RECORD = 1 << 24
 """The most characters of a record, which memory must hold."""
 JOINED_CHARACTERS = 1 << 18
 """Blocks of the same split are processed together up to this many characters."""
+PAGE = 1024
+"""Random numbers that are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,29 @@ class Draw:
     test_fraction: float
     seed: int
 
-    def split_of(self, number: int) -> str:
-        """Return the split of a document or block: "train", "val" or "test"."""
-        return self.drawn(number, number + 1).get(number, "train")
-
-    def drawn(self, first: int, last: int) -> dict[int, str]:
-        """Return those of the numbers from `first` up to `last` that are not for training, with their splits."""
-        fraction, splits = self.val_fraction + self.test_fraction, dict[int, str]()
-        for group in range(max(0, math.floor(first * fraction) - 1), math.floor(last * fraction) + 2):
-            start, end = math.ceil(group / fraction), math.ceil((group + 1) / fraction)
-            if start < end and first <= (number := start + random_integer(self.seed, group, end - start)) < last:
-                tests = [math.floor(n * self.test_fraction / fraction) for n in (group, group + 1)]
-                splits[number] = "test" if tests[1] > tests[0] else "val"
+    def splits(self, first: int, last: int) -> NDArray[np.str_]:
+        """Return the splits, "train", "val" or "test", of the documents or blocks from `first` up to `last`."""
+        fraction = self.val_fraction + self.test_fraction
+        groups = np.arange(max(0, math.floor(first * fraction) - 1), math.floor(last * fraction) + 2)
+        starts, ends = np.ceil(groups / fraction), np.ceil((groups + 1) / fraction)
+        numbers = np.floor(starts + random_fractions(self.seed, groups) * (ends - starts))
+        tests = np.floor(np.stack([groups, groups + 1]) * self.test_fraction / fraction)
+        is_inside = (starts < ends) & (first <= numbers) & (numbers < last)
+        splits = np.full(last - first, "train")
+        splits[numbers[is_inside].astype(np.int64) - first] = np.where(tests[1] > tests[0], "test", "val")[is_inside]
         return splits
 
 
-@lru_cache(maxsize=64)  # consecutive numbers share a group
-def random_integer(seed: int, group: int, limit: int) -> int:
-    """Return an integer in [0, limit) that depends on a seed and a group."""
-    return int(np.random.default_rng((seed, group)).integers(limit))
+def random_fractions(seed: int, groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each of several consecutive groups, which depends on the seed and the group."""
+    pages = range(int(groups[0]) // PAGE, int(groups[-1]) // PAGE + 1)
+    return np.concatenate([random_page(seed, page) for page in pages])[groups - pages[0] * PAGE]
+
+
+@lru_cache(maxsize=2)  # consecutive numbers share a page
+def random_page(seed: int, page: int) -> NDArray[np.float64]:
+    """Return PAGE random numbers in [0, 1)."""
+    return np.random.default_rng((seed, page)).random(PAGE)
 
 
 def split_records(text: str, separator: str) -> list[str]:
@@ -110,12 +119,12 @@ def assign_documents(stream: Iterator[Documents], draw: Draw, first: int = 0) ->
         first: Number of the first document.
     """
     for documents in stream:
-        drawn = draw.drawn(first, first + len(documents))
-        parts: dict[str, Documents] = {}
-        for position, document in enumerate(documents):
-            # Only the first document continues an earlier one.
-            parts.setdefault(drawn.get(first + position, "train"), [""] if position else []).append(document)
-        yield from parts.items()
+        splits = draw.splits(first, first + len(documents))
+        for split in ("train", "val", "test"):
+            chosen = (splits == split).tolist()
+            begins = [] if chosen[0] else [""]  # only the first document continues an earlier one
+            if any(chosen):
+                yield split, [*begins, *compress(documents, chosen)]
         first += len(documents) - 1
 
 
@@ -155,7 +164,7 @@ def assign_blocks(numbered: Iterator[tuple[int, Documents]], draw: Draw) -> Iter
     split, joined, size = "", [""], 0
     last: dict[str, int] = {}  # number of each split's last block
     for number, (first, *others) in numbered:
-        chosen = draw.split_of(number)
+        chosen = str(draw.splits(number, number + 1)[0])
         if chosen != split or size > JOINED_CHARACTERS:
             if size:
                 yield split, joined
@@ -217,10 +226,9 @@ def split_at(documents: Documents, count: int) -> tuple[Documents, Documents]:
     >>> split_at(["ab", "cde", "f"], 2)
     (['ab'], ['', 'cde', 'f'])
     """
-    index = 0
-    while count > len(documents[index]):
-        count -= len(documents[index])
-        index += 1
+    ends = list(accumulate(map(len, documents)))
+    index = bisect_left(ends, count)
+    count -= ends[index] - len(documents[index])
     return [*documents[:index], documents[index][:count]], [documents[index][count:], *documents[index + 1 :]]
 
 

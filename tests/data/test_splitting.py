@@ -31,7 +31,7 @@ def test_documents_are_assigned_whole_in_their_order(documents: list[str], size:
         found[split] += others
     expected: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for number, document in enumerate(documents):
-        expected[draw.split_of(number)].append(document)
+        expected[draw.splits(number, number + 1)[0]].append(document)
     assert {split: list(filter(None, parts)) for split, parts in found.items()} == expected
 
 
@@ -52,15 +52,23 @@ def test_blocks_end_with_lines_and_hold_the_whole_text(documents: list[str], par
 @tries(max_examples=30, deadline=None)
 def test_each_split_gets_its_share_from_all_parts(val_fraction: float, test_fraction: float, seed: int) -> None:
     draw = Draw(val_fraction, test_fraction, seed)
-    splits = [draw.split_of(number) for number in range(2000)]
-    assert splits == [draw.split_of(number) for number in range(2000)]
+    splits = draw.splits(0, 2000).tolist()
     for name, fraction in (("val", val_fraction), ("test", test_fraction)):
         for part in (splits[:1000], splits[1000:]):
             assert part.count(name) / 1000 == pytest.approx(fraction, abs=0.02)
 
 
+@given(st.floats(1e-300, 0.5), st.floats(0, 0.3), st.integers(0, 9), st.integers(0, 2**40), st.integers(1, 3000))
+def test_a_split_does_not_depend_on_where_reading_began(
+    val_fraction: float, test_fraction: float, seed: int, first: int, count: int
+) -> None:
+    draw, middle = Draw(val_fraction, test_fraction, seed), first + count // 3
+    parts = [*draw.splits(first, middle), *draw.splits(middle, first + count)]
+    assert draw.splits(first, first + count).tolist() == parts
+
+
 def test_another_seed_draws_others() -> None:
-    one, other = ([Draw(0.1, 0, seed).split_of(number) for number in range(100)] for seed in (1, 2))
+    one, other = (Draw(0.1, 0, seed).splits(0, 100).tolist() for seed in (1, 2))
     assert one != other
 
 
