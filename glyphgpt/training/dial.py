@@ -14,8 +14,10 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from glyphgpt.data.dataset import Dataset
@@ -45,17 +47,20 @@ OPTIMIZER: Values = {
     "warmup_steps": 0,
     "min_lr": 0.0,
 }
-NETWORKS = ((2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512), (12, 768))
+NETWORKS = ((1, 128), (2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512), (12, 768))
 """Numbers of blocks and channels, from small to large."""
 HEAD_SIZE = 64
-TOKENS_PER_WEIGHT = 10.0
-"""A network pays if it sees this many tokens for each weight of its blocks, or a small text MAX_EPOCHS times."""
+TOKENS_PER_WEIGHT, FEW_TOKENS_PER_WEIGHT = 10.0, 4.0
+"""A network pays if it sees this many tokens for each weight of its blocks, or a small text MAX_EPOCHS times. Two blocks
+need fewer."""
 WEIGHTS_PER_TOKEN = 100
 """Weights of the blocks, for each token of the text, above which a larger network does not help."""
 MAX_EPOCHS = 6
 """Reading a text more often than this makes the validation loss worse, or hardly better."""
 CONTEXTS = ((1_500_000, 128), (math.inf, 256))
 """The context of runs of up to that many tokens."""
+WHOLE_RECORDS, RECORD_CONTEXT = 0.99, 2
+"""The part of the records that the context should hold, if it need not be larger than so many times."""
 STEP_TOKENS, FEW_TOKENS = 2048, 600_000
 """Tokens of a step in runs of up to FEW_TOKENS tokens; in longer ones it grows with the cube root of the run."""
 ENOUGH_STEPS, LEAST_STEP_TOKENS = 1000, 256
@@ -219,7 +224,8 @@ class Dial:
         text = self.dataset.train.tokens
         if weights(settings) > WEIGHTS_PER_TOKEN * text:
             return False
-        enough = min(TOKENS_PER_WEIGHT * weights(settings), MAX_EPOCHS * text)
+        tokens_per_weight = TOKENS_PER_WEIGHT if settings.n_layer > 2 else FEW_TOKENS_PER_WEIGHT
+        enough = min(tokens_per_weight * weights(settings), MAX_EPOCHS * text)
         return self.tokens_in_time(settings, costs) >= enough
 
     def tokens_in_time(self, settings: TrainSettings, costs: Costs) -> float:
@@ -265,10 +271,18 @@ class Dial:
             context = CONTEXTS[-1][1]
         else:
             context = next(context for limit, context in CONTEXTS if tokens <= limit)
+        if context < self.record_size <= RECORD_CONTEXT * context:
+            context = self.record_size
         context = max(1, min(context, self.dataset.train.tokens - 1))
         context = self.settings.block_size if "block_size" in self.given else context
         world_size = self.runtime.world_size  # processes share a batch evenly
         return {"block_size": context, "batch_size": world_size * max(1, round(size / context / world_size))}
+
+    @cached_property
+    def record_size(self) -> int:
+        """The tokens of a long record, but not of the longest ones; 0 where there are no records."""
+        ends = self.dataset.train.record_ends
+        return 0 if ends is None else math.ceil(np.quantile(np.diff(ends), WHOLE_RECORDS))
 
     def choose_precision(self) -> None:
         """Choose the precision and whether to compile, by trying."""
@@ -350,10 +364,11 @@ class Dial:
         epochs = chosen.max_steps * chosen.tokens_per_step / text.tokens
         seen = chosen.max_steps * chosen.tokens_per_step / weights(chosen)
         machine = f"{chosen.threads} threads" if self.device == "cpu" else self.device
+        blocks = "block" if chosen.n_layer == 1 else "blocks"
         return (
             f"{chosen.minutes:g} minutes for {text.tokens:,} tokens, vocabulary {self.dataset.tokenizer.vocab_size:,}; "
             f"measured the machine in {self.measuring_seconds:.1f} s\n"
-            f"  network: {chosen.n_layer} blocks, {chosen.n_embd} channels, context {chosen.block_size}; it sees "
+            f"  network: {chosen.n_layer} {blocks}, {chosen.n_embd} channels, context {chosen.block_size}; it sees "
             f"{seen:.1f} tokens for each weight of its blocks\n"
             f"  speed:   {self.costs.step * 1000:.0f} ms a step: {chosen.dtype}, {machine}, "
             f"{'compiled' if chosen.compile else 'not compiled'}\n"

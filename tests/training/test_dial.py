@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -42,10 +43,12 @@ def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial_module, "seconds_since_start", lambda: START_SECONDS)
 
 
-def a_text(tokens: int, vocab_size: int = 65) -> Dataset:
+def a_text(tokens: int, vocab_size: int = 65, record_size: int = 0) -> Dataset:
+    ends = np.arange(0, tokens, record_size) if record_size else None
     val = SimpleNamespace(tokens=max(2, tokens // 9))
     tokenizer = SimpleNamespace(vocab_size=vocab_size, kind="char" if vocab_size < 10_000 else "gpt2")
-    return cast("Dataset", SimpleNamespace(train=SimpleNamespace(tokens=tokens), val=val, tokenizer=tokenizer))
+    train = SimpleNamespace(tokens=tokens, record_ends=ends)
+    return cast("Dataset", SimpleNamespace(train=train, val=val, tokenizer=tokenizer))
 
 
 def machine(speed: float = 1.0, **factors: Callable[[TrainSettings], float]) -> Callable[[TrainSettings, float], Costs]:
@@ -131,8 +134,14 @@ def test_a_small_text_is_read_a_few_times_and_a_large_one_once() -> None:
     assert weights(small) <= WEIGHTS_PER_TOKEN * 20_000 < weights(choose(10, 10**9, machine(10)))
 
 
+@pytest.mark.parametrize(("record_size", "context"), [(0, 128), (20, 128), (200, 200), (256, 256), (300, 128)])
+def test_context_holds_records_that_are_not_much_longer(record_size: int, context: int) -> None:
+    settings, text = TrainSettings(minutes=0.2), a_text(10**6, record_size=record_size)
+    assert Dial(settings, text, CPU, machine()).choose().block_size == context
+
+
 def test_steps_on_a_small_text_are_as_small_as_the_time_allows() -> None:
-    short, long = choose(0.1, 40_000), choose(1, 40_000)
+    short, long = choose(0.12, 40_000), choose(1, 40_000)
     assert short.tokens_per_step > long.tokens_per_step
     for settings in (short, long):
         assert settings.max_steps * settings.tokens_per_step >= MAX_EPOCHS / 2 * 40_000
