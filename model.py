@@ -59,6 +59,11 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def lookback(self) -> int:
+        """Number of earlier tokens that an embedding depends on."""
+        return self.ngram - 1 + self.token_shift
+
+    @property
     def embedding_scale(self) -> float:
         """Factor of the embeddings before sinusoids are added (Vaswani et al. 2017, section 3.4).
 
@@ -68,54 +73,60 @@ class GPTConfig:
         return math.sqrt(self.n_embd) if self.init == "gpt2" and self.ngram == 1 else 1.0
 
 
-class LayerKVCache:
-    """The keys and values of one layer for the tokens seen so far, (B, H, S, D) each."""
+class KVCache:
+    """The keys and values of the tokens seen so far, so that they are not computed again.
 
-    def __init__(self, block_size: int) -> None:
-        """Create an empty cache with room for `block_size` tokens."""
-        self.block_size = block_size
-        self.length = 0
-        self.keys: Tensor
-        self.values: Tensor
+    Its tensors have room for block_size tokens, and keep their sizes and places in memory, as a CUDA graph requires.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Create an empty cache for `batch` sequences."""
+        shape = (config.n_layer, batch, config.n_head, config.block_size, config.head_size)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.places = torch.arange(config.block_size, device=device)  # (S,)
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        """Number of tokens seen so far."""
+        self.last_tokens = torch.full((batch, config.lookback), -1, device=device)
+        """The last tokens, on which the embeddings of the next ones depend; -1 before the first one."""
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.length.zero_()
+        self.last_tokens.fill_(-1)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
+        is_same_size = len(rows) == len(self.last_tokens)
+        for name, dim in (("keys", 1), ("values", 1), ("last_tokens", 0)):
+            tensor: Tensor = getattr(self, name)
+            chosen = tensor.index_select(dim, rows)
+            setattr(self, name, tensor.copy_(chosen) if is_same_size else chosen)
+
+    def layers(self, T: int) -> list["LayerCache"]:
+        """Return the part of each layer, which is about to see T more tokens."""
+        positions = self.length + self.places[:T]
+        mask = self.places <= positions[:, None]
+        pairs = zip(self.keys, self.values, strict=True)
+        return [LayerCache(keys, values, positions, mask) for keys, values in pairs]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The part of a KVCache that belongs to one layer."""
+
+    keys: Tensor
+    """(B, H, S, D), where S is block_size."""
+    values: Tensor
+    positions: Tensor
+    """The positions of the new tokens, (T,)."""
+    mask: Tensor
+    """Which keys each of the new tokens attends to, (T, S)."""
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of T tokens, (B, H, T, D); return those of all tokens so far, (B, H, S, D)."""
-        if self.length == 0:
-            B, H, _, D = keys.shape
-            dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype  # the fastest for a single query
-            self.keys = keys.new_empty(B, H, self.block_size, D, dtype=dtype)
-            self.values = values.new_empty(B, H, self.block_size, D, dtype=dtype)
-        start, self.length = self.length, self.length + keys.size(2)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def reorder(self, rows: list[int]) -> None:
-        """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
-        keys, values = self.keys[rows, :, : self.length], self.values[rows, :, : self.length]
-        self.length = 0
-        self.update(keys, values)
-
-
-class KVCache:
-    """The keys and values of every layer for the tokens seen so far, so that they are not computed again."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        """Create an empty cache with room for block_size tokens."""
-        self.layers = [LayerKVCache(config.block_size) for _ in range(config.n_layer)]
-        self.last_tokens: Tensor | None = None
-        """The last tokens, (B, up to ngram), which the embeddings of the next ones depend on."""
-
-    @property
-    def length(self) -> int:
-        """Number of tokens seen so far."""
-        return self.layers[0].length
-
-    def reorder(self, rows: list[int]) -> None:
-        """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
-        for layer in self.layers:
-            layer.reorder(rows)
-        self.last_tokens = None if self.last_tokens is None else self.last_tokens[rows]
+        """Write the keys and values of the new tokens, (B, H, T, D); return all of them, (B, H, S, D)."""
+        self.keys.index_copy_(2, self.positions, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.positions, values.to(self.values.dtype))
+        return self.keys, self.values
 
 
 class NGramEmbedding(nn.Module):
@@ -159,9 +170,9 @@ class LearnedPosition(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.block_size, config.n_embd)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Add positions start, start + 1, ... to embeddings x (B, T, C)."""
-        return x + self.embedding.weight[start : start + x.size(1)]
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Add positions (T,), or the first T, to embeddings x (B, T, C)."""
+        return x + select(self.embedding.weight, positions, x.size(1))
 
 
 class SinusoidalPosition(nn.Module):
@@ -178,15 +189,15 @@ class SinusoidalPosition(nn.Module):
 
     waves: Tensor
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Add positions start, start + 1, ... to scaled embeddings x (B, T, C)."""
-        return x * self.scale + self.waves[start : start + x.size(1)]
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Add positions (T,), or the first T, to scaled embeddings x (B, T, C)."""
+        return x * self.scale + select(self.waves, positions, x.size(1))
 
 
 class NoPosition(nn.Module):
     """Return the embeddings unchanged: rotary positions act on queries and keys instead."""
 
-    def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:  # noqa: ARG002
         """Return x (B, T, C)."""
         return x
 
@@ -203,10 +214,11 @@ class Rotary(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x (B, T, ..., D), whose first token has position `start`. Channels i and i + D/2 form a pair."""
-        shape = (x.size(1), *(1,) * (x.dim() - 3), -1)  # (T, 1, ..., D / 2)
-        cos, sin = (table[start : start + x.size(1)].to(x.dtype).view(shape) for table in (self.cos, self.sin))
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Rotate x (B, T, ..., D) by positions (T,), or the first T. Channels i and i + D/2 form a pair."""
+        T, between = x.size(1), (1,) * (x.dim() - 3)
+        tables = (select(table, positions, T).to(x.dtype) for table in (self.cos, self.sin))
+        cos, sin = (table.view(T, *between, -1) for table in tables)  # (T, 1, ..., D / 2)
         first, second = x.chunk(2, dim=-1)  # (B, T, ..., D / 2) each
         return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
@@ -214,9 +226,14 @@ class Rotary(nn.Module):
 class NoRotation(nn.Module):
     """Return queries and keys unchanged: their positions are part of the embeddings."""
 
-    def forward(self, x: Tensor, start: int) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:  # noqa: ARG002
         """Return x."""
         return x
+
+
+def select(table: Tensor, positions: Tensor | None, T: int) -> Tensor:
+    """Return the rows of a table at positions (T,), or its first T rows."""
+    return table[:T] if positions is None else table[positions]
 
 
 def position_waves(length: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -282,19 +299,20 @@ class CausalSelfAttention(nn.Module):
         self.rotary = Rotary(config) if config.position == "rotary" else NoRotation()
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C). A cache holds the tokens before these, and is updated with these."""
-        q, k, v = self.project_qkv(x, cache.length if cache else 0)  # (B, H, T, D) each
+        q, k, v = self.project_qkv(x, cache.positions if cache else None)  # (B, H, T, D) each
         if cache:
-            k, v = cache.update(k, v)  # (B, H, S, D) each
-        y = causal_attention(q.to(k.dtype), k, v, self.dropout if self.training else 0.0)
+            y = masked_attention(q, *cache.update(k, v), cache.mask)
+        else:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         return self.project_out(y)
 
-    def project_qkv(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values, (B, H, T, D) each, of x (B, T, C), whose first position is `start`."""
+    def project_qkv(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values, (B, H, T, D) each, of x (B, T, C) at positions (T,), or the first T."""
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)  # (B, T, 2, H, D)
-        q, k = self.rotary(self.qk_norm(qk), start).unbind(2)
+        q, k = self.rotary(self.qk_norm(qk), positions).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
 
     def project_out(self, y: Tensor) -> Tensor:
@@ -303,27 +321,38 @@ class CausalSelfAttention(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D). The last query sees all S keys, the one before it S - 1, ...
+    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D), where each token sees itself and the tokens before it.
 
     On a CPU, explicit products are faster for short contexts than torch's fused attention, whose backward pass there
     computes many tiny products.
     """
-    T, S, D = q.size(2), k.size(2), q.size(3)
-    if T == 1:  # a single query needs no mask
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    if T < S:
-        return F.scaled_dot_product_attention(q, k, v, causal_mask(T, S, q.device), dropout)
+    T = q.size(2)
     if q.device.type == "cpu" and T <= EXPLICIT_ATTENTION:
-        scores = q / math.sqrt(D) @ k.mT  # (B, H, T, S)
-        weights = scores.where(causal_mask(T, S, q.device), -torch.inf).softmax(-1)
-        return F.dropout(weights, dropout) @ v
+        return explicit_attention(q, k, v, causal_mask(T, q.device), dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """Return a mask (T, S) that is True where the last T of S tokens may attend: to themselves and earlier ones."""
-    positions = torch.arange(S, device=device)
-    return positions <= positions[S - T :, None]
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D), where the T tokens see the S keys that a mask (T, S) allows.
+
+    A single query is computed by explicit products: for these, GPUs have no fused kernel that is faster.
+    """
+    q = q.to(k.dtype)
+    if q.size(2) == 1:
+        return explicit_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v, (B, H, T, D), for the keys that a mask (T, S) allows."""
+    scores = q / math.sqrt(q.size(-1)) @ k.mT  # (B, H, T, S)
+    return F.dropout(scores.where(mask, -torch.inf).softmax(-1), dropout) @ v
+
+
+def causal_mask(T: int, device: torch.device) -> Tensor:
+    """Return a mask (T, T) that is True where a token may attend: to itself and the tokens before it."""
+    positions = torch.arange(T, device=device)
+    return positions <= positions[:, None]
 
 
 class MLP(nn.Module):
@@ -351,7 +380,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -372,7 +401,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lookback = config.ngram - 1 + config.token_shift  # number of earlier tokens that an embedding depends on
         if config.init == "gpt2":
             self._init_gpt2()
         else:
@@ -402,28 +430,33 @@ class GPT(nn.Module):
             elif parameter.dim() >= 2 or name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def new_cache(self) -> KVCache:
-        """Return an empty cache for `next_logits`."""
-        return KVCache(self.config)
+    def new_cache(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> KVCache:
+        """Return an empty cache of keys and values of this dtype for `next_logits`."""
+        return KVCache(self.config, batch, dtype, self.token_embedding.weight.device)
 
     def embed(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map tokens (B, T), which follow those in the cache, to embeddings (B, T, C)."""
         T = tokens.size(1)
-        if cache and self.lookback:
-            seen = tokens if cache.last_tokens is None else torch.cat((cache.last_tokens, tokens), dim=1)
-            tokens, cache.last_tokens = seen, seen[:, -self.lookback :]
-        x = self.token_embedding(tokens)
+        if cache and self.config.lookback:
+            tokens = torch.cat((cache.last_tokens, tokens), dim=1)
+            cache.last_tokens.copy_(tokens[:, -self.config.lookback :])
+        x = self.token_embedding(tokens.clamp(min=0) if cache else tokens)
         if self.ngram_embedding:
             x = self.ngram_embedding(tokens, x)
+        if cache:
+            x = x.where(tokens[..., None] >= 0, 0.0)  # there is nothing before the first token
         if self.token_shift:
             x = self.token_shift(x)
         return x[:, -T:]
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map tokens (B, T) to the normalized output of the last block, (B, T, C)."""
-        x = self.dropout(self.position(self.embed(tokens, cache), cache.length if cache else 0))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cache.layers[layer] if cache else None)
+        layers = cache.layers(tokens.size(1)) if cache else [None] * len(self.blocks)
+        x = self.dropout(self.position(self.embed(tokens, cache), layers[0].positions if layers[0] else None))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, layer)
+        if cache:
+            cache.length += tokens.size(1)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

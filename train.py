@@ -13,7 +13,8 @@ import glyphgpt.startup  # first: handles --help and usage errors before torch i
 import math
 import signal
 import time
-from dataclasses import asdict, fields
+from collections import deque
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,9 +32,10 @@ from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.inference.score import Score
+from glyphgpt.inference.torch_lm import TorchLM
 from glyphgpt.reports.run_report import LiveReport
 from glyphgpt.reports.summary import ModelSummary
-from glyphgpt.runtime import Runtime, TorchLM, compile_or_eager, init_runtime, oom_hint, torchrun_id
+from glyphgpt.runtime import HostCopy, Runtime, compile_or_eager, init_runtime, oom_hint, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
 from glyphgpt.training.dial import Costs, Dial, Pace
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
@@ -56,11 +58,14 @@ from model import GPT, GPTConfig
 
 MEASURED_STEPS = 12
 """Most steps that measure a run's speed; the first one does not count."""
+LEAST_SCALE = 1e-3
+"""The least scale of float16's gradients, which begins with 65,536 and is halved at every overflow."""
 
 
 def main(settings: TrainSettings, *_configs: str) -> None:
     """Train, evaluate, or print a summary of the model, as the settings ask."""
-    with init_runtime(settings.device, settings.dtype) as initial:
+    remedy = "batch_size (and raise gradient_accumulation_steps), block_size or n_embd"
+    with oom_hint(remedy), init_runtime(settings.device, settings.dtype) as initial:
         settings = resume_after_restart(settings, initial)
         folder = find_dataset(settings.dataset, Path(settings.data_dir))
         settings = settings.model_copy(update={"dataset": folder.name, "data_dir": str(folder.parent)})
@@ -75,15 +80,14 @@ def main(settings: TrainSettings, *_configs: str) -> None:
                 print(dial.description(), flush=True)
         check_lengths(settings, dataset)
         runtime = initial.configured(settings.dtype, settings.threads)
-        with oom_hint("batch_size (and raise gradient_accumulation_steps), block_size or n_embd"):
-            if settings.summary:
-                result = ModelSummary(settings, dataset.tokenizer.vocab_size, settings.batch_size).table()
-            elif settings.eval_only:
-                path = find_checkpoint(Path(settings.out_dir))
-                result = f"{path}: validation {evaluate_best(settings, dataset, runtime)}"
-            else:
-                result = ""
-                Trainer(settings, dataset, runtime, init_model, pace).train()
+        if settings.summary:
+            result = ModelSummary(settings, dataset.tokenizer.vocab_size, settings.batch_size).table()
+        elif settings.eval_only:
+            path = find_checkpoint(Path(settings.out_dir))
+            result = f"{path}: validation {evaluate_best(settings, dataset, runtime)}"
+        else:
+            result = ""
+            Trainer(settings, dataset, runtime, init_model, pace).train()
         if result and runtime.is_main:
             print(result)
 
@@ -97,12 +101,22 @@ def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings, seconds
     total = 0.0
     while len(times) < 2 or (total < seconds and len(times) < MEASURED_STEPS):
         start = time.perf_counter()
-        trainer.step(trainer.next_batch())
+        trainer.step(trainer.next_batch()).results.read()
         times.append(time.perf_counter() - start)
         total = runtime.mean(sum(times))  # all processes take equally many steps
     start = time.perf_counter()
     tokens = trainer.evaluate(max_tokens=settings.tokens_per_step).eval_tokens
     return Costs(step=median(times[1:]), eval_token=(time.perf_counter() - start) / tokens)
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update of the weights, which a GPU may still be computing."""
+
+    step: int
+    learning_rate: float
+    results: HostCopy
+    """The loss, the number of processes that received a signal, and the gradients' norm."""
 
 
 class Trainer:
@@ -157,6 +171,8 @@ class Trainer:
         self.run = Run(settings, runtime)
         self.report = LiveReport(self.run.folder, self.run.log, enabled=runtime.is_main and settings.report)
         self.stopping = False
+        self.updates_ahead = int(runtime.device.type == "cuda")
+        """How many updates may be started before the results of an earlier one are read."""
 
     def train(self) -> None:
         """Train, or resume training, until max_steps, until patience runs out, or until a signal asks to stop.
@@ -195,17 +211,40 @@ class Trainer:
 
     def loop(self) -> None:
         """Update, log, evaluate and save until the run ends."""
-        state = self.state
+        state, updates = self.state, deque[Update]()
         while not self.stopping and not run_finished(self.settings, state):
-            batch = self.next_batch()
-            metrics = self.step(batch)
-            self.run.log_step(state.step, metrics)
-            self.keep_pace()
-            if state.step % self.settings.eval_every == 0 or state.step == self.settings.max_steps:
+            updates.append(self.step(self.next_batch()))
+            self.finish(updates, keep=self.updates_ahead)
+            evaluating = state.step % self.settings.eval_every == 0 or state.step == self.settings.max_steps
+            saving = self.settings.save_every > 0 and state.step % self.settings.save_every == 0
+            if evaluating or saving or self.stopping:
+                self.finish(updates)
+            if evaluating:
                 self.evaluate_and_save()
                 self.report.renew()
-            elif self.stopping or (self.settings.save_every and state.step % self.settings.save_every == 0):
+            elif saving or self.stopping:
                 self.save(self.weights())
+
+    def finish(self, updates: deque[Update], keep: int = 0) -> None:
+        """Read and log the results of the oldest updates, until there are only `keep`.
+
+        Sets `stopping` if any process received a signal.
+
+        Raises:
+            UserError: The loss or the gradients were not finite. That update changed no weights.
+        """
+        while len(updates) > keep:
+            update = updates.popleft()
+            loss, stops, grad_norm = update.results.read()
+            self.stopping = self.stopping or stops > 0
+            uses_scaler = self.scaler.is_enabled()  # where gradients overflow, it lowers its scale
+            if not math.isfinite(loss if uses_scaler else loss + grad_norm):
+                problem = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+                raise diverged(update.step, problem, "before the update")
+            if uses_scaler and not math.isfinite(grad_norm) and self.scaler.get_scale() < LEAST_SCALE:
+                raise diverged(update.step, "gradients at every scale", "after many skipped updates")
+            self.run.log_step(update.step, StepMetrics(loss, grad_norm, update.learning_rate))
+            self.keep_pace()
 
     def keep_pace(self) -> None:
         """Change max_steps if the run would otherwise end too late or too early for `minutes`."""
@@ -228,11 +267,10 @@ class Trainer:
         count = self.sequences_per_step // self.runtime.world_size
         return self.rows.take(step * self.sequences_per_step + self.runtime.rank * count, count)
 
-    def step(self, batch: Tensor) -> StepMetrics:
-        """Update the weights with the gradients of a batch; set `stopping` if any process received a signal.
+    def step(self, batch: Tensor) -> Update:
+        """Update the weights with the gradients of a batch, unless these are not finite.
 
-        Raises:
-            UserError: The loss or the gradients are not finite. The weights are unchanged.
+        The host does not wait for a GPU here, so that the GPU always has work to do.
         """
         settings, state, runtime = self.settings, self.state, self.runtime
         rate = learning_rate(state, settings)
@@ -242,19 +280,17 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         grad_norm = clip_gradients(self.parameters, settings.grad_clip)
-        losses, stops = runtime.sum(own_loss, float(self.run.stop.signal is not None))
-        loss, self.stopping = losses / runtime.world_size, stops > 0
-        if not math.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm):  # the scaler skips such steps
-            raise diverged(state.step + 1, f"loss {loss:.4g}, gradient norm {grad_norm:.4g}", "before the update")
+        signaled = torch.full_like(own_loss, self.run.stop.signal is not None)
+        shared = torch.stack((own_loss / runtime.world_size, signaled))
+        runtime.sum_(shared)
+        results = torch.cat((shared, grad_norm[None]))
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)  # type: ignore[arg-type]
+            optimizer.step(skip=~results.isfinite().all())
         self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # 65,536 at first, halved at every overflow
-            raise diverged(state.step + 1, "gradients at every scale", "after many skipped updates")
         for parameter in self.parameters:
             parameter.grad = None
         state.step += 1
-        return StepMetrics(loss, grad_norm, rate)
+        return Update(state.step, rate, HostCopy(results))
 
     def seed_dropout(self) -> None:
         """Seed dropout by the step, so that there is no random state to save."""
@@ -262,7 +298,7 @@ class Trainer:
             seed = np.random.SeedSequence((self.settings.seed, self.state.step, self.runtime.rank))
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
-    def backward(self, batch: Tensor) -> float:
+    def backward(self, batch: Tensor) -> Tensor:
         """Accumulate the gradients of a batch's mean loss, one micro-batch at a time; return the loss.
 
         For the gradients, the mean is over all places of the batch, also those without a target, so that processes and
@@ -280,7 +316,7 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             targets_seen += count
-        return (total * places / targets_seen).item()
+        return total * places / targets_seen
 
     def evaluate_and_save(self) -> None:
         """Evaluate on the validation split, log the score and a sample, and save.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from glyphgpt.inference.generate import LanguageModel, SamplingParams, generate
 from glyphgpt.inference.loading import language_model, open_checkpoint
 from glyphgpt.inference.numpy_gpt import Linear, NumpyGPT
-from glyphgpt.runtime import TorchLM
+from glyphgpt.inference.torch_lm import TorchLM
 
 CHARACTERS = 1000
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glyphgpt.errors import UsageError, UserError, warn
@@ -63,8 +61,13 @@ class Runtime:
         if self.world_size == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
+        self.sum_(totals)
         return totals.tolist()
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
 
     def mean(self, value: float) -> float:
         """Return the mean of a value over all processes."""
@@ -90,7 +93,7 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
     if chosen.type == "cuda":
         # set_device needs an index; under torchrun each process of a machine has its own GPU
         chosen = choose_device(f"cuda:{local_rank if world_size > 1 else chosen.index or 0}")
-        torch.cuda.set_device(chosen)
+        select_gpu(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     if chosen.type == "cpu":
         use_deterministic_algorithms()
@@ -105,7 +108,7 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
         dist.init_process_group(backend, store=rendezvous_store(), rank=rank, world_size=world_size, **gpu)
         yield runtime
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if (isinstance(error, dist.DistError) or "gloo" in str(error)) and not is_out_of_memory(error):
             raise UserError("lost another process of this run, which ended or hangs; continue with --resume") from error
         raise
     finally:
@@ -114,6 +117,23 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
         failed = isinstance(sys.exc_info()[1], Exception)  # no pause, or torchrun may end this process before it prints
         if not gpu and not failed:
             time.sleep(GLOO_SECONDS)
+
+
+def select_gpu(device: torch.device) -> None:
+    """Make a GPU the current one.
+
+    Raises:
+        UserError: The GPU has no free memory.
+    """
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{device} has no free memory: other processes use it (nvidia-smi lists them); end them, or choose another "
+            "--device"
+        ) from error
 
 
 def use_deterministic_algorithms() -> None:
@@ -213,30 +233,28 @@ def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, exa
     return compiled
 
 
-class TorchLM:
-    """A torch model as a `LanguageModel` for generation: tokens in, logits out, both NumPy arrays."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device; a copy to a GPU does not wait for what the GPU still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def __init__(self, model: Any, runtime: Runtime) -> None:
-        """Wrap a model in evaluation mode on the runtime's device."""
-        self.model, self.runtime = model, runtime
 
-    def new_cache(self, batch: int) -> Any:  # noqa: ARG002
-        """Return an empty cache for `batch` sequences."""
-        return self.model.new_cache()
+class HostCopy:
+    """A copy of a tensor for the host, which a GPU makes when it has computed the tensor."""
 
-    @torch.inference_mode()
-    def next_logits(self, tokens: NDArray[np.int64], cache: Any) -> NDArray[np.float32]:
-        """Return the logits (B, V) of the token that follows tokens (B, T), which follow the cached ones."""
-        with self.runtime.autocast():
-            logits: Tensor = self.model.next_logits(torch.from_numpy(tokens).to(self.runtime.device), cache)
-        return logits.float().cpu().numpy()
+    def __init__(self, tensor: Tensor) -> None:
+        """Ask for the copy, without waiting for it."""
+        self._copy, self._event = tensor, None
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
 
-    @torch.inference_mode()
-    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the logits (B, T, V) of the token that follows each of the tokens (B, T)."""
-        with self.runtime.autocast():
-            logits: Tensor = self.model(torch.from_numpy(tokens).to(self.runtime.device))
-        return logits.float().cpu().numpy()
+    def read(self) -> list[float]:
+        """Return the values, after waiting for them if needed."""
+        if self._event:
+            self._event.synchronize()
+        return self._copy.tolist()
 
 
 class StopRequest:
@@ -274,8 +292,9 @@ class StopRequest:
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Return whether memory ran out; torch.OutOfMemoryError is a RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    """Return whether memory ran out; torch, CUDA and its libraries have errors of their own for that."""
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
 @contextmanager

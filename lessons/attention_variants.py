@@ -42,9 +42,10 @@ from glyphgpt.data.dataset import Dataset, load_dataset
 from glyphgpt.data.tokenizers import decode, start_token
 from glyphgpt.errors import UsageError, exit_on_error, shorten
 from glyphgpt.inference.generate import SamplingParams, generate
-from glyphgpt.runtime import Runtime, TorchLM
+from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.runtime import Runtime
 from glyphgpt.settings import CountOrZero, Settings, SingleLine, TrainSettings
-from model import GPT, CausalSelfAttention, LayerKVCache, NoRotation
+from model import GPT, CausalSelfAttention, LayerCache, NoRotation
 from train import Trainer
 
 QUICK = Path(__file__).parent.parent / "config" / "quick.toml"
@@ -102,7 +103,7 @@ class VariantAttention(nn.Module):
         self.original, self.mask = original, variant.mask
         self.score: Callable[..., Any] = variant.score  # accepts tensors too
 
-    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # noqa: ARG002
         """Map (B, T, C) to (B, T, C). The cache stays empty: tokens that see the future change with each new token."""
         q, k, v = self.original.project_qkv(x)  # (B, H, T, D) each
         scores = self.score(q, k)  # (B, H, T, T)

@@ -33,7 +33,7 @@ from glyphgpt.data.tokenizers import Tokenizer
 from glyphgpt.errors import UsageError, exit_on_error, shorten
 from glyphgpt.runtime import Runtime
 from glyphgpt.settings import CountOrZero, Settings, SingleLine, TrainSettings
-from model import GPT, CausalSelfAttention, LayerKVCache, causal_mask
+from model import GPT, CausalSelfAttention, LayerCache, causal_mask
 from train import Trainer
 
 CONFIG = Path(__file__).parent.parent / "config" / "translate.toml"
@@ -86,7 +86,7 @@ def prefix_mask(tokens: Tensor, sources: Tensor, end: int) -> Tensor:
     records = (tokens == end).cumsum(1)
     same = (records[:, :, None] == records[:, None, :]) & sources[:, :, None] & sources[:, None, :]
     T = tokens.size(1)
-    return (causal_mask(T, T, tokens.device) | same)[:, None]
+    return (causal_mask(T, tokens.device) | same)[:, None]
 
 
 class MaskedAttention(nn.Module):
@@ -97,7 +97,7 @@ class MaskedAttention(nn.Module):
         self.original = original
         self.mask: Tensor  # (B, 1, T, T)
 
-    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # noqa: ARG002
         """Map (B, T, C) to (B, T, C)."""
         q, k, v = self.original.project_qkv(x)  # (B, H, T, D) each
         return self.original.project_out(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask))

@@ -10,7 +10,8 @@ import sample
 import train
 from conftest import MODERN, ROOT, as_flags, decoder_of, random_model, read_metrics, saved_step, tiny_settings, torchrun
 from glyphgpt.inference.beam_search import beam_search
-from glyphgpt.runtime import TorchLM, init_runtime
+from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.runtime import init_runtime
 from glyphgpt.settings import SampleSettings, TrainSettings
 
 pytestmark = pytest.mark.gpu

@@ -82,23 +82,24 @@ def test_logits_depend_on_no_later_token(network: dict[str, Any]) -> None:
 def test_sinusoidal_positions_equal_the_formula(start: int, network: dict[str, Any], scale: float) -> None:
     C = 16
     x = torch.randn(2, 3, C)
-    result = SinusoidalPosition(tiny_config(position="sinusoidal", **network))(x, start)
+    result = SinusoidalPosition(tiny_config(position="sinusoidal", **network))(x, torch.arange(start, start + 3))
     for b, i, c in product(range(2), range(3), range(C)):
         angle = (start + i) / 10000 ** (2 * (c // 2) / C)
         wave = math.cos(angle) if c % 2 else math.sin(angle)
         assert result[b, i, c].item() == pytest.approx(x[b, i, c].item() * scale + wave, abs=1e-5)
 
 
-def test_learned_positions_begin_at_start() -> None:
+def test_learned_positions_are_rows_of_a_table() -> None:
     position = tiny_model().position
     table = position.get_parameter("embedding.weight")
     x = torch.randn(2, 3, 16)
-    assert torch.equal(position(x, 4), x + table[4:7])
+    assert torch.equal(position(x, torch.tensor([4, 5, 6])), x + table[4:7])
+    assert torch.equal(position(x, None), x + table[:3])
 
 
 def rotate(vector: Tensor, position: int) -> Tensor:
     rotary = Rotary(tiny_config(position="rotary", block_size=40))
-    return rotary(vector.view(1, 1, -1), position).flatten()
+    return rotary(vector.view(1, 1, -1), torch.tensor([position])).flatten()
 
 
 def test_rotary_rotates_pairs_like_complex_numbers() -> None:
@@ -296,7 +297,7 @@ def test_cache_does_not_change_the_logits(network: dict[str, Any], chunks: list[
     model = random_model(**network)
     tokens = some_tokens(3, 8)
     ends = [0, *torch.tensor(chunks).cumsum(0).tolist()]
-    cache = model.new_cache()
+    cache = model.new_cache(3)
     with torch.no_grad():
         for start, end in pairwise(ends):
             cached = model.next_logits(tokens[:, start:end], cache)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glyphgpt.data.dataset import Split
 from glyphgpt.data.rows import Row
+from glyphgpt.runtime import to_device
 
 CPU_RESIDENT_BYTES, GPU_RESIDENT_BYTES = 1 << 24, 1 << 30
 """Size on disk up to which a split is copied to the device; copying a large one for a CPU takes a second."""
@@ -36,7 +37,7 @@ class Reader:
         """Return the tokens of each row, int64 of shape (len(rows), length), where shorter rows end with PADDING."""
         if self._resident is not None:
             index = torch.from_numpy(stack([[np.arange(r.start, r.stop) for r in row] for row in rows], length))
-            index = index.to(self.device)
+            index = to_device(index, self.device)
             tokens = self._resident[index].long()
             is_full = all(sum(map(len, row)) == length for row in rows)
             return tokens if is_full else tokens.masked_fill(index == PADDING, PADDING)
@@ -44,9 +45,7 @@ class Reader:
             batch = self._prefetched[2].result()
         else:
             batch = self._read_from_disk(rows, length)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        return batch.to(self.device, non_blocking=True)
+        return to_device(batch, self.device)
 
     def prefetch(self, rows: list[Row], length: int) -> None:
         """Start to read the rows of the next call of `read` in another thread."""

@@ -18,6 +18,7 @@ from glyphgpt.data.tokenizers import END_OF_TEXT, StreamDecoder, Tokenizer, Toke
 from glyphgpt.errors import UserError
 from glyphgpt.inference.generate import (
     Floats,
+    LanguageModel,
     SamplingParams,
     TextStream,
     context_start,
@@ -30,7 +31,7 @@ from glyphgpt.settings import SampleSettings
 
 if TYPE_CHECKING:
     from glyphgpt.inference.numpy_gpt import NumpyGPT
-    from glyphgpt.runtime import TorchLM
+    from glyphgpt.inference.torch_lm import TorchLM
 
 
 class Sampling(TypedDict, total=False):
@@ -109,7 +110,8 @@ class Model:
         """
         tokens = encode_prompt(text, self.tokenizer, skip=skip_unknown)
         context = tokens[None, context_start(len(tokens), self.block_size) :]
-        probs = np.exp(log_softmax(self.model.next_logits(context, self.model.new_cache(1)))[0])
+        model: LanguageModel = self.model
+        probs = np.exp(log_softmax(model.next_logits(context, model.new_cache(1)))[0])
         return {self.token_name(int(i)): float(probs[i]) for i in np.argsort(-probs)}
 
     def token_name(self, token: int) -> str:

@@ -17,7 +17,10 @@ class LanguageModel(Protocol):
     """A model that predicts the next token."""
 
     def new_cache(self, batch: int) -> Any:
-        """Return an empty cache for `batch` sequences. Its `reorder(rows)` selects rows of the batch."""
+        """Return an empty cache for `batch` sequences.
+
+        Its `reorder(rows)` selects rows of the batch, and its `clear()` forgets all tokens.
+        """
         ...
 
     def next_logits(self, tokens: Ids, cache: Any) -> Floats:
@@ -118,7 +121,8 @@ def generate(
         if use_cache and start == before:
             new_tokens = token[:, None]
         else:
-            cache, new_tokens = model.new_cache(num_samples), context
+            cache.clear()
+            new_tokens = context
 
 
 def generate_text(

@@ -13,7 +13,8 @@ from glyphgpt.errors import UserError
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 
 if TYPE_CHECKING:
-    from glyphgpt.runtime import Runtime, TorchLM
+    from glyphgpt.inference.torch_lm import TorchLM
+    from glyphgpt.runtime import Runtime
     from model import GPT
 
 
@@ -44,7 +45,7 @@ def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str)
             raise UserError(f"out of memory; lower {remedy}") from error
         return
     with torch_model(checkpoint, device, dtype, f"{remedy}, or use --device=cpu") as (model, runtime):
-        from glyphgpt.runtime import TorchLM  # noqa: PLC0415  (imports torch)
+        from glyphgpt.inference.torch_lm import TorchLM  # noqa: PLC0415  (imports torch)
 
         on_cpu = runtime.device.type == "cpu"
         yield NumpyGPT(checkpoint.config, checkpoint.model) if on_cpu else TorchLM(model, runtime)
@@ -60,7 +61,7 @@ def torch_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) ->
     from glyphgpt.runtime import init_runtime, oom_hint  # noqa: PLC0415  (imports torch)
     from glyphgpt.training.torch_state import build_model  # noqa: PLC0415
 
-    with init_runtime(device, dtype) as runtime, oom_hint(remedy):
+    with oom_hint(remedy), init_runtime(device, dtype) as runtime:
         yield build_model(checkpoint).to(runtime.device).eval(), runtime
 
 

@@ -29,6 +29,11 @@ class NumpyKVCache:
         self.last_tokens = np.empty((batch, 0), np.int64)
         self.length = 0
 
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.last_tokens = self.last_tokens[:, :0]
+        self.length = 0
+
     def reorder(self, rows: list[int]) -> None:
         """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
         seen = self.keys_values[..., : self.length, :]

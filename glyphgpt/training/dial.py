@@ -51,8 +51,8 @@ NETWORKS = ((1, 128), (2, 128), (4, 128), (6, 192), (6, 256), (6, 384), (8, 512)
 """Numbers of blocks and channels, from small to large."""
 HEAD_SIZE = 64
 TOKENS_PER_WEIGHT, FEW_TOKENS_PER_WEIGHT = 10.0, 4.0
-"""A network pays if it sees this many tokens for each weight of its blocks, or a small text MAX_EPOCHS times. Two blocks
-need fewer."""
+"""A network pays if it sees this many tokens for each weight of its blocks (fewer for two blocks), or a small text
+MAX_EPOCHS times."""
 WEIGHTS_PER_TOKEN = 100
 """Weights of the blocks, for each token of the text, above which a larger network does not help."""
 MAX_EPOCHS = 6

@@ -33,19 +33,22 @@ class Optimizer(ABC):
         """Return the state of a parameter before its first update."""
 
     @abstractmethod
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters by their gradients, and their state."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], skip: Tensor) -> None:
+        """Update parameters by their gradients, and their state; change nothing if `skip` is true."""
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
+    def step(self, skip: Tensor) -> None:
+        """Update every parameter that has a gradient; change nothing if `skip`, a boolean on the device, is true.
+
+        The host does not read `skip`, for which it would have to wait until the device has computed it.
+        """
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
                 if parameter not in self.state:
                     self.state[parameter] = self.new_state(parameter)
             if parameters:
-                self.update(parameters, [parameter.grad for parameter in parameters], group)
+                self.update(parameters, [parameter.grad for parameter in parameters], group, skip)
 
 
 class AdamW(Optimizer):
@@ -61,14 +64,14 @@ class AdamW(Optimizer):
         step = torch.zeros((), device=parameter.device)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters by their gradients, and their state."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], skip: Tensor) -> None:
+        """Update parameters by their gradients, and their state; change nothing if `skip` is true."""
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
             list(map(local, parameters)), list(map(local, gradients)), means, squares, [], steps, fused=True,
             amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=1e-8, maximize=False,
+            eps=1e-8, maximize=False, found_inf=skip.float(),
         )  # fmt: skip
 
 
@@ -91,13 +94,14 @@ class Muon(Optimizer):
         """Return zero momentum."""
         return {"momentum": torch.zeros_like(parameter)}
 
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices by their gradients, and their momentum."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], skip: Tensor) -> None:
+        """Update matrices by their gradients, and their momentum; change nothing if `skip` is true."""
         means = [local(self.state[parameter]["momentum"]) for parameter in parameters]
-        gradients = list(map(local, gradients))
+        gradients = [mean.where(skip, local(grad)) for mean, grad in zip(means, gradients, strict=True)]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
         ahead = torch._foreach_lerp(gradients, means, self.momentum)  # Nesterov momentum
-        torch._foreach_mul_(list(map(local, parameters)), 1 - group["lr"] * group["weight_decay"])
+        lr = torch.where(skip, 0.0, group["lr"])
+        torch._foreach_mul_(list(map(local, parameters)), 1 - lr * group["weight_decay"])
         by_shape = defaultdict(list)
         for parameter, direction in zip(parameters, ahead, strict=True):
             full = gather(direction, parameter)
@@ -105,12 +109,12 @@ class Muon(Optimizer):
             by_shape[wide.shape].append((parameter, wide))
         for shape, pairs in by_shape.items():
             updates = orthogonalize(torch.stack([wide for _, wide in pairs]), self.dtype)
-            rate = group["lr"] * 0.2 * math.sqrt(shape[1])
+            updates *= -lr * 0.2 * math.sqrt(shape[1])
             parts = [
                 scatter(update if parameter.shape == shape else update.mT, parameter)
                 for update, (parameter, _) in zip(updates, pairs, strict=True)
             ]
-            torch._foreach_add_([local(parameter) for parameter, _ in pairs], parts, alpha=-rate)
+            torch._foreach_add_([local(parameter) for parameter, _ in pairs], parts)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -157,9 +161,9 @@ def make_optimizers(model: nn.Module, settings: Optimization, dtype: torch.dtype
     return [*optimizers, Muon([group_of(muon, settings.weight_decay)], dtype)] if muon else optimizers
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients down to a norm of at most `limit`, or not at all if it is 0; return the norm before scaling."""
     norm = full(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
-    if limit and norm > limit:
+    if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
+    return norm

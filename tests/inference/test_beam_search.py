@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from conftest import MODERN, decoder_of, random_model
 from glyphgpt.inference.beam_search import beam_search
 from glyphgpt.inference.generate import Floats, Ids, LanguageModel, log_softmax
-from glyphgpt.runtime import TorchLM, init_runtime
+from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.runtime import init_runtime
 
 END = 0
 

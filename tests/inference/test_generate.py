@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from conftest import MODERN, decoder_of, random_model, tiny_model
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from glyphgpt.inference.generate import Floats, Ids, LanguageModel, SamplingParams, TextStream, context_start, generate
-from glyphgpt.runtime import Runtime, TorchLM
+from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.runtime import Runtime
 from model import GPT
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -31,7 +32,7 @@ class RecordingModel:
         return self.model.new_cache(batch)
 
     def next_logits(self, tokens: Ids, cache: Any) -> Floats:
-        self.calls.append((cache.length, tokens.tolist()))
+        self.calls.append((int(getattr(cache, "kv", cache).length), tokens.tolist()))
         self.logits.append(self.model.next_logits(tokens, cache))
         return self.logits[-1]
 

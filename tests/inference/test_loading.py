@@ -15,7 +15,7 @@ from glyphgpt.errors import UsageError, UserError
 from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.loading import language_model, open_checkpoint
 from glyphgpt.inference.numpy_gpt import NumpyGPT
-from glyphgpt.runtime import TorchLM
+from glyphgpt.inference.torch_lm import TorchLM
 
 
 @pytest.fixture(scope="module")

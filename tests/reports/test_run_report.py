@@ -27,7 +27,6 @@ from glyphgpt.reports import run_report
 from glyphgpt.reports.run_report import MAX_POINTS, LiveReport, page_data, subsample, write_report
 from glyphgpt.reports.templates import render
 from glyphgpt.settings import Mode
-from glyphgpt.training.run import StepMetrics
 
 HOSTILE = (
     "</script><script>alert(1)</script><b>bold</b> &amp; <!-- \0\x1b[31m\x7f \u2028 \ud800 \u202eright \U0001f30d שלום"
@@ -87,7 +86,7 @@ def test_an_interrupted_run_has_a_report_with_the_command_to_resume(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class InterruptedTrainer(train.Trainer):
-        def step(self, batch: torch.Tensor) -> StepMetrics:
+        def step(self, batch: torch.Tensor) -> train.Update:
             metrics = super().step(batch)
             if self.state.step == 6:
                 signal.raise_signal(signal.SIGTERM)
@@ -107,7 +106,7 @@ def test_a_run_that_is_interrupted_before_its_first_row_has_a_report(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class InterruptedTrainer(train.Trainer):
-        def step(self, batch: torch.Tensor) -> StepMetrics:
+        def step(self, batch: torch.Tensor) -> train.Update:
             signal.raise_signal(signal.SIGTERM)
             return super().step(batch)
 
@@ -129,7 +128,7 @@ def test_the_report_is_written_during_the_run(
     pages: list[dict[str, Any]] = []
 
     class ReadingTrainer(train.Trainer):
-        def step(self, batch: torch.Tensor) -> StepMetrics:
+        def step(self, batch: torch.Tensor) -> train.Update:
             pages.append(page_json(tmp_path / REPORT))
             self.report.next_time = 0  # evaluations of a small run are close together
             return super().step(batch)

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_model
+from conftest import MODERN, tiny_model
 from glyphgpt.settings import Optimization
 from glyphgpt.training.optimizers import Muon, clip_gradients, make_optimizers, orthogonalize, set_learning_rate
+from glyphgpt.training.torch_state import model_arrays, optimizer_arrays
+
+NEVER = torch.tensor(False)
 
 
 def test_only_matrices_decay_and_every_parameter_has_one_group() -> None:
@@ -55,7 +58,7 @@ def test_adamw_updates_equal_the_formulas() -> None:
             decay = 0.2 if name == "weight" else 0.0
             step = (mean[name] / (1 - 0.8**t)) / ((square[name] / (1 - 0.95**t)).sqrt() + 1e-8)
             expected[name] = expected[name] - 0.03 * (step + decay * expected[name])
-        optimizer.step()
+        optimizer.step(skip=NEVER)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-13, rtol=0)
 
@@ -89,16 +92,14 @@ def test_muon_updates_equal_those_of_torch() -> None:
     shapes = [(24, 8), (8, 8), (8, 32), (24, 8), (32, 8)]
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
-    optimizers: list[Muon | torch.optim.Muon] = [
-        Muon([{"params": ours, "weight_decay": 0.2, "lr": 0.1}], momentum=0.9),
-        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
-    ]
+    optimizer = Muon([{"params": ours, "weight_decay": 0.2, "lr": 0.1}], momentum=0.9)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step(skip=NEVER)
+        reference.step()  # type: ignore[no-untyped-call]
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=3e-3, rtol=0)  # torch computes in bfloat16
         assert (one - other).norm() < 0.01 * one.norm()
@@ -117,6 +118,26 @@ def test_orthogonalize_keeps_singular_vectors_and_moves_values_near_one(
     large = s > 0.05 * s.norm(dim=-1, keepdim=True)  # five iterations are too few for the smallest
     assert values[large].min() > 0.6
     assert values.max() < 1.3
+
+
+def test_skipped_updates_change_nothing() -> None:
+    model = tiny_model(**MODERN)
+    optimizers = make_optimizers(model, Optimization(optimizer="muon", weight_decay=0.1))
+    set_learning_rate(optimizers, 0.1)
+
+    def update(gradient: float, *, skip: bool) -> dict[str, torch.Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        for optimizer in optimizers:
+            optimizer.step(skip=torch.tensor(skip))
+        arrays = optimizer_arrays(model, optimizers, keep=True) | model_arrays(model)
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+    before, after = update(1.0, skip=False), update(float("nan"), skip=True)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert torch.equal(values, after[name]), name
+    assert not torch.equal(update(1.0, skip=False)["token_embedding.weight"], before["token_embedding.weight"])
 
 
 @pytest.mark.parametrize(("limit", "after"), [(0.0, 13.0), (20.0, 13.0), (13.0, 13.0), (2.0, 2.0)])

@@ -37,7 +37,7 @@ def train_with_signal(settings: TrainSettings, step: int, number: signal.Signals
     """Train, send this process a signal within the update that leads to `step`, and return the exit status."""
 
     class SignalledTrainer(train.Trainer):
-        def backward(self, batch: torch.Tensor) -> float:
+        def backward(self, batch: torch.Tensor) -> torch.Tensor:
             if self.state.step == step - 1:
                 signal.raise_signal(number)
             return super().backward(batch)

@@ -24,7 +24,6 @@ from glyphgpt.runtime import Runtime
 from glyphgpt.settings import TrainSettings
 from glyphgpt.training.evaluation import evaluate_best
 from glyphgpt.training.metrics import SAMPLES, read_rows
-from glyphgpt.training.run import StepMetrics
 from glyphgpt.training.schedule import learning_rate
 from model import GPT
 
@@ -131,7 +130,7 @@ def test_new_run_saves_only_last_before_the_first_step(
     files = []
     step = train.Trainer.step
 
-    def record_files(trainer: train.Trainer, batch: torch.Tensor) -> StepMetrics:
+    def record_files(trainer: train.Trainer, batch: torch.Tensor) -> train.Update:
         files.append({path.name for path in tmp_path.glob("*.safetensors")})
         return step(trainer, batch)
 
@@ -199,7 +198,7 @@ def test_whole_split_is_read_with_the_best_model_where_that_is_not_the_last(data
 
 def test_interrupted_run_does_not_read_the_whole_split(data_dir: Path, tmp_path: Path) -> None:
     class InterruptedTrainer(train.Trainer):
-        def step(self, batch: torch.Tensor) -> StepMetrics:
+        def step(self, batch: torch.Tensor) -> train.Update:
             if self.state.step == 39:
                 signal.raise_signal(signal.SIGTERM)
             return super().step(batch)
@@ -326,7 +325,7 @@ def test_uneven_micro_batches_have_the_gradients_of_the_whole_batch(
         trainer = train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU)
         trainer.forward = trainer.make_forward()
         batch = torch.randint(20, (10, 17), generator=torch.Generator().manual_seed(0))
-        losses.append(trainer.backward(batch))
+        losses.append(trainer.backward(batch).item())
         gradients.append([parameter.grad for parameter in trainer.model.parameters()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
@@ -416,11 +415,11 @@ def test_values_that_are_not_finite_stop_training_before_the_update(
     settings = tiny_settings(data_dir, tmp_path, max_steps=25, learning_rate=0.01, sample_tokens=30)
     backward = train.Trainer.backward
 
-    def faulty_backward(trainer: train.Trainer, batch: torch.Tensor) -> float:
+    def faulty_backward(trainer: train.Trainer, batch: torch.Tensor) -> torch.Tensor:
         loss = backward(trainer, batch)
         if trainer.state.step == 12:
             if fault == "loss":
-                return float("nan")
+                return torch.tensor(float("nan"))
             for parameter in trainer.model.parameters():
                 parameter.grad = torch.full_like(parameter, torch.inf)
         return loss
