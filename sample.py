@@ -50,8 +50,15 @@ def main(settings: SampleSettings, *words: str) -> None:
         write_attention(Path(words[0]), settings)
         return
     remedy = "the load of the GPU" if settings.score else "num_samples"
+    is_open_ended = settings.score or settings.interactive or settings.novelty
+    tokens = None if is_open_ended else settings.num_samples * settings.max_new_tokens
     with open_model(
-        words[0], device=settings.device, dtype=settings.dtype, data_dir=settings.data_dir, remedy=remedy
+        words[0],
+        device=settings.device,
+        dtype=settings.dtype,
+        data_dir=settings.data_dir,
+        remedy=remedy,
+        tokens=tokens,
     ) as model:
         if settings.score:
             split, name = load_split(model.tokenizer, settings)

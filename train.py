@@ -35,7 +35,7 @@ from glyphgpt.inference.score import Score
 from glyphgpt.inference.torch_lm import TorchLM
 from glyphgpt.reports.run_report import LiveReport
 from glyphgpt.reports.summary import ModelSummary
-from glyphgpt.runtime import HostCopy, Runtime, compile_or_eager, init_runtime, oom_hint, torchrun_id
+from glyphgpt.runtime import HostCopy, Runtime, compile_or_eager, init_runtime, oom_hint, should_compile, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
 from glyphgpt.training.dial import Costs, Dial, Pace
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
@@ -160,6 +160,8 @@ class Trainer:
         if self.sharded:
             shard_model(self.model, runtime)  # moves the model to the GPU block by block, as it may not fit whole
         self.model.to(runtime.device)
+        if settings.dropout:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN rounds the rate of dropout to sixteenths
         self.parameters = list(self.model.parameters())
         muon_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         self.optimizers = make_optimizers(self.model, settings, muon_dtype)
@@ -298,6 +300,11 @@ class Trainer:
             seed = np.random.SeedSequence((self.settings.seed, self.state.step, self.runtime.rank))
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
+    def micro_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Divide a batch into parts of at most batch_size sequences, equal ones, as others would be compiled again."""
+        count = math.ceil(len(batch) / self.settings.batch_size)
+        return batch.tensor_split(next(n for n in range(count, len(batch) + 1) if len(batch) % n == 0))
+
     def backward(self, batch: Tensor) -> Tensor:
         """Accumulate the gradients of a batch's mean loss, one micro-batch at a time; return the loss.
 
@@ -306,7 +313,7 @@ class Trainer:
         """
         total, targets_seen = torch.zeros((), device=self.runtime.device), torch.zeros((), device=self.runtime.device)
         places = batch[:, 1:].numel()
-        micro_batches = torch.tensor_split(batch, math.ceil(len(batch) / self.settings.batch_size))
+        micro_batches = self.micro_batches(batch)
         for number, micro_batch in enumerate(micro_batches, start=1):
             inputs, targets = inputs_and_targets(micro_batch)
             count = (targets != PADDING).sum()
@@ -422,9 +429,11 @@ class Trainer:
 
     def make_forward(self) -> nn.Module:
         """Return the model for training: compiled if the settings say so, and averaging gradients over processes."""
-        inputs = inputs_and_targets(self.next_batch()[: self.settings.batch_size])
-        compiled = compile_or_eager(self.model, self.settings.compile, self.runtime, inputs)
-        return replicate_model(compiled, self.runtime) if self.runtime.world_size > 1 and not self.sharded else compiled
+        forward: nn.Module = self.model
+        if should_compile(self.settings.compile, self.runtime, self.settings.max_steps):
+            example = inputs_and_targets(self.micro_batches(self.next_batch())[0])
+            forward = compile_or_eager(forward, self.runtime, example)
+        return replicate_model(forward, self.runtime) if self.runtime.world_size > 1 and not self.sharded else forward
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The runtime of a script: device, precision, compilation, processes, and requests to stop."""
 
+import copy
 import ctypes
 import hashlib
 import os
@@ -25,6 +26,8 @@ CPU_OPTIONS: dict[str, Any] = {
     "fallback_random": True,  # compiled random numbers are slow on CPUs
     "deterministic": True,  # choices that do not depend on timings
 }
+COMPILED_STEPS = 500
+"""Steps of a run from which on its compilation pays on a GPU."""
 GLOO_SECONDS = 0.3
 """Pause before the process exits. Gloo's threads outlive the process group and may still have to release a tensor. If
 Python is shutting down by then, they abort the process ("terminate called without an active exception")."""
@@ -205,32 +208,62 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def compile_or_eager(model: nn.Module, choice: bool | str, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
-    """Return the compiled model, or `model` itself if `choice` rules compilation out or, with a warning, if it fails.
+def should_compile(choice: bool | str, runtime: Runtime, steps: int) -> bool:
+    """Return whether to compile a run of so many steps; "auto" does so on a GPU if the steps gain what it costs."""
+    if choice == "auto":
+        return runtime.device.type == "cuda" and steps >= COMPILED_STEPS
+    return bool(choice)
 
-    The compiled model shares its weights with `model`, which stays uncompiled for evaluation, whose shapes would have
-    to be compiled again. A forward and backward pass on `example` tests it; the gradients are cleared afterwards.
+
+def compile_or_eager(model: nn.Module, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
+    """Return the model with compiled blocks, or `model` itself, with a warning, if the compilation fails.
+
+    A forward and backward pass on `example` tests it; the gradients are cleared afterwards.
 
     Raises:
         UserError: The compilation of a sharded model failed.
     """
-    if choice is False or (choice == "auto" and runtime.device.type != "cuda"):
-        return model
     compiled: Any = model
+    is_sharded = hasattr(model, "unshard")  # blocks then belong to the whole model
     try:
-        compiled = torch.compile(model, options=CPU_OPTIONS if runtime.device.type == "cpu" else None)
+        compiled = (torch.compile if is_sharded else with_compiled_blocks)(
+            model, options=CPU_OPTIONS if runtime.device.type == "cpu" else None
+        )
         with runtime.autocast():
             compiled(*example).backward()
-    except torch.OutOfMemoryError:  # compilation did not cause it
-        raise
     except Exception as error:  # training works without the compiler, whatever fails in it
+        if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+            raise  # compilation did not cause it
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        if hasattr(model, "unshard"):  # a sharded model: other processes wait inside the same pass
+        if is_sharded:  # other processes wait inside the same pass
             raise UserError(f"torch.compile failed ({reason[0][:200]}); add --compile=False") from error
         warn(f"torch.compile failed ({reason[0][:200]}); training without it, which is slower")
         compiled = model
     model.zero_grad(set_to_none=True)
     return compiled
+
+
+def with_compiled_blocks(model: Any, options: dict[str, Any] | None) -> nn.Module:
+    """Return a model for training that shares all weights and modules with `model`, but compiles its blocks.
+
+    The blocks are compiled once for all of them, and each exchanges its gradients with other processes as soon as it
+    has computed them. `model` stays uncompiled for evaluation, whose shapes would have to be compiled again.
+    """
+    compiled = copy.copy(model)
+    blocks: Any = [torch.compile(block, options=options) for block in model.blocks]
+    compiled._modules = {**model._modules, "blocks": nn.ModuleList(blocks)}
+    return compiled
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Compute attention without cuDNN, which plans for each new length of a text, for up to half a second."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -203,7 +203,7 @@ class Hardware(Settings):
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """Threads of the CPU for matrix products; 0 uses one for each core, or OMP_NUM_THREADS."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the model with torch.compile, which takes up to half a minute. auto: on CUDA only."""
+    """Compile the model with torch.compile, which takes up to half a minute. auto: on CUDA, for 500 steps or more."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes (torchrun) hold the model: a full copy each (ddp), or a shard of every weight each (fsdp),
     for models that are too large for one GPU."""
@@ -298,7 +298,7 @@ class SampleSettings(Settings):
     cache: bool = True
     """Cache keys and values between tokens: the same text, faster."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one, otherwise the CPU."""
+    """cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if there is one and more to write than a CPU does in seconds."""
     dtype: DType = "auto"
     """Precision of matrix products on a GPU; a CPU computes in float32. auto: bfloat16 where the
     hardware supports it, float16 on an older GPU, otherwise float32."""

@@ -20,6 +20,7 @@ from glyphgpt.runtime import (
     compile_or_eager,
     init_runtime,
     oom_hint,
+    should_compile,
 )
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -176,7 +177,7 @@ def test_failed_compilation_is_a_warning(
 ) -> None:
     monkeypatch.setattr(torch, "compile", compiler)
     model = tiny_model()
-    assert compile_or_eager(model, True, CPU, example()) is model
+    assert compile_or_eager(model, CPU, example()) is model
     assert re.fullmatch(r"warning: torch\.compile failed \(no C\+\+ compiler found\); .*\n", capsys.readouterr().err)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -188,31 +189,31 @@ def test_error_without_a_message_is_named_by_its_type(
         raise AssertionError
 
     monkeypatch.setattr(torch, "compile", fail_silently)
-    compile_or_eager(tiny_model(), True, CPU, example())
+    compile_or_eager(tiny_model(), CPU, example())
     assert "failed (AssertionError)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "compiled"),
+    ("choice", "device", "steps", "expected"),
     [
-        (False, "cpu", False),
-        (False, "cuda", False),
-        ("auto", "cpu", False),
-        ("auto", "mps", False),
-        (True, "cpu", True),
+        (False, "cuda", 10_000, False),
+        (True, "cpu", 1, True),
+        ("auto", "cpu", 10_000, False),
+        ("auto", "mps", 10_000, False),
+        ("auto", "cuda", 10_000, True),
+        ("auto", "cuda", 72, False),
     ],
 )
-def test_compile_setting_decides_whether_to_compile(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    choice: bool | str,
-    device: str,
-    compiled: bool,
-) -> None:
+def test_auto_compiles_long_runs_on_a_gpu(choice: bool | str, device: str, steps: int, expected: bool) -> None:
+    assert should_compile(choice, Runtime(torch.device(device), torch.float32), steps) == expected
+
+
+def test_compiled_blocks_share_the_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "compile", Compiled)
     model = tiny_model()
-    result = compile_or_eager(model, choice, Runtime(torch.device(device), torch.float32), example())
-    assert isinstance(result, Compiled) == compiled
+    result: Any = compile_or_eager(model, CPU, example())
+    assert all(isinstance(block, Compiled) for block in result.blocks)
+    assert not any(isinstance(module, Compiled) for module in model.modules())
     assert [id(p) for p in result.parameters()] == [id(p) for p in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert capsys.readouterr().err == ""
@@ -326,7 +327,7 @@ def test_bfloat16_is_close_to_float32(name: str) -> None:
 def test_compilation_on_a_gpu_does_not_change_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model().cuda()
     inputs, targets = (part.cuda() for part in example())
-    compiled = compile_or_eager(model, "auto", Runtime(torch.device("cuda"), torch.float32), (inputs, targets))
+    compiled = compile_or_eager(model, Runtime(torch.device("cuda"), torch.float32), (inputs, targets))
     assert compiled is not model
     assert capsys.readouterr().err == ""
     assert compiled(inputs, targets).item() == pytest.approx(model(inputs, targets).item(), abs=1e-3)

@@ -168,14 +168,21 @@ def split_tokens(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def open_model(path: Path | str, *, device: str, dtype: str, data_dir: Path | str, remedy: str) -> Iterator[Model]:
-    """Yield the model of a run or checkpoint; `remedy` names what to lower when memory runs out.
+def open_model(
+    path: Path | str, *, device: str, dtype: str, data_dir: Path | str, remedy: str, tokens: int | None = None
+) -> Iterator[Model]:
+    """Yield the model of a run or checkpoint.
+
+    Args:
+        path, device, dtype, data_dir: As for `load`.
+        remedy: What to lower when memory runs out.
+        tokens: How many tokens to generate, if that is known, for the choice of the device.
 
     Raises:
         UserError: There is no checkpoint, it is damaged, or memory ran out.
     """
     checkpoint, tokenizer = open_checkpoint(Path(path), Path(data_dir))
-    with language_model(checkpoint, device, dtype, remedy) as model:
+    with language_model(checkpoint, device, dtype, remedy, tokens) as model:
         yield Model(checkpoint, tokenizer, model)
 
 

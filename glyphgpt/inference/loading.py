@@ -12,6 +12,9 @@ from glyphgpt.data.tokenizers import Tokenizer, tokenizer_from_dict
 from glyphgpt.errors import UserError
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 
+LITTLE_WORK = 1e10
+"""Tokens times weights that a CPU computes in the few seconds in which torch and CUDA start."""
+
 if TYPE_CHECKING:
     from glyphgpt.inference.torch_lm import TorchLM
     from glyphgpt.runtime import Runtime
@@ -32,13 +35,20 @@ def open_checkpoint(path: Path, data_dir: Path) -> tuple[Checkpoint, Tokenizer]:
 
 
 @contextmanager
-def language_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) -> Iterator["NumpyGPT | TorchLM"]:
-    """Yield a checkpoint's model on a device, ready to decode; `remedy` names what to lower when memory runs out.
+def language_model(
+    checkpoint: Checkpoint, device: str, dtype: str, remedy: str, tokens: int | None = None
+) -> Iterator["NumpyGPT | TorchLM"]:
+    """Yield a checkpoint's model on a device, ready to decode.
+
+    Args:
+        device: "auto" is a GPU if there is one, but the CPU if there is little to generate.
+        remedy: What to lower when memory runs out.
+        tokens: How many tokens to generate, if that is known.
 
     Raises:
         UserError: The config and the weights do not belong together, or memory ran out.
     """
-    if device == "cpu" or (device == "auto" and not has_gpu_driver()):
+    if device == "cpu" or (device == "auto" and (is_little_work(checkpoint, tokens) or not has_gpu_driver())):
         try:
             yield NumpyGPT(checkpoint.config, checkpoint.model)
         except MemoryError as error:
@@ -63,6 +73,12 @@ def torch_model(checkpoint: Checkpoint, device: str, dtype: str, remedy: str) ->
 
     with oom_hint(remedy), init_runtime(device, dtype) as runtime:
         yield build_model(checkpoint).to(runtime.device).eval(), runtime
+
+
+def is_little_work(checkpoint: Checkpoint, tokens: int | None) -> bool:
+    """Return whether a CPU generates this many tokens before a program would have started to use a GPU."""
+    weights = sum(array.size for array in checkpoint.model.values())
+    return tokens is not None and tokens * weights < LITTLE_WORK
 
 
 def has_gpu_driver() -> bool:

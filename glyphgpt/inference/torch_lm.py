@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glyphgpt.runtime import Runtime, to_device
+from glyphgpt.runtime import Runtime, to_device, without_cudnn_attention
 
 WARM_UP_STEPS = 2
 """Steps before the one that is captured, in which libraries allocate their memory."""
@@ -35,7 +35,7 @@ class TorchLM:
     @torch.inference_mode()
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the logits (B, T, V) of the token that follows each of the tokens (B, T)."""
-        with self.runtime.autocast():
+        with self.runtime.autocast(), without_cudnn_attention():
             logits: Tensor = self.model(to_device(torch.from_numpy(tokens), self.runtime.device))
         return logits.float().cpu().numpy()
 
@@ -88,6 +88,6 @@ class TorchCache:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, V), float32, of the token that follows tokens (B, T), and add these to the cache."""
-        with self.runtime.autocast():
+        with self.runtime.autocast(), without_cudnn_attention():
             logits: Tensor = self.model.next_logits(tokens, self.kv)
         return logits.float()

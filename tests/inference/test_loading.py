@@ -1,6 +1,7 @@
 """Loading a trained model: unusable checkpoints are one error that names the file, and the device decides the model."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,20 @@ def test_device_decides_the_model(
     monkeypatch.setattr("glyphgpt.inference.loading.has_gpu_driver", lambda: driver)
     with language_model(checkpoint, device, "auto", "num_samples") as model:
         assert isinstance(model, expected)
+
+
+@pytest.mark.parametrize(("tokens", "uses_gpu"), [(500, False), (10**9, True), (None, True)])
+def test_auto_uses_a_gpu_unless_there_is_little_to_generate(
+    checkpoint: Checkpoint, tokens: int | None, uses_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torch_model(*_: object) -> None:
+        raise UserError("a GPU")
+
+    monkeypatch.setattr("glyphgpt.inference.loading.has_gpu_driver", lambda: True)
+    monkeypatch.setattr("glyphgpt.inference.loading.torch_model", torch_model)
+    expected = pytest.raises(UserError, match="a GPU") if uses_gpu else nullcontext()
+    with expected, language_model(checkpoint, "auto", "auto", "num_samples", tokens) as model:
+        assert isinstance(model, NumpyGPT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

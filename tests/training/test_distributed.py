@@ -77,7 +77,7 @@ def test_failed_compilation_of_a_sharded_model_is_an_error(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(UserError, match=r"^torch.compile failed \(no C\+\+ compiler found\); add --compile=False$"):
-        compile_or_eager(Sharded(), True, CPU, (torch.ones(1), torch.ones(1)))
+        compile_or_eager(Sharded(), CPU, (torch.ones(1), torch.ones(1)))
 
 
 def test_store_entries_of_each_restart_are_separate(monkeypatch: pytest.MonkeyPatch) -> None:
