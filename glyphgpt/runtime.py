@@ -92,10 +92,14 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = choose_device(device)
+    chosen, shares_gpu = choose_device(device), False
     if chosen.type == "cuda":
-        # set_device needs an index; under torchrun each process of a machine has its own GPU
-        chosen = choose_device(f"cuda:{local_rank if world_size > 1 else chosen.index or 0}")
+        # set_device needs an index; under torchrun each process of a machine has its own GPU, if there are enough
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        shares_gpu = processes > gpus
+        chosen = torch.device("cuda", local_rank % gpus if world_size > 1 else chosen.index or 0)
+        if shares_gpu and local_rank == 0:
+            warn(f"{processes} processes share {gpus} GPU(s) and exchange gradients through the CPU, which is slow")
         select_gpu(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     if chosen.type == "cpu":
@@ -105,7 +109,8 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
     if world_size == 1:
         yield runtime
         return
-    gpu: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
+    uses_nccl = chosen.type == "cuda" and not shares_gpu  # it refuses two processes on a GPU
+    gpu: dict[str, Any] = {"device_id": chosen} if uses_nccl else {}
     try:
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=rendezvous_store(), rank=rank, world_size=world_size, **gpu)

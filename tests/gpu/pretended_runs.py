@@ -51,7 +51,8 @@ def run(
     start_server()
     folder.mkdir(parents=True, exist_ok=True)
     if processes > 1:
-        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {key: str(processes) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = [
         FORKS.Process(
             target=run_here,

@@ -16,11 +16,18 @@ ON_GPU: dict[str, Any] = {"device": "cuda", "compile": False}
 
 
 def train(
-    data_dir: Path, folder: Path, name: str = "run", *, processes: int = 1, oom: Any = None, **changes: Any
+    data_dir: Path,
+    folder: Path,
+    name: str = "run",
+    *,
+    gpus: int = 2,
+    processes: int = 1,
+    oom: Any = None,
+    **changes: Any,
 ) -> Result:
     """Train on pretended GPUs, in folder / name."""
     settings = tiny_settings(data_dir, folder / name, **{**ON_GPU, **changes})
-    return run(folder, "train.py", *as_flags(settings), gpus=processes, processes=processes, oom=oom)
+    return run(folder, "train.py", *as_flags(settings), gpus=gpus, processes=processes, oom=oom)
 
 
 def losses(folder: Path, name: str = "run") -> list[float]:
@@ -57,6 +64,12 @@ def test_two_processes_have_the_losses_of_one(parallel: str, data_dir: Path, tmp
         result = train(data_dir, tmp_path, name, processes=processes, parallel=parallel)
         assert result.status == 0, result.output
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), abs=1e-4)
+
+
+def test_two_processes_share_a_gpu(data_dir: Path, tmp_path: Path) -> None:
+    result = train(data_dir, tmp_path, gpus=1, processes=2)
+    assert result.status == 0
+    assert result.output.startswith("warning: 2 processes share 1 GPU(s) and exchange gradients through the CPU")
 
 
 def waits_per_step(data_dir: Path, folder: Path, **changes: Any) -> Counter[str]:
