@@ -466,16 +466,20 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T), T <= block_size.
 
-        With targets (B, T), return the mean cross-entropy instead, in nats per token, a scalar. Targets of -1 do not
-        count. In training mode, label smoothing (Szegedy et al. 2016) gives `label_smoothing` of the target's
-        probability to all tokens alike.
+        With targets (B, T), return the loss instead.
         """
-        logits = self.logits(self.hidden(tokens))
-        if targets is None:
-            return logits
+        hidden = self.hidden(tokens)
+        return self.logits(hidden) if targets is None else self.loss(hidden, targets)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of targets (B, T), given hidden (B, T, C), in nats per token, a scalar.
+
+        Targets of -1 do not count. In training mode, label smoothing (Szegedy et al. 2016) gives `label_smoothing` of
+        the target's probability to all tokens alike.
+        """
         smoothing = self.label_smoothing if self.training else 0.0
-        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
-        return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing)
+        logits = self.logits(hidden).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing)
 
     def next_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the logits (B, V) of the token that follows tokens (B, T).

@@ -221,7 +221,10 @@ def should_compile(choice: bool | str, runtime: Runtime, steps: int) -> bool:
 
 
 def compile_or_eager(model: nn.Module, runtime: Runtime, example: tuple[Tensor, ...]) -> nn.Module:
-    """Return the model with compiled blocks, or `model` itself, with a warning, if the compilation fails.
+    """Return the compiled model, which shares its weights with `model`, or this with a warning if that fails.
+
+    `model` stays uncompiled for evaluation, whose shapes would have to be compiled again. On a GPU the parts of the
+    model are compiled, which takes a third of the time; on a CPU the whole, whose steps are faster by a fifth.
 
     A forward and backward pass on `example` tests it; the gradients are cleared afterwards.
 
@@ -229,11 +232,12 @@ def compile_or_eager(model: nn.Module, runtime: Runtime, example: tuple[Tensor, 
         UserError: The compilation of a sharded model failed.
     """
     compiled: Any = model
-    is_sharded = hasattr(model, "unshard")  # blocks then belong to the whole model
+    is_sharded = hasattr(model, "unshard")  # its parts do not work without the whole
     try:
-        compiled = (torch.compile if is_sharded else with_compiled_blocks)(
-            model, options=CPU_OPTIONS if runtime.device.type == "cpu" else None
-        )
+        if runtime.device.type == "cpu":
+            compiled = torch.compile(model, options=CPU_OPTIONS)
+        else:
+            compiled = torch.compile(model) if is_sharded else with_compiled_parts(model)
         with runtime.autocast():
             compiled(*example).backward()
     except Exception as error:  # training works without the compiler, whatever fails in it
@@ -248,15 +252,16 @@ def compile_or_eager(model: nn.Module, runtime: Runtime, example: tuple[Tensor, 
     return compiled
 
 
-def with_compiled_blocks(model: Any, options: dict[str, Any] | None) -> nn.Module:
-    """Return a model for training that shares all weights and modules with `model`, but compiles its blocks.
+def with_compiled_parts(model: Any) -> nn.Module:
+    """Return a model for training that shares all weights and modules with `model`, but compiles its blocks and loss.
 
     The blocks are compiled once for all of them, and each exchanges its gradients with other processes as soon as it
-    has computed them. `model` stays uncompiled for evaluation, whose shapes would have to be compiled again.
+    has computed them.
     """
     compiled = copy.copy(model)
-    blocks: Any = [torch.compile(block, options=options) for block in model.blocks]
+    blocks: Any = [torch.compile(block) for block in model.blocks]
     compiled._modules = {**model._modules, "blocks": nn.ModuleList(blocks)}
+    compiled.loss = torch.compile(model.loss)
     return compiled
 
 

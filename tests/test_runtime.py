@@ -21,6 +21,7 @@ from glyphgpt.runtime import (
     init_runtime,
     oom_hint,
     should_compile,
+    with_compiled_parts,
 )
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -131,14 +132,6 @@ def test_runtime_without_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch
     assert not torch.distributed.is_initialized()
 
 
-def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch, machine: Callable[..., None]) -> None:
-    machine(cuda=1)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="cuda:1"), init_runtime("auto", "auto"):
-        pass
-
-
 def example() -> tuple[Tensor, Tensor]:
     tokens = torch.arange(18).view(2, 9) % 11
     return tokens[:, :-1], tokens[:, 1:]
@@ -208,15 +201,31 @@ def test_auto_compiles_long_runs_on_a_gpu(choice: bool | str, device: str, steps
     assert should_compile(choice, Runtime(torch.device(device), torch.float32), steps) == expected
 
 
-def test_compiled_blocks_share_the_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_compiled_model_shares_the_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch, "compile", Compiled)
     model = tiny_model()
-    result: Any = compile_or_eager(model, CPU, example())
-    assert all(isinstance(block, Compiled) for block in result.blocks)
-    assert not any(isinstance(module, Compiled) for module in model.modules())
+    assert isinstance(result := compile_or_eager(model, CPU, example()), Compiled)
     assert [id(p) for p in result.parameters()] == [id(p) for p in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert capsys.readouterr().err == ""
+
+
+def test_a_model_with_compiled_parts_shares_weights_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def record(part: Any) -> Any:
+        compiled.append(part)
+        return Compiled(part) if isinstance(part, nn.Module) else part
+
+    monkeypatch.setattr(torch, "compile", record)
+    model = tiny_model()
+    result: Any = with_compiled_parts(model)
+    assert compiled == [*model.blocks, model.loss]
+    assert not any(isinstance(module, Compiled) for module in model.modules())
+    assert [id(p) for p in result.parameters()] == [id(p) for p in model.parameters()]
+    assert torch.equal(result(*example()), model(*example()))
 
 
 @pytest.fixture
