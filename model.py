@@ -96,11 +96,12 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace the batch by these rows of it, in this order; a row may be repeated or left out."""
-        is_same_size = len(rows) == len(self.last_tokens)
-        for name, dim in (("keys", 1), ("values", 1), ("last_tokens", 0)):
-            tensor: Tensor = getattr(self, name)
-            chosen = tensor.index_select(dim, rows)
-            setattr(self, name, tensor.copy_(chosen) if is_same_size else chosen)
+        chosen = self.keys[:, rows], self.values[:, rows], self.last_tokens[rows]
+        if len(rows) == len(self.last_tokens):
+            for old, new in zip((self.keys, self.values, self.last_tokens), chosen, strict=True):
+                old.copy_(new)
+        else:
+            self.keys, self.values, self.last_tokens = chosen
 
     def layers(self, T: int) -> list["LayerCache"]:
         """Return the part of each layer, which is about to see T more tokens."""

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
+collect_ignore = [
+    "gpu/pretended_gpu.py",
+    "gpu/site",
+]  # pytest imports modules for their doctests, and these change torch
 
 # Child processes inherit ignored signals, for example SIGHUP under nohup, but not handlers. With a handler in place of
 # SIG_IGN, the scripts under test start with the default handlers.

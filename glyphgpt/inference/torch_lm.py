@@ -49,14 +49,13 @@ class TorchCache:
         on_gpu = self.runtime.device.type == "cuda"
         self.kv = lm.model.new_cache(batch, self.runtime.dtype if on_gpu else torch.float32)
         self.can_capture = on_gpu and self.runtime.world_size == 1  # a sharded model gathers its weights at each step
+        self.tokens = self.logits = torch.empty(0)  # what the graph reads, and what it writes
         self.forget_graph()
 
     def forget_graph(self) -> None:
         """Have the step captured anew, as the cache has moved."""
         self.graph: Any = None
         self.steps = 0  # with the present tensors
-        self.tokens: Tensor
-        self.logits: Tensor
 
     @torch.inference_mode()
     def clear(self) -> None:
