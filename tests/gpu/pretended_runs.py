@@ -1,26 +1,22 @@
 """Runs of the scripts on pretended GPUs (pretended_gpu.py), each in a process of its own.
 
-The processes are forked from a server that has imported torch already, which saves seconds for each.
+The processes are forked from a server, this file as a program, which has imported torch already: that saves seconds.
 """
 
 import json
-import multiprocessing
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
-from guard import build_guard
-
 ROOT = Path(__file__).resolve().parents[2]
-FORKS = multiprocessing.get_context("forkserver")
 SECONDS = 120
 """Time for a run."""
 
@@ -29,17 +25,15 @@ SECONDS = 120
 class Result:
     """A finished process."""
 
-    status: int | None
-    """Its exit status; None if it hung."""
+    status: int
+    """Its exit status."""
     output: str
     kernels: int
     waits: Counter[str]
     """What made the host wait for the GPU, and where."""
 
 
-def run(
-    folder: Path, script: str, *words: str, gpus: int = 1, processes: int = 1, oom: Any = None, **environment: str
-) -> Result:
+def run(folder: Path, script: str, *words: str, gpus: int = 1, processes: int = 1, oom: Any = None) -> Result:
     """Run a script or a test file on pretended GPUs, and return the result of its first process.
 
     Args:
@@ -48,41 +42,49 @@ def run(
         words: The words of its command line.
         oom: The error to raise, a part of the name of the operation that raises it, and how many succeed before.
     """
-    start_server()
     folder.mkdir(parents=True, exist_ok=True)
-    if processes > 1:
-        environment |= {key: str(processes) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = [
-        FORKS.Process(
-            target=run_here,
-            args=(folder / f"result-{rank}", script, words, gpus, oom),
-            kwargs=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-        )
+    requests = [
+        {
+            "result": str(folder / f"result-{rank}"),
+            "script": script,
+            "words": words,
+            "gpus": gpus,
+            "oom": oom,
+            "environment": process_environment(rank, processes, port) if processes > 1 else {},
+        }
+        for port in [free_port()]
         for rank in range(processes)
     ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(SECONDS)
-        child.kill()
+    inputs, outputs = server().stdin, server().stdout
+    assert inputs
+    assert outputs
+    inputs.write(json.dumps(requests) + "\n")
+    inputs.flush()
+    statuses = json.loads(outputs.readline())
     output = (folder / "result-0.log").read_text(encoding="utf-8")
     counts = folder / "result-0.json"
     kernels, waits = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else (0, {})
-    return Result(children[0].exitcode, output, kernels, Counter(waits))
+    return Result(statuses[0], output, kernels, Counter(waits))
 
 
 @lru_cache(maxsize=1)
-def start_server() -> None:
-    """Start the server, which finds the modules to import by PYTHONPATH alone."""
-    build_guard()
-    FORKS.set_forkserver_preload(["pretended_gpu", "train"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    ensure_running()
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+def server() -> "subprocess.Popen[str]":
+    """Start the server, which ends with this process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def process_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return the environment variables that torchrun would set."""
+    sizes = {key: str(processes) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return {**sizes, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def free_port() -> int:
@@ -92,20 +94,35 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def serve() -> None:
+    """Read lists of requests, run the processes of each list together, and write their exit statuses."""
+    import pretended_gpu  # noqa: F401, PLC0415
+
+    import train  # noqa: F401, PLC0415
+
+    for line in os.fdopen(os.dup(0), encoding="utf-8"):  # the scripts want an unread sys.stdin
+        children = []
+        for request in json.loads(line):
+            if (child := os.fork()) == 0:
+                run_here(**request)
+            children.append(child)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+
+
 def run_here(
-    result: Path, script: str, words: tuple[str, ...], gpus: int, oom: Any, **environment: Mapping[str, str]
+    *, result: str, script: str, words: list[str], gpus: int, oom: list[Any] | None, environment: dict[str, str]
 ) -> None:
-    """Run a script in this process, after writing its output and counts to files; then exit with its status."""
+    """Run a script in this process; write its output and counts to files, and exit with its status."""
     import pretended_gpu  # noqa: PLC0415  (only here it may change torch)
 
-    with result.with_suffix(".log").open("wb") as log:
-        for descriptor in (1, 2):
-            os.dup2(log.fileno(), descriptor)
-    os.environ.update(environment)  # type: ignore[arg-type]
-    os.chdir(ROOT)
+    with Path(f"{result}.log").open("wb") as log, Path(os.devnull).open("rb") as nothing:
+        for file, descriptor in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(file.fileno(), descriptor)
+    signal.alarm(SECONDS)
+    os.environ.update(environment)
     pretended_gpu.pretend(gpus)
-    pretended_gpu.STATE.oom = oom
-    status = 0
+    pretended_gpu.STATE.oom = (oom[0], oom[1], oom[2]) if oom else None
+    status = 1
     try:
         if script == "pytest":
             import pytest  # noqa: PLC0415
@@ -114,11 +131,17 @@ def run_here(
         else:
             sys.argv = [script, *words]
             runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    finally:
-        counts = [pretended_gpu.STATE.kernels, pretended_gpu.STATE.waits]
-        result.with_suffix(".json").write_text(json.dumps(counts), encoding="utf-8")
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    counts = [pretended_gpu.STATE.kernels, pretended_gpu.STATE.waits]
+    Path(f"{result}.json").write_text(json.dumps(counts), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()

@@ -349,7 +349,7 @@ def test_run_that_has_reached_its_new_end_is_evaluated(
     """A run that was interrupted before its first evaluation can be resumed with so few steps that none is left."""
     settings = tiny_settings(data_dir, tmp_path, save_every=1, report=True)
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        patch.setattr(train.Trainer, "next_batch", fail_at(4, train.Trainer.next_batch))  # make_forward calls it too
+        patch.setattr(train.Trainer, "next_batch", fail_at(3, train.Trainer.next_batch))
         train.main(settings)
     assert (saved_step(tmp_path), (tmp_path / BEST).exists()) == (2, False)
     capsys.readouterr()

@@ -129,7 +129,7 @@ def test_gradient_scaler_continues_from_its_state(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     (optimizer,) = adamw(model)
     second.scale(model(torch.ones(1, 2)).sum()).backward()
-    second.step(optimizer)  # type: ignore[arg-type]
+    second.unscale_(optimizer)  # type: ignore[arg-type]
     second.update()
     assert second.state_dict()["_growth_tracker"] == 1
 
