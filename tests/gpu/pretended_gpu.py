@@ -12,7 +12,7 @@ host wait for the GPU, by place. Not real: speed, memory, streams, random number
 import contextlib
 import ctypes
 import os
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -82,14 +82,18 @@ def wait(kind: str) -> None:
     """Count what makes the host wait for the GPU."""
     if STATE.tape is not None:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
-    frames = traceback.extract_stack()
-    files = [Path(frame.filename) for frame in frames]
-    places = [
-        f"{file.relative_to(ROOT)}:{frame.name}"
-        for file, frame in zip(files, frames, strict=True)
-        if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] not in (".venv", "tests")
-    ]
-    STATE.waits[f"{kind} in {places[-1] if places else '?'}"] += 1
+    STATE.waits[f"{kind} in {caller()}"] += 1
+
+
+def caller() -> str:
+    """Return the innermost function of the project that is being called, without the tests."""
+    frame: Any = sys._getframe(1)
+    while frame:
+        file = frame.f_code.co_filename
+        if file.startswith(f"{ROOT}/") and not file.startswith((f"{ROOT}/.venv/", f"{ROOT}/tests/")):
+            return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "?"
 
 
 def count_kernel(name: str) -> None:
