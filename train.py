@@ -216,18 +216,18 @@ class Trainer:
         state, updates = self.state, deque[Update]()
         while not self.stopping and not run_finished(self.settings, state):
             updates.append(self.step(self.next_batch()))
-            self.finish(updates, keep=self.updates_ahead)
+            self.read_results(updates, keep=self.updates_ahead)
             evaluating = state.step % self.settings.eval_every == 0 or state.step == self.settings.max_steps
             saving = self.settings.save_every > 0 and state.step % self.settings.save_every == 0
             if evaluating or saving or self.stopping:
-                self.finish(updates)
+                self.read_results(updates)
             if evaluating:
                 self.evaluate_and_save()
                 self.report.renew()
             elif saving or self.stopping:
                 self.save(self.weights())
 
-    def finish(self, updates: deque[Update], keep: int = 0) -> None:
+    def read_results(self, updates: deque[Update], keep: int = 0) -> None:
         """Read and log the results of the oldest updates, until there are only `keep`.
 
         Sets `stopping` if any process received a signal.
@@ -246,11 +246,11 @@ class Trainer:
             if uses_scaler and not math.isfinite(grad_norm) and self.scaler.get_scale() < LEAST_SCALE:
                 raise diverged(update.step, "gradients at every scale", "after many skipped updates")
             self.run.log_step(update.step, StepMetrics(loss, grad_norm, update.learning_rate))
-            self.keep_pace()
+            self.keep_pace(update.step)
 
-    def keep_pace(self) -> None:
-        """Change max_steps if the run would otherwise end too late or too early for `minutes`."""
-        settings = self.pace.revise(self.state.step, self.settings) if self.pace else self.settings
+    def keep_pace(self, step: int) -> None:
+        """Change max_steps if the run, after this step, would end too late or too early for `minutes`."""
+        settings = self.pace.revise(step, self.settings) if self.pace else self.settings
         if settings != self.settings:
             self.state.planned_rate = learning_rate(self.state, self.settings)
             self.state.planned_at = self.state.step

@@ -97,7 +97,8 @@ def init_runtime(device: str, dtype: str) -> Iterator[Runtime]:
         # set_device needs an index; under torchrun each process of a machine has its own GPU, if there are enough
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         shares_gpu = processes > gpus
-        chosen = torch.device("cuda", local_rank % gpus if world_size > 1 else chosen.index or 0)
+        own = local_rank % gpus if shares_gpu else local_rank
+        chosen = choose_device(f"cuda:{own if world_size > 1 else chosen.index or 0}")
         if shares_gpu and local_rank == 0:
             warn(f"{processes} processes share {gpus} GPU(s) and exchange gradients through the CPU, which is slow")
         select_gpu(chosen)

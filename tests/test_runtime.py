@@ -132,6 +132,16 @@ def test_runtime_without_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch
     assert not torch.distributed.is_initialized()
 
 
+def test_a_process_without_a_gpu_and_without_torchrun_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, machine: Callable[..., None]
+) -> None:
+    machine(cuda=1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="cuda:1"), init_runtime("auto", "auto"):
+        pass
+
+
 def example() -> tuple[Tensor, Tensor]:
     tokens = torch.arange(18).view(2, 9) % 11
     return tokens[:, :-1], tokens[:, 1:]
