@@ -4,6 +4,7 @@ import re
 import signal
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -580,3 +581,23 @@ def test_missing_device_is_rejected(
     assert message.startswith(f"error: device = '{device}' is not on this machine; ")
     assert ": auto, cpu" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("sequences", "parts"), [(3, [3]), (12, [4, 4, 4]), (10, [2] * 5), (7, [1] * 7)])
+def test_micro_batches_are_equal(sequences: int, parts: list[int]) -> None:
+    trainer: Any = SimpleNamespace(settings=SimpleNamespace(batch_size=4))
+    assert [len(part) for part in train.Trainer.micro_batches(trainer, torch.zeros(sequences, 9))] == parts
+
+
+def test_the_pace_is_judged_after_every_step_and_may_end_the_run_earlier(data_dir: Path, tmp_path: Path) -> None:
+    steps = []
+
+    def revise(step: int, settings: TrainSettings) -> TrainSettings:
+        steps.append(step)
+        return settings.model_copy(update={"max_steps": 7}) if step == 5 else settings
+
+    pace: Any = SimpleNamespace(revise=revise)
+    settings = tiny_settings(data_dir, tmp_path)
+    train.Trainer(settings, load_dataset(data_dir / "small", data_dir), CPU, None, pace).train()
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert saved_step(tmp_path) == 7
