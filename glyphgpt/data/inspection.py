@@ -56,7 +56,7 @@ class Inspector:
         self.characters = CharacterCounts()
         self.first_places: dict[int, Place] = {}  # by code point
         self.problems: dict[str, Found] = {}
-        self.file, self.line, self.lines = "", 1, 0
+        self.file, self.line = "", 1
         self.examined = self.longest_line = self.repeated = 0
         self.seen_lines: set[int] = set()  # hashes
         self.line_start = ""  # the beginning of a line whose end is in the next part
@@ -73,15 +73,20 @@ class Inspector:
 
     def add_part(self, text: str) -> None:
         """Inspect a part that does not end within a line end."""
-        for point in self.characters.add(text):
-            self.first_places[point] = self.place(text, text.index(chr(point)))
+        lines_before = self.newlines()
+        line, index = self.line, 0
+        for first, point in sorted((text.index(chr(point)), point) for point in self.characters.add(text)):
+            line, index = line + text.count("\n", index, first), first
+            self.first_places[point] = Place(file=self.file, line=line)
         if self.examined < EXAMINED:
             self.examine(text)
         else:
             self.line_start = ""
-        newlines = text.count("\n")
-        self.line += newlines
-        self.lines += newlines
+        self.line += self.newlines() - lines_before
+
+    def newlines(self) -> int:
+        """Return the number of newlines in the text so far."""
+        return int(self.characters.counts[ord("\n")])
 
     def finish_file(self) -> None:
         """Inspect the end of a file."""
@@ -145,7 +150,7 @@ class Inspector:
             kinds[kind_of(chr(point))] += int(counts[point])
         return TextReport(
             characters=int(counts.sum()),
-            lines=self.lines + 1,
+            lines=self.newlines() + 1,
             kinds=dict(kinds.most_common()),
             rare=int((counts[points] < FEW).sum()),
             rarest=[Found(what=chr(p), count=int(counts[p]), place=self.first_places[p]) for p in rarest],

@@ -18,6 +18,7 @@ from glyphgpt.data.tokenizers import (
     GPT2Tokenizer,
     StreamDecoder,
     Tokenizer,
+    count_bytes,
     decode,
     start_token,
     token_dtype,
@@ -249,3 +250,9 @@ def test_a_sample_without_a_prompt_starts_from_a_newline() -> None:
 def test_invalid_characters_are_rejected(characters: str) -> None:
     with pytest.raises(UserError, match="a character vocabulary holds"):
         tokenizer_from_dict({"kind": "char", "characters": characters}, Path())
+
+
+@pytest.mark.parametrize("length", [0, 5, (1 << 16) + 1])
+def test_bytes_are_counted(length: int) -> None:
+    data = np.random.default_rng(0).integers(97, 123, length, dtype=np.uint8)
+    assert count_bytes(data.tobytes()).tolist() == [int((data == byte).sum()) for byte in range(256)]
