@@ -29,13 +29,14 @@ from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
 from glyphgpt.data.rows import Row, training_rows
 from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
+from glyphgpt.gpu import GraphedFunction, HostCopy, peak_flops, to_device
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.inference.score import Score
 from glyphgpt.inference.torch_lm import TorchLM
 from glyphgpt.reports.run_report import LiveReport
 from glyphgpt.reports.summary import ModelSummary
-from glyphgpt.runtime import HostCopy, Runtime, compile_or_eager, init_runtime, oom_hint, should_compile, torchrun_id
+from glyphgpt.runtime import Runtime, compile_or_eager, init_runtime, oom_hint, should_compile, torchrun_id
 from glyphgpt.settings import PATHS, ModelConfig, TrainSettings
 from glyphgpt.training.dial import Costs, Dial, Pace
 from glyphgpt.training.distributed import checkpoint_activations, gradient_sync, replicate_model, shard_model
@@ -58,6 +59,9 @@ from model import GPT, GPTConfig
 
 MEASURED_STEPS = 12
 """Most steps that measure a run's speed; the first one does not count."""
+GRAPHED_FLOPS = 4e12
+"""Most operations of a training step that is a CUDA graph: in larger ones a GPU is busy long enough for the host to
+start its kernels one by one, and a graph would hold on to their memory."""
 LEAST_SCALE = 1e-3
 """The least scale of float16's gradients, which begins with 65,536 and is halved at every overflow."""
 
@@ -170,11 +174,17 @@ class Trainer:
         self.train_reader = Reader(dataset.train, runtime.device)
         self.val_reader = Reader(dataset.val, runtime.device)
         self.state = TrainState()
-        self.run = Run(settings, runtime)
+        on_gpu = runtime.device.type == "cuda"
+        # the backward pass takes twice the forward pass's multiply-accumulates, of two operations each
+        flops = 6 * ModelSummary(settings, self.config.vocab_size, self.sequences_per_step).macs if on_gpu else 0
+        peak = peak_flops(runtime)
+        self.run = Run(settings, runtime, seconds_at_peak=flops / peak if peak else 0.0)
         self.report = LiveReport(self.run.folder, self.run.log, enabled=runtime.is_main and settings.report)
         self.stopping = False
-        self.updates_ahead = int(runtime.device.type == "cuda")
+        self.updates_ahead = int(on_gpu)
         """How many updates may be started before the results of an earlier one are read."""
+        can_capture = on_gpu and runtime.world_size == 1 and not settings.activation_checkpointing
+        self.graphed_update = GraphedFunction(self.update, enabled=can_capture and flops <= GRAPHED_FLOPS)
 
     def train(self) -> None:
         """Train, or resume training, until max_steps, until patience runs out, or until a signal asks to stop.
@@ -274,25 +284,41 @@ class Trainer:
 
         The host does not wait for a GPU here, so that the GPU always has work to do.
         """
-        settings, state, runtime = self.settings, self.state, self.runtime
-        rate = learning_rate(state, settings)
-        set_learning_rate(self.optimizers, rate)
+        rate = learning_rate(self.state, self.settings)
         self.seed_dropout()
+        numbers = torch.tensor([rate, self.run.stop.signal is not None])
+        results = self.graphed_update(batch, to_device(numbers, self.runtime.device))
+        self.state.step += 1
+        return Update(self.state.step, rate, HostCopy(results))
+
+    def update(self, batch: Tensor, numbers: Tensor) -> Tensor:
+        """Update the weights with the gradients of a batch, unless these are not finite.
+
+        `numbers` are the learning rate, and whether this process received a signal.
+
+        Returns:
+            The loss, the number of processes that received a signal, and the gradients' norm.
+        """
+        rate, signaled = numbers
+        set_learning_rate(self.optimizers, rate)
+        self.clear_gradients()  # those of a CUDA graph that could not be captured
         own_loss = self.backward(batch)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
-        grad_norm = clip_gradients(self.parameters, settings.grad_clip)
-        signaled = torch.full_like(own_loss, self.run.stop.signal is not None)
-        shared = torch.stack((own_loss / runtime.world_size, signaled))
-        runtime.sum_(shared)
+        grad_norm = clip_gradients(self.parameters, self.settings.grad_clip)
+        shared = torch.stack((own_loss / self.runtime.world_size, signaled))
+        self.runtime.sum_(shared)
         results = torch.cat((shared, grad_norm[None]))
         for optimizer in self.optimizers:
             optimizer.step(skip=~results.isfinite().all())
         self.scaler.update()
+        self.clear_gradients()
+        return results
+
+    def clear_gradients(self) -> None:
+        """Free the memory of the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
-        state.step += 1
-        return Update(state.step, rate, HostCopy(results))
 
     def seed_dropout(self) -> None:
         """Seed dropout by the step, so that there is no random state to save."""

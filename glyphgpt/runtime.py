@@ -266,41 +266,6 @@ def with_compiled_parts(model: Any) -> nn.Module:
     return compiled
 
 
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Compute attention without cuDNN, which plans for each new length of a text, for up to half a second."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device; a copy to a GPU does not wait for what the GPU still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-class HostCopy:
-    """A copy of a tensor for the host, which a GPU makes when it has computed the tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        """Ask for the copy, without waiting for it."""
-        self._copy, self._event = tensor, None
-        if tensor.device.type == "cuda":
-            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._copy.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def read(self) -> list[float]:
-        """Return the values, after waiting for them if needed."""
-        if self._event:
-            self._event.synchronize()
-        return self._copy.tolist()
-
-
 class StopRequest:
     """A flag that Ctrl-C, SIGTERM and SIGHUP set, so that a loop can finish its step; another Ctrl-C exits at once."""
 

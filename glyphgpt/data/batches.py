@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glyphgpt.data.dataset import Split
 from glyphgpt.data.rows import Row
-from glyphgpt.runtime import to_device
+from glyphgpt.gpu import to_device
 
 CPU_RESIDENT_BYTES, GPU_RESIDENT_BYTES = 1 << 24, 1 << 30
 """Size on disk up to which a split is copied to the device; copying a large one for a CPU takes a second."""

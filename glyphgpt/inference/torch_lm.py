@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glyphgpt.runtime import Runtime, to_device, without_cudnn_attention
+from glyphgpt.gpu import to_device, without_cudnn_attention
+from glyphgpt.runtime import Runtime
 
 WARM_UP_STEPS = 2
 """Steps before the one that is captured, in which libraries allocate their memory."""

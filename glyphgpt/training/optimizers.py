@@ -131,8 +131,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return x.to(matrices.dtype)
 
 
-def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
-    """Set the learning rate of every parameter group, times its lr_scale."""
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float | Tensor) -> None:
+    """Set the learning rate, a number or a scalar on the device, of every parameter group, times its lr_scale."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]

@@ -3,10 +3,13 @@
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -143,12 +146,17 @@ def diverged(step: int, problem: str, when: str) -> UserError:
 class Run:
     """A run's folder and its messages. Only the main process writes and prints."""
 
-    def __init__(self, settings: TrainSettings, runtime: Runtime) -> None:
-        """Create the run without touching its folder."""
+    def __init__(self, settings: TrainSettings, runtime: Runtime, *, seconds_at_peak: float = 0.0) -> None:
+        """Create the run without touching its folder.
+
+        Args:
+            seconds_at_peak: Duration of a training step at the peak speed of the GPUs, or 0 if it is not known.
+        """
         self.settings, self.runtime = settings, runtime
         self.folder = Path(settings.out_dir)
         self.stop = StopRequest()
-        self.tokens_per_step = settings.tokens_per_step
+        self.tokens_per_step, self.seconds_at_peak = settings.tokens_per_step, seconds_at_peak
+        self.times = deque[float](maxlen=settings.log_every + 1)  # of the last updates
         self.has_files = settings.resume
         """Whether the folder's files are those of this run, and not of an earlier one."""
         self.log_time = time.perf_counter()
@@ -253,17 +261,29 @@ class Run:
     def log_step(self, step: int, metrics: StepMetrics) -> None:
         """Show an update on the progress bar, and write a row of metrics every `log_every` steps."""
         speed = (self.bar.format_dict["rate"] or 0.0) * self.tokens_per_step
-        self.bar.set_postfix_str(f"loss {metrics.loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.times.append(time.perf_counter())
+        utilization = self.utilization()
+        shown = "".join(f", {value:.0%} MFU" for value in utilization.values())
+        self.bar.set_postfix_str(f"loss {metrics.loss:.3f}, {speed:,.0f} tokens/s{shown}", refresh=False)
         self.bar.update()
         if self.bar.disable and time.perf_counter() - self.log_time > LOG_SECONDS:
             self.log(f"step {step:,}: training loss {metrics.loss:.3f}")
         if step % self.settings.log_every == 0:
-            self.write_metrics("train", step, metrics)
+            self.write_metrics("train", step, metrics, **utilization)
 
-    def write_metrics(self, kind: str, step: int, metrics: StepMetrics | Score) -> None:
+    def utilization(self) -> dict[str, float]:
+        """Return the model FLOPs utilization of the last updates as "mfu", if it is known.
+
+        It is the fraction of the GPUs' peak speed that the products of the forward and the backward pass take
+        (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        durations = [after - before for before, after in pairwise(self.times)]
+        return {"mfu": round(self.seconds_at_peak / median(durations), 4)} if self.seconds_at_peak and durations else {}
+
+    def write_metrics(self, kind: str, step: int, metrics: StepMetrics | Score, **more: float) -> None:
         """Write a row of metrics."""
         tokens = step * self.tokens_per_step
-        self.metrics.write(kind, step, **asdict(metrics), tokens=tokens, seconds=self.seconds())
+        self.metrics.write(kind, step, **asdict(metrics), **more, tokens=tokens, seconds=self.seconds())
 
     def log_best(self, step: int, score: Score) -> None:
         """Write a row of metrics with the best model's score on the whole validation split, and print the score."""

@@ -214,10 +214,10 @@ def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         device = torch.device("cuda", torch.device(target).index or STATE.current) if on_gpu(target) else None
     count_kernel(name)
     count_waits(name, args, kwargs, device)
-    if STATE.tape is not None and name.startswith(("rand", "normal", "bernoulli", "native_dropout")):
-        raise RuntimeError("random numbers in a captured graph")
-    captured_change = STATE.tape is not None and function._schema.is_mutable  # it happens when the graph is replayed
-    result = args[0] if captured_change else run(function, args, kwargs, device)
+    if STATE.tape is not None and function._schema.is_mutable:  # it happens when the graph is replayed
+        result = args[0] if function._schema.returns else None
+    else:
+        result = run(function, args, kwargs, device)
     if STATE.tape is not None:
         STATE.tape.append((function, args, kwargs, result))
     return result
@@ -312,12 +312,13 @@ def without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def capture(graph: PretendedGraph, **_: Any) -> Iterator[None]:
-    """Capture the operations of this context."""
-    STATE.tape = graph.tape
+    """Capture the operations of this context, which draws no random numbers until it is replayed."""
+    STATE.tape, random_state = graph.tape, torch.get_rng_state()
     try:
         yield
     finally:
         STATE.tape = None
+        torch.set_rng_state(random_state)
 
 
 class PretendedStream:

@@ -74,20 +74,30 @@ def test_two_processes_share_a_gpu(data_dir: Path, tmp_path: Path) -> None:
     assert result.output.startswith("warning: 2 processes share 1 GPU(s) and exchange gradients through the CPU")
 
 
-def waits_per_step(data_dir: Path, folder: Path, **changes: Any) -> Counter[str]:
-    """Return what makes the host wait in a training step, and where."""
+def costs_per_step(data_dir: Path, folder: Path, **changes: Any) -> tuple[float, Counter[str]]:
+    """Return how many kernels and graphs the host starts in a training step, and where it waits."""
     few, many = (
         train(data_dir, folder, f"{steps}", max_steps=steps, eval_every=100, sample_tokens=0, **changes)
         for steps in (10, 20)
     )
     assert few.status == many.status == 0, many.output
-    return Counter({kind: (count - few.waits[kind]) / 10 for kind, count in many.waits.items()})
+    waits = Counter({kind: (count - few.waits[kind]) / 10 for kind, count in many.waits.items()})
+    return (many.kernels - few.kernels) / 10, +waits
 
 
 @pytest.mark.parametrize(("dtype", "optimizer"), [("bfloat16", "muon"), ("float16", "adamw")])
-def test_a_training_step_waits_for_nothing(dtype: str, optimizer: str, data_dir: Path, tmp_path: Path) -> None:
-    waits = waits_per_step(data_dir, tmp_path, dtype=dtype, optimizer=optimizer, dropout=0.1, grad_clip=1.0)
-    assert +waits == Counter()
+def test_a_training_step_is_a_graph_and_waits_for_nothing(
+    dtype: str, optimizer: str, data_dir: Path, tmp_path: Path
+) -> None:
+    network = {"dtype": dtype, "optimizer": optimizer, "dropout": 0.1, "grad_clip": 1.0}
+    launches, waits = costs_per_step(data_dir, tmp_path, **network)
+    assert launches < 10  # copies of the batch and the learning rate, the graph, a copy of the loss
+    assert waits == Counter()
+
+
+def test_a_training_step_whose_activations_are_recomputed_waits_for_nothing(data_dir: Path, tmp_path: Path) -> None:
+    _, waits = costs_per_step(data_dir, tmp_path, activation_checkpointing=True)
+    assert waits == Counter()
 
 
 @pytest.fixture(scope="module")
