@@ -29,7 +29,7 @@ from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
 from glyphgpt.data.rows import Row, training_rows
 from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
-from glyphgpt.gpu import GraphedFunction, HostCopy, peak_flops, to_device
+from glyphgpt.gpu import CudaGraph, HostCopy, peak_flops, to_device
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.inference.score import Score
@@ -184,7 +184,7 @@ class Trainer:
         self.updates_ahead = int(on_gpu)
         """How many updates may be started before the results of an earlier one are read."""
         can_capture = on_gpu and runtime.world_size == 1 and not settings.activation_checkpointing
-        self.graphed_update = GraphedFunction(self.update, enabled=can_capture and flops <= GRAPHED_FLOPS)
+        self.graph = CudaGraph(enabled=can_capture and flops <= GRAPHED_FLOPS)
 
     def train(self) -> None:
         """Train, or resume training, until max_steps, until patience runs out, or until a signal asks to stop.
@@ -287,7 +287,7 @@ class Trainer:
         rate = learning_rate(self.state, self.settings)
         self.seed_dropout()
         numbers = torch.tensor([rate, self.run.stop.signal is not None])
-        results = self.graphed_update(batch, to_device(numbers, self.runtime.device))
+        results = self.graph.call(self.update, batch, to_device(numbers, self.runtime.device))
         self.state.step += 1
         return Update(self.state.step, rate, HostCopy(results))
 

@@ -45,40 +45,40 @@ class HostCopy:
         return self._copy.tolist()
 
 
-class GraphedFunction:
-    """A function of tensors whose kernels are captured in a CUDA graph, so that the host starts all of them at once.
+class CudaGraph:
+    """The kernels of a function of tensors, captured so that the host starts all of them at once.
 
     The first calls run the function itself. After that, the tensors must keep their shapes, and each call overwrites
     the result of the previous one. The function must not need the host: no waits, and no sizes that depend on values.
     """
 
-    def __init__(self, function: Callable[..., Tensor], *, enabled: bool) -> None:
-        """Wrap a function; it is never captured unless `enabled`."""
-        self.function, self.enabled = function, enabled
+    def __init__(self, *, enabled: bool) -> None:
+        """Create an empty graph; it stays empty unless `enabled`."""
+        self.enabled = enabled
         self.calls = 0
         self.graph: Any = None
         self.inputs: list[Tensor] = []
         self.result = torch.empty(0)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the function's result for these tensors."""
+    def call(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return the result of a function, the same one each time, for these tensors."""
         self.calls += 1
         if self.enabled and self.calls == WARM_UP_CALLS + 1:
-            self.capture(inputs)
+            self.capture(function, inputs)
         if self.graph is None:
-            return self.function(*inputs)
+            return function(*inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()
         return self.result
 
-    def capture(self, inputs: Sequence[Tensor]) -> None:
+    def capture(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
         """Capture the kernels of a call, without running them; warn if that fails."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may read data meanwhile
-                self.result = self.function(*self.inputs)
+                self.result = function(*self.inputs)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

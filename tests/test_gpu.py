@@ -1,6 +1,7 @@
-"""Training, resuming, sampling and beam search on CUDA GPUs; skipped without one."""
+"""What is special to CUDA GPUs; and, skipped without one, training, sampling and beam search on it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,20 +10,58 @@ import torch
 import sample
 import train
 from conftest import MODERN, ROOT, as_flags, decoder_of, random_model, read_metrics, saved_step, tiny_settings, torchrun
+from glyphgpt.gpu import CudaGraph, peak_flops
 from glyphgpt.inference.beam_search import beam_search
 from glyphgpt.inference.torch_lm import TorchLM
-from glyphgpt.runtime import init_runtime
+from glyphgpt.runtime import Runtime, init_runtime
 from glyphgpt.settings import SampleSettings, TrainSettings
 
-pytestmark = pytest.mark.gpu
+
+def test_a_function_that_cannot_be_captured_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    graph = CudaGraph(enabled=True)
+    numbers = [graph.call(torch.square, torch.tensor(number)).item() for number in range(6)]
+    assert numbers == [0, 1, 4, 9, 16, 25]
+    assert capsys.readouterr().err == (
+        "warning: no CUDA graph (CUDA error: operation not permitted when stream is capturing); continuing without it, "
+        "which is slower\n"
+    )
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "processes", "tera_flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 1, 989),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 1, 756),
+        ("NVIDIA A100-SXM4-40GB", torch.bfloat16, 8, 8 * 312),
+        ("NVIDIA A10", torch.bfloat16, 1, 125),
+        ("NVIDIA L40S", torch.float16, 1, 362),
+        ("Tesla T4", torch.float16, 1, 65),
+        ("NVIDIA H100 80GB HBM3", torch.float32, 1, 0),
+        ("NVIDIA H1000", torch.bfloat16, 1, 0),
+    ],
+)
+def test_the_peak_of_a_gpu_follows_from_its_name(
+    name: str, dtype: torch.dtype, processes: int, tera_flops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(Runtime(torch.device("cuda"), dtype, 0, processes)) == tera_flops * 1e12
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
 def test_gpu_is_selected_by_each_of_its_names(device: str) -> None:
     with init_runtime(device, "auto") as runtime:
         assert runtime.device == torch.device("cuda:0")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_train_resume_and_sample(dtype: str, data_dir: Path, tmp_path: Path) -> None:
     network = {"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "dropout": 0.1}
@@ -35,6 +74,7 @@ def test_train_resume_and_sample(dtype: str, data_dir: Path, tmp_path: Path) -> 
     sample.main(SampleSettings(device="cuda", num_samples=3, max_new_tokens=40), str(tmp_path))
 
 
+@pytest.mark.gpu
 def test_beam_search_finds_the_same_hypotheses_as_on_the_cpu() -> None:
     model = random_model(**MODERN)
     prompts = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
@@ -45,6 +85,7 @@ def test_beam_search_finds_the_same_hypotheses_as_on_the_cpu() -> None:
     assert [tokens.tolist() for tokens in by_torch] == [tokens.tolist() for tokens in by_numpy]
 
 
+@pytest.mark.gpu
 def test_compiled_run_has_the_losses_of_an_eager_one(data_dir: Path, tmp_path: Path) -> None:
     for name in ("eager", "compiled"):
         settings = {"device": "cuda", "dtype": "float32", "compile": name == "compiled"}
@@ -53,6 +94,7 @@ def test_compiled_run_has_the_losses_of_an_eager_one(data_dir: Path, tmp_path: P
     assert compiled == pytest.approx(eager, abs=1e-2)
 
 
+@pytest.mark.gpu
 def test_activation_checkpointing_saves_memory_and_keeps_the_losses(data_dir: Path, tmp_path: Path) -> None:
     peaks = []
     for recompute in (False, True):
@@ -66,6 +108,7 @@ def test_activation_checkpointing_saves_memory_and_keeps_the_losses(data_dir: Pa
     assert peaks[1] < peaks[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_gpus_have_the_losses_of_one(parallel: str, data_dir: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Generation: from logits to tokens to text, with a key/value cache, sampling parameters and stop strings."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +15,29 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
 
-class LanguageModel(Protocol):
+class LanguageModel(ABC):
     """A model that predicts the next token."""
 
+    @abstractmethod
     def new_cache(self, batch: int) -> Any:
         """Return an empty cache for `batch` sequences.
 
         Its `reorder(rows)` selects rows of the batch, and its `clear()` forgets all tokens.
         """
-        ...
 
+    @abstractmethod
     def next_logits(self, tokens: Ids, cache: Any) -> Floats:
         """Return the logits (B, V) of the token that follows tokens (B, T), which follow the cached ones."""
-        ...
+
+    def sample(self, token: Ids, cache: Any, params: "SamplingParams", uniforms: Floats) -> Iterator[Ids]:
+        """Yield the tokens that follow one token of each sequence (B,), one for each row of random numbers (N, B)."""
+        for uniform in uniforms:
+            token = params.sample(self.next_logits(token[:, None], cache), uniform)
+            yield token
+
+
+NO_TEMPERATURE = 1e-6
+"""A lower temperature is taken for 0, as dividing by it could overflow."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +70,15 @@ class SamplingParams:
             probs[probs < self.min_p * probs.max(-1, keepdims=True)] = 0
         return probs
 
-    def sample(self, logits: Floats, rng: np.random.Generator) -> Ids:
-        """Sample a token for each row of logits (B, V), shape (B,).
+    def sample(self, logits: Floats, uniform: Floats) -> Ids:
+        """Return a token for each row of logits (B, V) and each random number (B,), 0 < number <= 1, shape (B,).
 
-        Each token draws an exponentially distributed time with a rate proportional to its probability, and the first
-        wins (the Gumbel-max trick of Maddison et al. 2014, in another form).
+        It is the first token up to which the probabilities add up to the number.
         """
-        if self.temperature < 1e-6:  # the limit for 0, where the division below would overflow
+        if self.temperature < NO_TEMPERATURE:
             return logits.argmax(-1)
-        times = rng.standard_exponential(logits.shape) + 1e-300  # above 0, so that a probability of 0 never wins
-        return (self.probs(logits) / times).argmax(-1)
+        sums = self.probs(logits).cumsum(-1)  # (B, V)
+        return (sums < uniform[:, None] * sums[:, -1:]).sum(-1)
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -105,24 +116,25 @@ def generate(
     The same seed gives the same tokens with and without the cache, up to rounding.
     """
     rng = np.random.default_rng(seed)
-    length, start = len(prompt), context_start(len(prompt), block_size)
-    context = np.tile(prompt[start:], (num_samples, 1))  # (B, T)
-    cache, new_tokens = model.new_cache(1), context[:1]  # the prompt is processed once for all samples
-    for _ in range(max_new_tokens):
-        logits = model.next_logits(new_tokens, cache)
+    context, start, length = np.tile(prompt, (num_samples, 1)), 0, len(prompt)  # context is (B, T)
+    cache, rows = model.new_cache(1), 1  # the prompt is read once for all samples
+    while max_new_tokens > 0:
+        before, start = start, context_start(length, block_size)
+        context = context[:, start - before :]
+        logits, rows = model.next_logits(context[:rows], cache), num_samples
         if len(logits) < num_samples:
             logits = logits.repeat(num_samples, axis=0)
             cache.reorder([0] * num_samples)
-        token = params.sample(logits, rng)  # (B,)
-        yield token
-        length += 1
-        before, start = start, context_start(length, block_size)
-        context = np.concatenate((context[:, start - before :], token[:, None]), axis=1)
-        if use_cache and start == before:
-            new_tokens = token[:, None]
-        else:
-            cache.clear()
-            new_tokens = context
+        count = min(max_new_tokens, start + block_size - length + 1) if use_cache else 1  # tokens from this start
+        uniforms = 1 - rng.random((count, num_samples))
+        first = params.sample(logits, uniforms[0])  # (B,)
+        tokens = []
+        for token in chain([first], model.sample(first, cache, params, uniforms[1:])):
+            tokens.append(token)
+            yield token
+        context = np.column_stack((context, *tokens))
+        length, max_new_tokens = length + count, max_new_tokens - count
+        cache.clear()
 
 
 def generate_text(

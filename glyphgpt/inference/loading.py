@@ -55,10 +55,13 @@ def language_model(
             raise UserError(f"out of memory; lower {remedy}") from error
         return
     with torch_model(checkpoint, device, dtype, f"{remedy}, or use --device=cpu") as (model, runtime):
-        from glyphgpt.inference.torch_lm import TorchLM  # noqa: PLC0415  (imports torch)
+        from glyphgpt.inference.torch_lm import TorchLM, cast_weights  # noqa: PLC0415  (imports torch)
 
-        on_cpu = runtime.device.type == "cpu"
-        yield NumpyGPT(checkpoint.config, checkpoint.model) if on_cpu else TorchLM(model, runtime)
+        if runtime.device.type == "cpu":
+            yield NumpyGPT(checkpoint.config, checkpoint.model)
+        else:
+            cast_weights(model, runtime.dtype)
+            yield TorchLM(model, runtime)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glyphgpt.checkpoint import Arrays
+from glyphgpt.inference.generate import LanguageModel
 from glyphgpt.settings import ModelConfig
 
 Array = NDArray[np.floating[Any]]
@@ -46,7 +47,7 @@ class NumpyKVCache:
         self.last_tokens = self.last_tokens[rows]
 
 
-class NumpyGPT:
+class NumpyGPT(LanguageModel):
     """A network for decoding, built from the config and the weights of a checkpoint."""
 
     def __init__(self, config: ModelConfig, weights: Arrays) -> None:

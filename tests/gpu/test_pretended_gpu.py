@@ -50,6 +50,8 @@ def test_a_run_has_the_losses_of_a_cpu(
         result = train(data_dir, tmp_path, name, learning_rate=0.01, device=name, dtype=chosen, **network)
         assert result.status == 0, result.output
     assert losses(tmp_path, "cuda") == pytest.approx(losses(tmp_path, "cpu"), abs=tolerance)
+    shows_utilization = ["mfu" in row for row in read_metrics(tmp_path / "cuda") if row["kind"] == "train"]
+    assert all(shows_utilization[1:]) == (dtype != "float32")
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(data_dir: Path, tmp_path: Path) -> None:
@@ -175,12 +177,12 @@ def test_sampling_that_runs_out_of_memory_says_so_in_one_line(trained: Path, tmp
     assert "Traceback" not in result.output
 
 
-def test_a_decoded_token_waits_once(trained: Path, tmp_path: Path) -> None:
+def test_decoding_waits_twice_for_a_new_context_and_not_for_a_token(trained: Path, tmp_path: Path) -> None:
     few, many = (
         run(tmp_path, "sample.py", str(trained), "--device=cuda", "--num_samples=1", f"--max_new_tokens={tokens}")
         for tokens in (40, 80)
     )
     assert few.status == many.status == 0
-    assert many.waits.total() - few.waits.total() == 40
+    assert many.waits.total() - few.waits.total() == 2 * 5
     # 7 of 8 steps are a graph; the others begin a new context, with all kernels of the network
     assert (many.kernels - few.kernels) / 40 < 30

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from conftest import MODERN, decoder_of, random_model, tiny_model
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from glyphgpt.inference.generate import Floats, Ids, LanguageModel, SamplingParams, TextStream, context_start, generate
-from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.inference.torch_lm import TorchLM, cast_weights, draw
 from glyphgpt.runtime import Runtime
 from model import GPT
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
-class RecordingModel:
+class RecordingModel(LanguageModel):
     """A language model that records the cached length and the tokens of each call, and the logits it returns."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -37,7 +37,7 @@ class RecordingModel:
         return self.logits[-1]
 
 
-class RepeatedPrefill:
+class RepeatedPrefill(LanguageModel):
     """A language model that processes a prompt of one row `rows` times, as one batch."""
 
     def __init__(self, model: LanguageModel, rows: int) -> None:
@@ -94,6 +94,16 @@ def test_samples_do_not_depend_on_the_cache_or_the_library(
     assert samples == sample(torch_model, prompt, 24, num_samples=num_samples, use_cache=False)
     assert [len(tokens) for tokens in samples] == [24] * num_samples
     assert len(set(map(tuple, samples))) == num_samples
+
+
+@pytest.mark.parametrize("network", [{}, MODERN], ids=["gpt2", "modern"])
+def test_converted_weights_give_the_logits_of_autocast(network: dict[str, Any]) -> None:
+    model = confident_model(**network)
+    lm, tokens = TorchLM(model, Runtime(torch.device("cpu"), torch.bfloat16)), np.array([[1, 2, 3], [4, 5, 6]])
+    before = lm.logits(tokens)
+    cast_weights(model, torch.bfloat16)
+    assert {name for name, weight in model.named_parameters() if weight.dtype == torch.bfloat16} > {"head.weight"}
+    np.testing.assert_array_equal(lm.logits(tokens), before)
 
 
 def test_tokens_follow_from_their_context() -> None:
@@ -214,43 +224,53 @@ def test_probs_equal_those_of_plain_python(logits: list[float], params: Sampling
         assert probs.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def uniform(count: int, seed: int = 0) -> Floats:
+    """Return random numbers above 0, and at most 1."""
+    return 1 - np.random.default_rng(seed).random(count)
+
+
+def sample_by(library: str, logits: Floats, numbers: Floats, params: SamplingParams) -> list[int]:
+    """Return the tokens that NumPy or torch samples."""
+    if library == "numpy":
+        return list(params.sample(logits, numbers))
+    return draw(torch.from_numpy(logits), torch.from_numpy(numbers), params).tolist()
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=12, unique=True), PARAMS, st.integers(0, 1000))
+@settings(deadline=None, max_examples=200)
+def test_torch_samples_the_tokens_of_numpy(logits: list[float], params: SamplingParams, seed: int) -> None:
+    rows = np.array([logits, logits[::-1]] * 20)
+    assert sample_by("torch", rows, uniform(40, seed), params) == sample_by("numpy", rows, uniform(40, seed), params)
+
+
 @given(LOGITS, PARAMS, st.integers(0, 1000))
 @settings(deadline=None, max_examples=100)
 def test_some_token_always_remains(logits: list[float], params: SamplingParams, seed: int) -> None:
     rows = np.array([logits] * 3) * 20
     probs = params.probs(rows)
     assert np.isfinite(probs).all()
-    tokens = params.sample(rows, np.random.default_rng(seed))
+    tokens = params.sample(rows, uniform(3, seed))
     assert tokens.shape == (3,)
     assert (probs[[0, 1, 2], tokens] > 0).all()
 
 
-class ConstantGenerator:
-    """A random number generator that always returns the same number."""
-
-    def __init__(self, number: float) -> None:
-        self.number = number
-
-    def standard_exponential(self, shape: tuple[int, ...]) -> Floats:
-        return np.full(shape, self.number)
-
-
-@pytest.mark.parametrize("number", [0.0, 1e-17, 50.0])
-def test_tokens_of_probability_0_are_never_sampled(number: float) -> None:
-    rows = np.array([[-np.inf, -30.0, 0.0, -np.inf]])
-    assert SamplingParams().sample(rows, ConstantGenerator(number)).tolist() == [2]  # type: ignore[arg-type]
+@pytest.mark.parametrize("number", [2.0**-53, 0.5, 1.0])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_tokens_of_probability_0_are_never_sampled(library: str, number: float) -> None:
+    rows = np.array([[-np.inf, -80.0, 0.0, -80.0, -np.inf]])
+    assert sample_by(library, rows, np.array([number]), SamplingParams()) == [2]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-300])
 def test_temperature_near_0_samples_the_most_probable_token(temperature: float) -> None:
     rows = np.array([[1.0, 50.0, -30.0], [-1.0, -2.0, -3.0]])
-    tokens = SamplingParams(temperature=temperature).sample(rows, np.random.default_rng(0))
+    tokens = SamplingParams(temperature=temperature).sample(rows, uniform(2))
     assert tokens.tolist() == [1, 0]
 
 
 def test_temperature_0_samples_the_most_probable_token() -> None:
     rows = np.random.default_rng(0).normal(size=(50, 9))
-    tokens = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.5).sample(rows, np.random.default_rng(0))
+    tokens = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.5).sample(rows, uniform(50))
     assert tokens.tolist() == [row.index(max(row)) for row in rows.tolist()]
 
 
@@ -268,7 +288,7 @@ def test_temperature_0_samples_the_most_probable_token() -> None:
 def test_samples_have_the_expected_frequencies(params: SamplingParams, probs: list[float]) -> None:
     count = 40_000
     rows = np.tile(np.log([0.1, 0.2, 0.3, 0.4]), (count, 1))
-    tokens = params.sample(rows, np.random.default_rng(0))
+    tokens = params.sample(rows, uniform(count))
     counts = np.bincount(tokens, minlength=4).tolist()
     expected = [count * prob for prob in probs]
     assert all(n == 0 for n, e in zip(counts, expected, strict=True) if e == 0)
