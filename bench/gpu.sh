@@ -40,8 +40,10 @@ rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
 pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a["kind"] == b["kind"] == "train"]
 speeds = sorted((b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs)
 speed = f"{speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "no speed"
+mfu = sorted(row["mfu"] for row in rows if "mfu" in row)
+used = f"{mfu[len(mfu) // 2]:.1%} MFU, " if mfu else ""
 losses = [row["loss"] for row in rows if row["kind"] in ("val", "best")]
-print(f"{rows[-1]['step']} steps, {speed}, best validation loss {min(losses, default=float('nan')):.4f}")
+print(f"{rows[-1]['step']} steps, {speed}, {used}best validation loss {min(losses, default=float('nan')):.4f}")
 PY
 }
 

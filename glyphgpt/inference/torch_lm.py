@@ -45,7 +45,7 @@ class TorchLM(LanguageModel):
 
         A GPU draws them with the numbers of the CPU, and begins with each before the host has read the previous one.
         """
-        if not cache.is_graphed:
+        if not (cache.is_graphed and uniforms.size):
             yield from super().sample(token, cache, params, uniforms)
             return
         last, numbers, copies = self.to_device(token), self.to_device(uniforms), deque[HostCopy]()
