@@ -454,8 +454,9 @@ class GPT(nn.Module):
         """Map tokens (B, T) to the normalized output of the last block, (B, T, C)."""
         layers = cache.layers(tokens.size(1)) if cache else [None] * len(self.blocks)
         x = self.dropout(self.position(self.embed(tokens, cache), layers[0].positions if layers[0] else None))
-        if x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
-            x = x.bfloat16()  # half the memory to read and write; float16 could overflow, and a CPU gains nothing
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            x = x.bfloat16()  # half the memory to read and write; float16 could overflow
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, layer)
         if cache:

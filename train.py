@@ -29,7 +29,7 @@ from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
 from glyphgpt.data.rows import Row, training_rows
 from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
-from glyphgpt.gpu import CudaGraph, HostCopy, peak_flops, to_device
+from glyphgpt.gpu import WARM_UP_CALLS, CudaGraph, HostCopy, peak_flops, to_device
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.inference.score import Score
@@ -59,9 +59,9 @@ from model import GPT, GPTConfig
 
 MEASURED_STEPS = 12
 """Most steps that measure a run's speed; the first one does not count."""
-GRAPHED_FLOPS = 4e12
-"""Most operations of a training step that is a CUDA graph: in larger ones a GPU is busy long enough for the host to
-start its kernels one by one, and a graph would hold on to their memory."""
+GRAPHED_SECONDS, TYPICAL_PEAK = 0.004, 1e14
+"""Longest duration of a training step, at the GPU's peak, that is a CUDA graph, and the peak of an unknown GPU. In a
+longer step the host has the time to start kernels one by one, and a graph would hold on to their memory."""
 LEAST_SCALE = 1e-3
 """The least scale of float16's gradients, which begins with 65,536 and is halved at every overflow."""
 
@@ -101,6 +101,9 @@ def measure(dataset: Dataset, runtime: Runtime, settings: TrainSettings, seconds
     check_train_length(settings, dataset)
     trainer = Trainer(settings, dataset, runtime.configured(settings.dtype, settings.threads))
     trainer.forward = trainer.make_forward()
+    if trainer.graph.enabled:
+        for _ in range(WARM_UP_CALLS + 1):
+            trainer.step(trainer.next_batch())
     times: list[float] = []
     total = 0.0
     while len(times) < 2 or (total < seconds and len(times) < MEASURED_STEPS):
@@ -169,7 +172,7 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         muon_dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         self.optimizers = make_optimizers(self.model, settings, muon_dtype)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+        self.scaler = self.make_scaler()
         self.rows = training_rows(dataset.train, settings.block_size, settings.seed)
         self.train_reader = Reader(dataset.train, runtime.device)
         self.val_reader = Reader(dataset.val, runtime.device)
@@ -183,8 +186,9 @@ class Trainer:
         self.stopping = False
         self.updates_ahead = int(on_gpu)
         """How many updates may be started before the results of an earlier one are read."""
+        # recomputed activations need the state of the random numbers on the host
         can_capture = on_gpu and runtime.world_size == 1 and not settings.activation_checkpointing
-        self.graph = CudaGraph(enabled=can_capture and flops <= GRAPHED_FLOPS)
+        self.graph = CudaGraph(enabled=can_capture and flops / (peak or TYPICAL_PEAK) <= GRAPHED_SECONDS)
 
     def train(self) -> None:
         """Train, or resume training, until max_steps, until patience runs out, or until a signal asks to stop.
@@ -287,7 +291,8 @@ class Trainer:
         rate = learning_rate(self.state, self.settings)
         self.seed_dropout()
         numbers = torch.tensor([rate, self.run.stop.signal is not None])
-        results = self.graph.call(self.update, batch, to_device(numbers, self.runtime.device))
+        numbers = to_device(numbers, self.runtime.device)
+        results = self.graph.call(self.update, batch, numbers, on_failure=self.forget_update)
         self.state.step += 1
         return Update(self.state.step, rate, HostCopy(results))
 
@@ -301,7 +306,6 @@ class Trainer:
         """
         rate, signaled = numbers
         set_learning_rate(self.optimizers, rate)
-        self.clear_gradients()  # those of a CUDA graph that could not be captured
         own_loss = self.backward(batch)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
@@ -319,6 +323,17 @@ class Trainer:
         """Free the memory of the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def forget_update(self) -> None:
+        """Forget the gradients of an update that was begun, and that the scaler has seen them."""
+        self.clear_gradients()
+        state = self.scaler.state_dict()
+        self.scaler = self.make_scaler()
+        self.scaler.load_state_dict(state)
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Return a scaler of the loss for float16, whose gradients would otherwise underflow."""
+        return torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
 
     def seed_dropout(self) -> None:
         """Seed dropout by the step, so that there is no random state to save."""

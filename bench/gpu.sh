@@ -25,6 +25,7 @@ timed() {  # NAME SECONDS COMMAND...: run the command for at most SECONDS; write
   shift 2
   timeout -k 5 "$limit" "$@" > "$OUT/$name.log" 2>&1 || status=$?
   tail -n 4 "$OUT/$name.log"
+  grep -h '^warning: ' "$OUT/$name.log" | sed "s/^/$name: /" | tee -a "$summary"
   echo "$name: exit status $status after $((SECONDS - started)) of $limit s" | tee -a "$summary"
 }
 
@@ -55,7 +56,7 @@ run_part() {
     versus) timed versus 120 $PYTHON bench/versus_nanogpt.py --nanogpt="$NANOGPT" --rows=gpu --runs=1 --results="$OUT/RESULTS.md" ;;
     dial)
       mkdir "$RUNS/dial" && cp -r data/downloads "$RUNS/dial"
-      timed dial 200 $PYTHON bench/dial.py --nanogpt="$NANOGPT" --corpora=shakespeare --parts=0.1,0.2 --folder="$RUNS/dial" ;;
+      timed dial 180 $PYTHON bench/dial.py --nanogpt="$NANOGPT" --corpora=shakespeare --parts=0.1,0.2 --folder="$RUNS/dial" ;;
     char) training char 40 $PYTHON $char --minutes=0.5 ;;
     sample)
       [ -e "$RUNS/char" ] || run_part char

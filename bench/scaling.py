@@ -34,8 +34,8 @@ GPU_FLOPS = 0.4 * 989e12  # operations per second: 40% of the bfloat16 peak of a
 NVLINK, NETWORK = 300e9, 40e9  # bytes per second, GPU and direction; the peaks are 450e9 and 50e9
 GPUS_PER_MACHINE = 8
 
-INPUT_BYTES = 4  # of the input of a block, per token and channel
-BLOCK_BYTES = 36  # of all activations that a block keeps for its backward pass, per token and channel
+INPUT_BYTES = 2  # of the input of a block, per token and channel
+BLOCK_BYTES = 32  # of all activations that a block keeps for its backward pass, per token and channel
 LOGITS_BYTES = 12  # per token and entry of the vocabulary, at the peak
 
 

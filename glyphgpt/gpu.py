@@ -1,9 +1,11 @@
 """CUDA GPUs: copies that the host does not wait for, CUDA graphs, and the speed of known GPUs."""
 
+import gc
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from glyphgpt.runtime import Runtime, is_out_of_memory
 WARM_UP_CALLS = 3
 """Calls of a function before it is captured, in which libraries allocate their memory and choose their kernels."""
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10": 125e12, "A10G": 70e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+    "B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "A100": 312e12, "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 """Floating point operations per second of matrix products in 16 bits, accumulated in 32, without sparsity, by name
 (NVIDIA's data sheets)."""
@@ -52,6 +55,9 @@ class CudaGraph:
     the result of the previous one. The function must not need the host: no waits, and no sizes that depend on values.
     """
 
+    can_capture: ClassVar[bool] = True
+    """False after a capture has failed, from which torch's allocator does not recover."""
+
     def __init__(self, *, enabled: bool) -> None:
         """Create an empty graph; it stays empty unless `enabled`."""
         self.enabled = enabled
@@ -60,11 +66,18 @@ class CudaGraph:
         self.inputs: list[Tensor] = []
         self.result = torch.empty(0)
 
-    def call(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return the result of a function, the same one each time, for these tensors."""
+    def call(
+        self, function: Callable[..., Tensor], *inputs: Tensor, on_failure: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Return the result of a function for these tensors. It must be the same function at every call.
+
+        `on_failure` undoes what the function has changed on the host, if it cannot be captured.
+        """
         self.calls += 1
-        if self.enabled and self.calls == WARM_UP_CALLS + 1:
+        if self.enabled and CudaGraph.can_capture and self.calls == WARM_UP_CALLS + 1:
             self.capture(function, inputs)
+            if self.graph is None and on_failure:
+                on_failure()
         if self.graph is None:
             return function(*inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
@@ -76,13 +89,20 @@ class CudaGraph:
         """Capture the kernels of a call, without running them; warn if that fails."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # a backward pass that is still alive would bring its own stream into the capture
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may read data meanwhile
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # to which it returns even if the capture fails
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),  # other threads may read data meanwhile
+            ):
                 self.result = function(*self.inputs)
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            cause = error.__context__ or error  # the end of a failed capture is an error, too
+            if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
                 raise
-            warn(f"no CUDA graph ({str(error).strip().splitlines()[0][:200]}); continuing without it, which is slower")
+            CudaGraph.can_capture = False
+            reason = str(cause).strip().splitlines() or [type(cause).__name__]
+            warn(f"no CUDA graph ({reason[0][:200]}); continuing without it, which is slower")
         else:
             self.graph = graph
 
@@ -106,5 +126,6 @@ def peak_flops(runtime: Runtime) -> float:
     if runtime.device.type != "cuda" or runtime.dtype == torch.float32:
         return 0.0
     name = torch.cuda.get_device_name(runtime.device)
-    known = (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name))
-    return runtime.world_size * next(known, 0.0)
+    known = (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b(?! (?:D|Laptop|Ti)\b)", name))
+    processes_per_gpu = max(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count())
+    return runtime.world_size / processes_per_gpu * next(known, 0.0)

@@ -198,8 +198,8 @@ class Hardware(Settings):
     device: SingleLine = "auto"
     """cpu, cuda, cuda:1, mps, or auto: the fastest one available."""
     dtype: DType = "auto"
-    """Precision of matrix products; weights stay float32. auto: bfloat16 where the GPU or CPU supports it, float16 on
-    an older GPU, otherwise float32."""
+    """Precision of matrix products and activations; weights stay float32. auto: bfloat16 where the GPU or CPU supports
+    it, float16 on an older GPU, otherwise float32."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """Threads of the CPU for matrix products; 0 uses one for each core, or OMP_NUM_THREADS."""
     compile: Literal["auto"] | bool = "auto"

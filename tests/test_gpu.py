@@ -1,5 +1,6 @@
 """What is special to CUDA GPUs; and, skipped without one, training, sampling and beam search on it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import train
 from conftest import MODERN, ROOT, as_flags, decoder_of, random_model, read_metrics, saved_step, tiny_settings, torchrun
 from glyphgpt.gpu import CudaGraph, peak_flops
 from glyphgpt.inference.beam_search import beam_search
-from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.inference.generate import SamplingParams
+from glyphgpt.inference.torch_lm import TorchLM, draw
 from glyphgpt.runtime import Runtime, init_runtime
 from glyphgpt.settings import SampleSettings, TrainSettings
 
@@ -23,11 +25,19 @@ def test_a_function_that_cannot_be_captured_runs_without_a_graph(
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(CudaGraph, "can_capture", True)
+    for name, value in (("CUDAGraph", object), ("current_stream", nullcontext), ("stream", nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     graph = CudaGraph(enabled=True)
-    numbers = [graph.call(torch.square, torch.tensor(number)).item() for number in range(6)]
+    failures: list[int] = []
+    numbers = [
+        graph.call(torch.square, torch.tensor(number), on_failure=lambda: failures.append(graph.calls)).item()
+        for number in range(6)
+    ]
     assert numbers == [0, 1, 4, 9, 16, 25]
+    assert failures == [4]
+    assert not CudaGraph.can_capture
     assert capsys.readouterr().err == (
         "warning: no CUDA graph (CUDA error: operation not permitted when stream is capturing); continuing without it, "
         "which is slower\n"
@@ -45,13 +55,49 @@ def test_a_function_that_cannot_be_captured_runs_without_a_graph(
         ("Tesla T4", torch.float16, 1, 65),
         ("NVIDIA H100 80GB HBM3", torch.float32, 1, 0),
         ("NVIDIA H1000", torch.bfloat16, 1, 0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, 1, 0),
     ],
 )
 def test_the_peak_of_a_gpu_follows_from_its_name(
     name: str, dtype: torch.dtype, processes: int, tera_flops: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: processes)
     assert peak_flops(Runtime(torch.device("cuda"), dtype, 0, processes)) == tera_flops * 1e12
+
+
+def test_processes_that_share_a_gpu_have_its_peak_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert peak_flops(Runtime(torch.device("cuda"), torch.bfloat16, 0, 2)) == 312e12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_steps_in_graphs_have_the_losses_of_others(
+    dtype: str, compiled: bool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"device": "cuda", "dtype": dtype, "compile": compiled, "optimizer": "muon", "dropout": 0.1, **MODERN}
+    monkeypatch.setattr(CudaGraph, "can_capture", True)
+    for name in ("graph", "none"):
+        train.main(tiny_settings(data_dir, tmp_path / name, max_steps=30, **settings))
+        assert CudaGraph.can_capture == (name == "graph")  # otherwise a capture has failed
+        CudaGraph.can_capture = False
+    graph, none = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("graph", "none"))
+    assert graph == pytest.approx(none, abs=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(0.8, top_k=50, top_p=0.9, min_p=0.01)], ids=["all", "filtered"]
+)
+def test_a_gpu_draws_the_tokens_of_numpy(params: SamplingParams) -> None:
+    generator = np.random.default_rng(0)
+    logits, numbers = generator.normal(0, 3, (200, 50_257)).astype(np.float32), 1 - generator.random(200)
+    drawn = draw(torch.from_numpy(logits).cuda(), torch.from_numpy(numbers).cuda(), params)
+    assert drawn.tolist() == params.sample(logits, numbers).tolist()
 
 
 @pytest.mark.gpu
@@ -72,6 +118,7 @@ def test_train_resume_and_sample(dtype: str, data_dir: Path, tmp_path: Path) -> 
     assert last < initial - 0.5
     assert saved_step(tmp_path) == 60
     sample.main(SampleSettings(device="cuda", num_samples=3, max_new_tokens=40), str(tmp_path))
+    assert CudaGraph.can_capture
 
 
 @pytest.mark.gpu

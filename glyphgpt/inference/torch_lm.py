@@ -3,7 +3,7 @@
 Without a graph, the host starts each of the hundreds of small kernels of a step, which takes longer than to run them.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +43,7 @@ class TorchLM(LanguageModel):
     def sample(self, token: Ids, cache: "TorchCache", params: SamplingParams, uniforms: Floats) -> Iterator[Ids]:
         """Yield the tokens that follow one token of each sequence (B,), one for each row of random numbers (N, B).
 
-        A GPU draws them with the numbers of the CPU, and begins with each before the host has read the previous one.
+        On a GPU the tokens are drawn on the device; the host reads each of them while the next one is computed.
         """
         if not (cache.is_graphed and uniforms.size):
             yield from super().sample(token, cache, params, uniforms)
@@ -76,7 +76,7 @@ class TorchCache:
     def forget_graphs(self) -> None:
         """Have the step captured anew, as the cache has moved."""
         self.graph = CudaGraph(enabled=self.is_graphed)
-        self.sampling_graphs = defaultdict[SamplingParams, CudaGraph](lambda: CudaGraph(enabled=True))
+        self.sampling_graph = CudaGraph(enabled=self.is_graphed)
 
     @torch.inference_mode()
     def clear(self) -> None:
@@ -97,12 +97,15 @@ class TorchCache:
 
     @torch.inference_mode()
     def sample(self, token: Tensor, number: Tensor, params: SamplingParams) -> Tensor:
-        """Add one token of each sequence (B,); return the next one, drawn with a random number for each (B,)."""
+        """Add one token of each sequence (B,); return the next one, drawn with a random number for each (B,).
+
+        `params` must be the same at every call.
+        """
 
         def step_and_draw(token: Tensor, number: Tensor) -> Tensor:
             return draw(self.step(token[:, None]), number, params)
 
-        return self.sampling_graphs[params].call(step_and_draw, token, number)
+        return self.sampling_graph.call(step_and_draw, token, number)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, V), float32, of the token that follows tokens (B, T), and add these to the cache."""
@@ -112,7 +115,10 @@ class TorchCache:
 
 
 def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
-    """Return a token for each row of logits (B, V) and each random number (B,), as `SamplingParams.sample` does."""
+    """Return a token for each row of logits (B, V) and each random number (B,), shape (B,).
+
+    Up to rounding, it is that of `SamplingParams.sample`.
+    """
     if params.temperature < NO_TEMPERATURE:
         return logits.argmax(-1)
     sums = filtered_probs(logits.double(), params).cumsum(-1)  # (B, V)
@@ -139,7 +145,7 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
 
     A head that shares the token embedding's weights gets its own, as embeddings stay as they are.
     """
-    if model.head is None:
+    if model.head is None and dtype != torch.float32:
         vocab_size, channels = model.token_embedding.weight.shape
         model.head = nn.Linear(channels, vocab_size, bias=False, device="meta")
         model.head.weight = nn.Parameter(model.token_embedding.weight.to(dtype, copy=True))

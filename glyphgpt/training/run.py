@@ -277,8 +277,10 @@ class Run:
         It is the fraction of the GPUs' peak speed that the products of the forward and the backward pass take
         (Chowdhery et al. 2022, PaLM, appendix B).
         """
-        durations = [after - before for before, after in pairwise(self.times)]
-        return {"mfu": round(self.seconds_at_peak / median(durations), 4)} if self.seconds_at_peak and durations else {}
+        if not self.seconds_at_peak or len(self.times) < 2:
+            return {}
+        step = median(after - before for before, after in pairwise(self.times))
+        return {"mfu": round(self.seconds_at_peak / step, 4)}
 
     def write_metrics(self, kind: str, step: int, metrics: StepMetrics | Score, **more: float) -> None:
         """Write a row of metrics."""
