@@ -98,8 +98,9 @@ class CudaGraph:
                 self.result = function(*self.inputs)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a failed capture is an error, too
-            if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
-                raise
+            is_fatal = not isinstance(cause, Exception)  # such as Ctrl-C
+            if is_fatal or (isinstance(cause, (MemoryError, RuntimeError)) and is_out_of_memory(cause)):
+                raise cause from None
             CudaGraph.can_capture = False
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
             warn(f"no CUDA graph ({reason[0][:200]}); continuing without it, which is slower")

@@ -1,6 +1,7 @@
 """What is special to CUDA GPUs; and, skipped without one, training, sampling and beam search on it."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,21 @@ from glyphgpt.runtime import Runtime, init_runtime
 from glyphgpt.settings import SampleSettings, TrainSettings
 
 
+def replace_capture(monkeypatch: pytest.MonkeyPatch, capture: Any) -> None:
+    """Let CudaGraph use `capture` in place of torch.cuda.graph, without a GPU."""
+    monkeypatch.setattr(CudaGraph, "can_capture", True)
+    for name, value in (("CUDAGraph", object), ("current_stream", nullcontext), ("stream", nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
 def test_a_function_that_cannot_be_captured_runs_without_a_graph(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(CudaGraph, "can_capture", True)
-    for name, value in (("CUDAGraph", object), ("current_stream", nullcontext), ("stream", nullcontext)):
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    replace_capture(monkeypatch, refuse)
     graph = CudaGraph(enabled=True)
     failures: list[int] = []
     numbers = [
@@ -42,6 +48,29 @@ def test_a_function_that_cannot_be_captured_runs_without_a_graph(
         "warning: no CUDA graph (CUDA error: operation not permitted when stream is capturing); continuing without it, "
         "which is slower\n"
     )
+
+
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()], ids=repr)
+def test_a_capture_that_runs_out_of_memory_or_is_interrupted_ends_the_program(
+    cause: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def broken_capture(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        if graph.calls > 3:
+            raise cause
+        return torch.zeros(1)
+
+    replace_capture(monkeypatch, broken_capture)
+    graph = CudaGraph(enabled=True)
+    with pytest.raises(type(cause)):
+        for _ in range(4):
+            graph.call(fail, torch.zeros(1))
 
 
 @pytest.mark.parametrize(
