@@ -30,7 +30,7 @@ from glyphgpt.cli import ROOT, command, from_here, unescape
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.cleaning import replace_unknown
 from glyphgpt.data.corpus import Corpus
-from glyphgpt.data.dataset import FORMAT, META, DatasetMeta, SourceMeta, Split, SplitMeta, read_meta, write_meta
+from glyphgpt.data.dataset import FORMAT, DatasetMeta, SourceMeta, Split, SplitMeta, read_meta, write_meta
 from glyphgpt.data.inspection import leaked_fraction
 from glyphgpt.data.recipes import download_text, read_recipe
 from glyphgpt.data.scan import Scan, progress_bar
@@ -51,7 +51,7 @@ from glyphgpt.data.tokenizers import (
     tokenizer_from_dict,
 )
 from glyphgpt.errors import UsageError, UserError, sanitize, warn
-from glyphgpt.files import REPORT
+from glyphgpt.files import META, REPORT
 from glyphgpt.reports.dataset_report import findings, kinds_in_words, write_dataset_report
 from glyphgpt.settings import RECORD_KINDS, PrepareSettings
 

@@ -13,6 +13,7 @@ grows to the model's block_size tokens. Then its older half is dropped, and it g
 
 import glyphgpt.startup  # first: handles --help and usage errors before the other imports
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,12 +24,12 @@ from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint
 from glyphgpt.cli import unescape
-from glyphgpt.data.dataset import META, Dataset, Split, find_dataset, load_dataset
+from glyphgpt.data.dataset import Dataset, Split, find_dataset, load_dataset
 from glyphgpt.data.novelty import LENGTHS, find_copied, read_points
 from glyphgpt.data.text import read_documents, read_text
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, decode, encode_prompt, encode_text, start_token
 from glyphgpt.errors import UsageError, UserError, warn
-from glyphgpt.files import write_atomic
+from glyphgpt.files import META, write_atomic
 from glyphgpt.inference.api import Model, open_model
 from glyphgpt.inference.loading import open_checkpoint, torch_model
 from glyphgpt.inference.score import encode_split
@@ -45,7 +46,8 @@ def main(settings: SampleSettings, *words: str) -> None:
         UsageError: The command line does not name exactly one run or checkpoint.
     """
     if len(words) != 1:
-        raise UsageError(f"name one run or checkpoint: {glyphgpt.startup.USAGE['sample.py']}")
+        prompt = f"; a prompt is --prompt={shlex.quote(' '.join(words[1:]))}" if words else ""
+        raise UsageError(f"name one run or checkpoint: {glyphgpt.startup.USAGE['sample.py']}{prompt}")
     if settings.attention:
         write_attention(Path(words[0]), settings)
         return

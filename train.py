@@ -48,6 +48,7 @@ from glyphgpt.training.run import (
     Run,
     StepMetrics,
     check_lengths,
+    check_new,
     check_train_length,
     diverged,
     resume_after_restart,
@@ -71,6 +72,8 @@ def main(settings: TrainSettings, *_configs: str) -> None:
     remedy = "batch_size (and raise gradient_accumulation_steps), block_size or n_embd"
     with oom_hint(remedy), init_runtime(settings.device, settings.dtype) as initial:
         settings = resume_after_restart(settings, initial)
+        if not (settings.summary or settings.eval_only):
+            check_new(settings)
         folder = find_dataset(settings.dataset, Path(settings.data_dir))
         settings = settings.model_copy(update={"dataset": folder.name, "data_dir": str(folder.parent)})
         dataset = load_dataset(folder, folder.parent)
@@ -78,6 +81,8 @@ def main(settings: TrainSettings, *_configs: str) -> None:
         check_trackers(settings)
         pace = None
         if settings.minutes:
+            if initial.is_main:
+                print("measuring the machine, which takes a few seconds, or half a minute to compile", flush=True)
             dial = Dial(settings, dataset, initial, partial(measure, dataset, initial))
             settings, pace = dial.choose(), dial.pace()
             if initial.is_main:
@@ -201,7 +206,7 @@ class Trainer:
             if checkpoint := run.load_last():
                 self.restore(checkpoint)
             parameters = sum(parameter.numel() for parameter in self.parameters)
-            run.log_start(parameters, self.dataset.train.tokens, self.rows.per_epoch)
+            run.log_start(parameters, self.dataset.train.tokens, self.rows.per_epoch, self.state.step)
             with run.recording(self.state):
                 self.forward = self.make_forward()
                 if not checkpoint:

@@ -26,11 +26,11 @@ import sample
 import train
 from glyphgpt import checkpoint as checkpoints
 from glyphgpt.cli import parse
-from glyphgpt.data.dataset import META, load_dataset
+from glyphgpt.data.dataset import load_dataset
 from glyphgpt.data.text import open_text
 from glyphgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, decode
 from glyphgpt.errors import UserError
-from glyphgpt.files import BEST, LAST
+from glyphgpt.files import BEST, LAST, META
 from glyphgpt.settings import PrepareSettings, SampleSettings, TrainSettings
 from harness import ROOT, Tally, Workspace, check_call, peak_memory
 

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from glyphgpt.cli import ROOT, command, from_here
 from glyphgpt.errors import UserError
-from glyphgpt.files import BEST, LAST, atomic_path, copy_mode, fsync_dir, fsync_file
+from glyphgpt.files import BEST, LAST, META, atomic_path, copy_mode, fsync_dir, fsync_file
 from glyphgpt.settings import CountOrZero, ModelConfig, NotNegative
 
 FORMAT = 1
@@ -205,7 +205,9 @@ def load_checkpoint(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
             wanted = [name for name in file.keys() if with_optimizer or name.startswith("model.")]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in wanted}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
+        in_out = Path("out") / path
+        hint = f"; did you mean {in_out}?" if in_out.is_dir() else ""
+        raise UserError(f"{path}: no such run or checkpoint{hint}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -245,6 +247,9 @@ def find_checkpoint(path: Path) -> Path:
     for name in (BEST, LAST):
         if (path / name).is_file():
             return path / name
+    if (path / META).exists():
+        train = command("train.py", f"--dataset={path.name}", f"--out_dir=out/{path.name}", "--minutes=1")
+        raise UserError(f"{path} is a dataset, not a run; train on it: {train}")
     train = command("train.py", from_here(ROOT / "config" / "quick.toml"), f"--out_dir={path}")
     raise UserError(f"{path}: no checkpoint in this folder; train first, for example: {train}")
 

@@ -90,10 +90,17 @@ def read_toml(path: str) -> Values:
         raise UsageError(f"{path}: a Python config is never executed; convert one of nanoGPT's: {convert}")
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # PowerShell writes a byte order mark
+    except FileNotFoundError as error:
+        hint = f"; did you mean {path}.toml?" if Path(f"{path}.toml").exists() else ""
+        raise UsageError(f"{path}: no such file of settings, nor folder of a run{hint}") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot read this settings file: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UsageError(f"{path}: not a TOML file: {error}") from error
+        if path.endswith(".safetensors"):
+            raise UsageError(f"{path}: name the run's folder instead: {Path(path).parent}") from error
+        prepare = command("prepare.py", path)
+        remedy = "" if path.endswith(".toml") else f"; if it is a text to train on, prepare it first: {prepare}"
+        raise UsageError(f"{path}: not a TOML file of settings: {error}{remedy}") from error
 
 
 def read_config(word: str, *, resume: bool) -> tuple[str, Values]:
@@ -151,6 +158,15 @@ def command(script: str, *words: str | Path) -> str:
     return shlex.join(["python", from_here(ROOT / script), *map(str, words)])
 
 
+def count(number: float, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless the number is 1.
+
+    >>> count(1, "thread"), count(0.5, "minute")
+    ('1 thread', '0.5 minutes')
+    """
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
 def from_here(path: Path) -> str:
     """Return a path, made relative to the working directory if it is inside that directory."""
     here = Path.cwd()
@@ -202,7 +218,8 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
     digits = isinstance(value, str) and value.isdecimal() and len(value) >= len(str(LARGE_BOUND))
     large = digits or (isinstance(value, int) and abs(value) > LARGE_BOUND)  # Python does not print all numbers
     shown = "such a large number" if large else reprlib.repr(value)
-    return f"{source}: {name} must be {wanted}, not {shown}"
+    remedy = f"; write {name} {value}" if is_switch(field) and Path(str(value)).exists() else ""
+    return f"{source}: {name} must be {wanted}, not {shown}{remedy}"
 
 
 def is_switch(field: FieldInfo | None) -> bool:

@@ -15,6 +15,7 @@ from glyphgpt.errors import UsageError, wrap_write_errors
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
+META = "meta.json"  # of a dataset; the others are files of a run
 CONFIG = "config.toml"
 REPORT = "report.html"
 PLOT = "metrics.png"

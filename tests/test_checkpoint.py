@@ -288,7 +288,7 @@ def test_other_files_are_rejected(tmp_path: Path, content: bytes) -> None:
 
 
 def test_missing_file_and_folder_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing: no such checkpoint$"):
+    with pytest.raises(UserError, match=r"missing: no such run or checkpoint$"):
         load_checkpoint(tmp_path / "missing")
     with pytest.raises(UserError, match=r"cannot be read: \S"):
         load_checkpoint(tmp_path)

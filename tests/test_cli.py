@@ -220,14 +220,14 @@ def test_file_that_is_not_toml(folder: Path, text: str) -> None:
     file = write_toml(folder, text)
     with pytest.raises(tomllib.TOMLDecodeError) as reason:
         tomllib.loads(text)
-    assert problems(TrainSettings, file) == [f"{file}: not a TOML file: {reason.value}"]
+    assert problems(TrainSettings, file) == [f"{file}: not a TOML file of settings: {reason.value}"]
 
 
 def test_file_that_is_not_utf_8(folder: Path) -> None:
     file = folder / "latin.toml"
     file.write_bytes(b'dataset = "caf\xe9"')
     [line] = problems(TrainSettings, str(file))
-    assert line.startswith(f"{file}: not a TOML file: 'utf-8' codec can't decode byte 0xe9 in position 14")
+    assert line.startswith(f"{file}: not a TOML file of settings: 'utf-8' codec can't decode byte 0xe9 in position 14")
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,25 @@ def test_extreme_values_in_a_file_are_rejected(folder: Path, text: str) -> None:
 
 def test_missing_file_and_folder_that_is_not_a_run(folder: Path) -> None:
     missing = folder / "missing.toml"
-    line = f"{missing}: cannot read this settings file: No such file or directory"
-    assert problems(TrainSettings, str(missing)) == [line]
+    assert problems(TrainSettings, str(missing)) == [f"{missing}: no such file of settings, nor folder of a run"]
     assert problems(TrainSettings, "9" * 5000) == [f"{'9' * 5000}: cannot read this settings file: File name too long"]
     assert problems(TrainSettings, str(folder)) == [f"{folder}: not the folder of a run; it has no config.toml"]
+
+
+def test_a_word_that_is_something_else_is_recognized(folder: Path) -> None:
+    text, checkpoint = folder / "my.txt", folder / "last.safetensors"
+    text.write_text("a text to train on", encoding="utf-8")
+    checkpoint.write_bytes(b"\xe0")
+    write_toml(folder, "n_layer = 1", "quick.toml")
+    [line] = problems(TrainSettings, str(text))
+    assert line.endswith(f"; if it is a text to train on, prepare it first: python prepare.py {text}")
+    assert problems(TrainSettings, str(checkpoint)) == [f"{checkpoint}: name the run's folder instead: {folder}"]
+    assert problems(TrainSettings, str(folder / "quick")) == [
+        f"{folder / 'quick'}: no such file of settings, nor folder of a run; did you mean {folder / 'quick.toml'}?"
+    ]
+    [line] = problems(TrainSettings, f"--resume={folder}")
+    assert line.startswith("command line: --resume must be true or false, not ")
+    assert line.endswith(f"; write --resume {folder}")
 
 
 def test_python_config_is_never_executed(folder: Path) -> None:

@@ -59,8 +59,11 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
     [
         (["--n_embd=10", "--n_head=3"], r"error: n_embd = 10 is not a multiple of n_head = 3\n"),
         (["--resume", "--overwrite"], r"error: resume and overwrite contradict each other; choose one\n"),
-        (["missing.toml"], r"error: missing\.toml: cannot read this settings file: No such file or directory\n"),
-        (["LICENSE"], r"error: LICENSE: not a TOML file: .*\n"),
+        (["missing.toml"], r"error: missing\.toml: no such file of settings, nor folder of a run\n"),
+        (
+            ["LICENSE"],
+            r"error: LICENSE: not a TOML file of settings: .*; .* prepare it first: python prepare\.py LICENSE\n",
+        ),
         (["config/my.py"], r"error: config/my\.py: a Python config is never executed; .*config/my\.toml.*\n"),
     ],
 )

@@ -19,14 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from glyphgpt.cli import command
+from glyphgpt.cli import ROOT, command
 from glyphgpt.data.background import BackgroundWorker
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, token_dtype, tokenizer_from_dict
 from glyphgpt.errors import UserError, format_os_error, wrap_write_errors
-from glyphgpt.files import file_sha256
+from glyphgpt.files import META, file_sha256
 
 FORMAT = 1
-META = "meta.json"
 CHUNK_TOKENS = 1 << 24  # read at once
 OPEN_SHARDS = 64  # the most shards open at once, since systems limit a process to a few hundred open files
 
@@ -321,9 +320,12 @@ def read_meta(folder: Path) -> DatasetMeta:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         flags = [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
-        recipe = command("prepare.py", folder.name, *flags)
         own = command("prepare.py", "FILE", f"--name={folder.name}", *flags)
-        raise UserError(f"{folder}: no dataset here; prepare it first: {recipe} (a recipe) or {own}") from error
+        names = [path.parent.name for path in sorted(folder.parent.glob(f"*/{META}"))]
+        found = f"; datasets in {folder.parent}: {', '.join(names)}" if names else ""
+        is_recipe = (ROOT / "data" / f"{folder.name}.toml").exists()
+        prepare = f"{command('prepare.py', folder.name, *flags)} (a recipe)" if is_recipe else own
+        raise UserError(f"{folder}: no dataset here; prepare it first: {prepare}{found}") from error
     except OSError as error:
         raise UserError(format_os_error(error)) from error
     except (ValueError, RecursionError) as error:

@@ -60,6 +60,7 @@ class Inspector:
         self.examined = self.longest_line = self.repeated = 0
         self.seen_lines: set[int] = set()  # hashes
         self.line_start = ""  # the beginning of a line whose end is in the next part
+        self.ends_in_line = False  # whether the text so far ends within a line
         self.held = ""  # a carriage return at the end of the last part
 
     def add(self, text: str, file: str) -> None:
@@ -83,6 +84,7 @@ class Inspector:
         else:
             self.line_start = ""
         self.line += self.newlines() - lines_before
+        self.ends_in_line = not text.endswith("\n") if text else self.ends_in_line
 
     def newlines(self) -> int:
         """Return the number of newlines in the text so far."""
@@ -150,7 +152,7 @@ class Inspector:
             kinds[kind_of(chr(point))] += int(counts[point])
         return TextReport(
             characters=int(counts.sum()),
-            lines=self.newlines() + 1,
+            lines=self.newlines() + self.ends_in_line,
             kinds=dict(kinds.most_common()),
             rare=int((counts[points] < FEW).sum()),
             rarest=[Found(what=chr(p), count=int(counts[p]), place=self.first_places[p]) for p in rarest],

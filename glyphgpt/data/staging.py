@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glyphgpt.data.dataset import META, Shard, ShardFile, ShardWriter, Split, SplitMeta, TextReport, file_identity
+from glyphgpt.data.dataset import Shard, ShardFile, ShardWriter, Split, SplitMeta, TextReport, file_identity
 from glyphgpt.data.sources import list_names
 from glyphgpt.data.splitting import Segment
 from glyphgpt.data.tokenizers import Tokens
 from glyphgpt.errors import UsageError, UserError, warn
-from glyphgpt.files import file_sha256, locked, swap_dirs, write_atomic
+from glyphgpt.files import META, file_sha256, locked, swap_dirs, write_atomic
 
 PROGRESS = "progress.json"
 DATASET_FILE = re.compile(r"meta\.json|(?:train|val|test)-\d{5,}\.npy|report\.html")

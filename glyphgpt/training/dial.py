@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glyphgpt.cli import count
 from glyphgpt.data.dataset import Dataset
 from glyphgpt.errors import UsageError
 from glyphgpt.runtime import Runtime, is_out_of_memory
@@ -363,13 +364,12 @@ class Dial:
         chosen, text = self.settings, self.dataset.train
         epochs = chosen.max_steps * chosen.tokens_per_step / text.tokens
         seen = chosen.max_steps * chosen.tokens_per_step / weights(chosen)
-        machine = f"{chosen.threads} threads" if self.device == "cpu" else self.device
-        blocks = "block" if chosen.n_layer == 1 else "blocks"
+        machine = count(chosen.threads, "thread") if self.device == "cpu" else self.device
         return (
-            f"{chosen.minutes:g} minutes for {text.tokens:,} tokens, vocabulary {self.dataset.tokenizer.vocab_size:,}; "
-            f"measured the machine in {self.measuring_seconds:.1f} s\n"
-            f"  network: {chosen.n_layer} {blocks}, {chosen.n_embd} channels, context {chosen.block_size}; it sees "
-            f"{seen:.1f} tokens for each weight of its blocks\n"
+            f"{count(chosen.minutes, 'minute')} for {text.tokens:,} tokens, vocabulary "
+            f"{self.dataset.tokenizer.vocab_size:,}; measured the machine in {self.measuring_seconds:.1f} s\n"
+            f"  network: {count(chosen.n_layer, 'block')}, {chosen.n_embd} channels, context {chosen.block_size}; it "
+            f"sees {seen:.1f} tokens for each weight of its blocks\n"
             f"  speed:   {self.costs.step * 1000:.0f} ms a step: {chosen.dtype}, {machine}, "
             f"{'compiled' if chosen.compile else 'not compiled'}\n"
             f"  steps:   {chosen.max_steps:,} of {chosen.batch_size} x {chosen.block_size} tokens, "

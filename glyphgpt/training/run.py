@@ -24,6 +24,7 @@ from glyphgpt.files import (
     BEST,
     CONFIG,
     LAST,
+    META,
     PLOT,
     READY,
     REPORT,
@@ -102,6 +103,20 @@ def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSett
         saved = {k: v for k, v in read_metadata(folder / LAST).settings.items() if k not in Mode.model_fields}
         settings = TrainSettings.model_validate(settings.model_dump() | saved)
     return settings.model_copy(update=mode)
+
+
+def check_new(settings: TrainSettings) -> None:
+    """Check that a new run does not replace another one unasked, nor a dataset.
+
+    Raises:
+        UsageError: It would.
+    """
+    folder = Path(settings.out_dir)
+    if (folder / META).exists():
+        raise UsageError(f"{folder} is a dataset; choose another --out_dir")
+    if not (settings.resume or settings.overwrite) and any((folder / name).exists() for name in (BEST, LAST)):
+        resume = f"continue it: {command('train.py', '--resume', folder)}; or " if (folder / LAST).exists() else ""
+        raise UsageError(f"{folder} already holds a run; {resume}add --overwrite to replace it, or --out_dir=ANOTHER")
 
 
 def check_train_length(settings: TrainSettings, dataset: Dataset) -> None:
@@ -185,15 +200,11 @@ class Run:
             UsageError: The folder holds a run, and neither resume nor overwrite is set.
             UserError: The checkpoint cannot be read.
         """
+        check_new(self.settings)
         checkpoint = None
         if self.settings.resume:
             checkpoint = load_checkpoint(self.folder / LAST)
             self.wandb_id = checkpoint.metadata.wandb_id
-        elif not self.settings.overwrite and any((self.folder / name).exists() for name in (BEST, LAST)):
-            resume = "--resume to continue it, " if (self.folder / LAST).exists() else ""
-            raise UsageError(
-                f"{self.folder} already holds a run; add {resume}--overwrite to replace it, or --out_dir=ANOTHER"
-            )
         self.runtime.barrier()  # every process has looked before one writes
         return checkpoint
 
@@ -201,13 +212,24 @@ class Run:
         """Check that a checkpoint fits the network and the dataset; warn if settings or data have changed.
 
         Raises:
+            UsageError: max_steps is less than the steps done.
             UserError: The network or the vocabulary differs.
         """
+        done = checkpoint.metadata.state.step
+        if self.settings.max_steps < done:
+            raise UsageError(
+                f"{self.folder} has done {done:,} steps already; max_steps must be at least {done}, not "
+                f"{self.settings.max_steps}"
+            )
         check_vocabulary(checkpoint, dataset)
         for name in ModelConfig.model_fields.keys() - {"dropout"}:
             saved, wanted = getattr(checkpoint.config, name), getattr(config, name)
             if saved != wanted:
-                raise UserError(f"{checkpoint.path}: {name} is {saved} there, but {wanted} in the settings")
+                resume = command("train.py", "--resume", self.folder)
+                raise UserError(
+                    f"{checkpoint.path}: {name} is {saved} there, but {wanted} in the settings; resume the run with "
+                    f"its own settings: {resume}"
+                )
         defaults = {key: field.default for key, field in TrainSettings.model_fields.items()}
         was, now = defaults | checkpoint.metadata.settings, self.settings.model_dump()
         decisive = {"dropout", *Optimization.model_fields} - {"max_steps"}  # a run may be resumed with more steps
@@ -221,8 +243,8 @@ class Run:
         if checkpoint.metadata.data != dataset.meta.fingerprint and self.runtime.is_main:
             warn(f"{dataset.folder} has changed since the run began; the run continues, but not exactly")
 
-    def log_start(self, parameters: int, train_tokens: int, rows_per_epoch: int) -> None:
-        """Print one line that describes the run."""
+    def log_start(self, parameters: int, train_tokens: int, rows_per_epoch: int, step: int) -> None:
+        """Print one line that describes the run, and another one if it resumes after some steps."""
         settings, runtime = self.settings, self.runtime
         sequences = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
         epochs = sequences / rows_per_epoch
@@ -232,6 +254,8 @@ class Run:
             f"{str(runtime.dtype).removeprefix('torch.')}{processes}; {self.tokens_per_step:,} tokens a step, "
             f"{settings.max_steps:,} steps = {epochs:.2f} epochs over {train_tokens:,} tokens"
         )
+        if step:
+            self.log(f"resumed after step {step:,} of {settings.max_steps:,}")
 
     @contextmanager
     def recording(self, state: TrainState) -> Iterator[None]:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from conftest import prepare_text, some_text
 from glyphgpt.data import dataset
-from glyphgpt.data.dataset import META, OPEN_SHARDS, Dataset, ShardWriter, Split, load_dataset, map_shard, read_meta
+from glyphgpt.data.dataset import OPEN_SHARDS, Dataset, ShardWriter, Split, load_dataset, map_shard, read_meta
 from glyphgpt.errors import UserError
-from glyphgpt.files import file_sha256
+from glyphgpt.files import META, file_sha256
 
 SHARD = "train-00001.npy"
 
@@ -266,8 +266,16 @@ def test_a_missing_dataset_is_reported_with_the_command_that_prepares_it(tmp_pat
     with pytest.raises(UserError) as caught:
         load(tmp_path / "mine")
     assert str(caught.value) == (
-        f"{tmp_path / 'mine'}: no dataset here; prepare it first: python prepare.py mine --data_dir={tmp_path} "
-        f"(a recipe) or python prepare.py FILE --name=mine --data_dir={tmp_path}"
+        f"{tmp_path / 'mine'}: no dataset here; prepare it first: python prepare.py FILE --name=mine "
+        f"--data_dir={tmp_path}"
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / META).touch()
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "shakespeare_char")
+    assert str(caught.value) == (
+        f"{tmp_path / 'shakespeare_char'}: no dataset here; prepare it first: python prepare.py shakespeare_char "
+        f"--data_dir={tmp_path} (a recipe); datasets in {tmp_path}: other"
     )
 
 

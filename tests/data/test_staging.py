@@ -14,10 +14,10 @@ from test_text import json_lines
 
 from conftest import contents, prepare_text, run_prepare, script, some_text
 from glyphgpt.data import text as texts
-from glyphgpt.data.dataset import META, ShardWriter
+from glyphgpt.data.dataset import ShardWriter
 from glyphgpt.data.staging import PROGRESS, ResumableWriter, staging_dir
 from glyphgpt.errors import UsageError, UserError
-from glyphgpt.files import REPORT, locked
+from glyphgpt.files import META, REPORT, locked
 
 
 class Preparation:

@@ -93,7 +93,7 @@ def test_bytes_are_joined_to_characters(byte_run: Path) -> None:
 def test_mistakes_raise_one_line(run: Path, tmp_path: Path) -> None:
     model = load(run)
     for call, message in (
-        (lambda: glyphgpt.load(tmp_path / "nowhere"), "nowhere: no such checkpoint"),
+        (lambda: glyphgpt.load(tmp_path / "nowhere"), "nowhere: no such run or checkpoint"),
         (lambda: model.generate("q"), r"the model has never seen 'q' \(U\+0071\); change the text, or leave them out"),
         (lambda: model.generate("a", temperature=-1), "sampling: 'temperature' must be a number, at least 0, not -1"),
         (lambda: model.generate("a", temp=1), "sampling: unknown key 'temp'"),  # type: ignore[call-arg]

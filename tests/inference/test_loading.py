@@ -56,7 +56,7 @@ def damaged_files(content: bytes) -> dict[str, tuple[bytes, str]]:
 
 
 def test_unusable_files_are_rejected(run: Path, data_dir: Path, tmp_path: Path) -> None:
-    messages = {"missing": "no such checkpoint", "folder": "no checkpoint in this folder; train first"}
+    messages = {"missing": "no such run or checkpoint", "folder": "no checkpoint in this folder; train first"}
     (tmp_path / "folder").mkdir()
     for name, (content, message) in damaged_files((run / BEST).read_bytes()).items():
         (tmp_path / name).write_bytes(content)

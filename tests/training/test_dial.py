@@ -291,7 +291,7 @@ def test_a_timed_run_is_an_ordinary_run(
     settings, _ = parse(TrainSettings, flags.split(), "", "", files=True)
     train.main(settings)
     output = capsys.readouterr().out
-    assert output.startswith("60 minutes for 5,400 tokens, vocabulary 25")
+    assert output.splitlines()[1].startswith("60 minutes for 5,400 tokens, vocabulary 25")
     assert f"steps:   {saved_step(tmp_path)} of" in output
     repeated, _ = parse(TrainSettings, [str(tmp_path / CONFIG), "--out_dir", f"{tmp_path}/again"], "", "", files=True)
     assert repeated.minutes == 0

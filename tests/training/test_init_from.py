@@ -73,7 +73,7 @@ def test_other_vocabulary_and_missing_run_are_refused(data_dir: Path, tmp_path: 
     prepare_text(some_text(3000) + "é", tmp_path / "data")
     with pytest.raises(UserError, match="have different vocabularies"):
         train.main(settings(tmp_path / "data", tmp_path / "two", init_from=str(tmp_path / "one")))
-    with pytest.raises(UserError, match=r"no such checkpoint$"):
+    with pytest.raises(UserError, match=r"no such run or checkpoint$"):
         train.main(settings(data_dir, tmp_path / "two", init_from=str(tmp_path / "nothing")))
     assert not (tmp_path / "two").exists()
 

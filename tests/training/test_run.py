@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -50,9 +51,33 @@ def test_existing_run_is_not_replaced(uninterrupted: Path, data_dir: Path) -> No
     done = script("train.py", *as_flags(tiny_settings(data_dir, uninterrupted, seed=2, n_layer=1)))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: {uninterrupted} already holds a run; add --resume to continue it, --overwrite to replace it, "
-        "or --out_dir=ANOTHER\n"
+        f"error: {uninterrupted} already holds a run; continue it: python train.py --resume {uninterrupted}; or add "
+        "--overwrite to replace it, or --out_dir=ANOTHER\n"
     )
+    assert contents(uninterrupted) == before
+
+
+def test_a_folder_with_a_run_is_refused_before_the_machine_is_measured(
+    uninterrupted: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(UsageError, match="already holds a run"):
+        train.main(tiny_settings(data_dir, uninterrupted, minutes=1.0))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("mode", [{}, {"overwrite": True}], ids=str)
+def test_a_run_does_not_mix_with_a_dataset(mode: dict[str, bool], data_dir: Path) -> None:
+    before = contents(data_dir / "small")
+    with pytest.raises(UsageError, match=r"small is a dataset; choose another --out_dir$"):
+        train.main(tiny_settings(data_dir, data_dir / "small", **mode))
+    assert contents(data_dir / "small") == before
+
+
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(uninterrupted: Path, data_dir: Path) -> None:
+    before = contents(uninterrupted)
+    with pytest.raises(UsageError, match=r"has done 20 steps already; max_steps must be at least 20, not 19$"):
+        train.main(tiny_settings(data_dir, uninterrupted, resume=True, max_steps=19))
     assert contents(uninterrupted) == before
 
 
@@ -61,7 +86,7 @@ def test_single_checkpoint_counts_as_a_run(name: str, uninterrupted: Path, data_
     (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     with pytest.raises(UsageError, match="already holds a run"):
         train.main(tiny_settings(data_dir, tmp_path))
-    assert contents(tmp_path) == {name: (uninterrupted / name).read_bytes(), LOCK: b""}
+    assert contents(tmp_path) == {name: (uninterrupted / name).read_bytes()}
 
 
 def test_overwrite_replaces_only_the_run(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -292,7 +317,9 @@ def test_other_network_is_rejected(name: str, saved: object, value: object, data
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
     before = contents(tmp_path)
     with pytest.raises(
-        UserError, match=rf"^.*last\.safetensors: {name} is {saved} there, but {value} in the settings$"
+        UserError,
+        match=rf"last\.safetensors: {name} is {saved} there, but {value} in the settings; resume the run with its own "
+        rf"settings: python train\.py --resume {re.escape(str(tmp_path))}$",
     ):
         train.main(tiny_settings(data_dir, tmp_path, resume=True, **{name: value}))
     assert contents(tmp_path) == before

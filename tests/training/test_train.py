@@ -224,7 +224,7 @@ def test_evaluation_is_deterministic(diverging_run: Path, data_dir: Path) -> Non
 
 def test_eval_only_needs_a_run_with_the_same_vocabulary(diverging_run: Path, tmp_path: Path) -> None:
     prepare_text(some_text(1000).upper(), tmp_path)
-    with pytest.raises(UserError, match=r"missing: no such checkpoint"):
+    with pytest.raises(UserError, match=r"missing: no such run or checkpoint"):
         train.main(tiny_settings(tmp_path, tmp_path / "missing", eval_only=True))
     with pytest.raises(UserError, match="have different vocabularies") as caught:
         train.main(tiny_settings(tmp_path, diverging_run, eval_only=True))
