@@ -82,7 +82,7 @@ def main(settings: TrainSettings, *_configs: str) -> None:
         pace = None
         if settings.minutes:
             if initial.is_main:
-                print("measuring the machine, which takes a few seconds, or half a minute to compile", flush=True)
+                print("measuring the machine (a few seconds; half a minute if it compiles)", flush=True)
             dial = Dial(settings, dataset, initial, partial(measure, dataset, initial))
             settings, pace = dial.choose(), dial.pace()
             if initial.is_main:
