@@ -154,24 +154,13 @@ class Trainer:
                 f"{runtime.world_size} processes cannot share {self.sequences_per_step} sequences evenly; change "
                 f"batch_size or gradient_accumulation_steps so that their product is a multiple of {runtime.world_size}"
             )
-        torch.manual_seed(settings.seed)
-        network = settings.model_dump(include={field.name for field in fields(GPTConfig)})
-        self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **network)
-        self.model = GPT(self.config)
-        self.model.label_smoothing = settings.label_smoothing
-        if init_model:
-            weights = init_model.state_dict()
-            if "position.embedding.weight" in weights:  # a smaller block_size has fewer positions
-                weights["position.embedding.weight"] = weights["position.embedding.weight"][: settings.block_size]
-            self.model.load_state_dict(weights)
-        if settings.activation_checkpointing:
-            checkpoint_activations(self.model)
         self.sharded = settings.parallel == "fsdp" and runtime.world_size > 1
         if self.sharded and runtime.dtype == torch.float16:
             raise UsageError("parallel = 'fsdp' does not support float16; use --dtype=bfloat16 or float32")
-        if self.sharded:
-            shard_model(self.model, runtime)  # moves the model to the GPU block by block, as it may not fit whole
-        self.model.to(runtime.device)
+        torch.manual_seed(settings.seed)
+        network = settings.model_dump(include={field.name for field in fields(GPTConfig)})
+        self.config = GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **network)
+        self.model = self.make_model(init_model)
         if settings.dropout:
             torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN rounds the rate of dropout to sixteenths
         self.parameters = list(self.model.parameters())
@@ -194,6 +183,21 @@ class Trainer:
         # recomputed activations need the state of the random numbers on the host
         can_capture = on_gpu and runtime.world_size == 1 and not settings.activation_checkpointing
         self.graph = CudaGraph(enabled=can_capture and flops / (peak or TYPICAL_PEAK) <= GRAPHED_SECONDS)
+
+    def make_model(self, init_model: GPT | None) -> GPT:
+        """Return the model on its device, with the weights of `init_model` if there is one."""
+        model = GPT(self.config)
+        model.label_smoothing = self.settings.label_smoothing
+        if init_model:
+            weights = init_model.state_dict()
+            if "position.embedding.weight" in weights:  # a smaller block_size has fewer positions
+                weights["position.embedding.weight"] = weights["position.embedding.weight"][: self.config.block_size]
+            model.load_state_dict(weights)
+        if self.settings.activation_checkpointing:
+            checkpoint_activations(model)
+        if self.sharded:
+            shard_model(model, self.runtime)  # moves the model to the GPU block by block, as it may not fit whole
+        return model.to(self.runtime.device)
 
     def train(self) -> None:
         """Train, or resume training, until max_steps, until patience runs out, or until a signal asks to stop.
