@@ -72,8 +72,6 @@ def main(settings: TrainSettings, *_configs: str) -> None:
     remedy = "batch_size (and raise gradient_accumulation_steps), block_size or n_embd"
     with oom_hint(remedy), init_runtime(settings.device, settings.dtype) as initial:
         settings = resume_after_restart(settings, initial)
-        if not (settings.summary or settings.eval_only):
-            check_new(settings)
         folder = find_dataset(settings.dataset, Path(settings.data_dir))
         settings = settings.model_copy(update={"dataset": folder.name, "data_dir": str(folder.parent)})
         dataset = load_dataset(folder, folder.parent)
@@ -81,6 +79,7 @@ def main(settings: TrainSettings, *_configs: str) -> None:
         check_trackers(settings)
         pace = None
         if settings.minutes:
+            check_new(settings)
             if initial.is_main:
                 print("measuring the machine (a few seconds; half a minute if it compiles)", flush=True)
             dial = Dial(settings, dataset, initial, partial(measure, dataset, initial))
@@ -261,7 +260,8 @@ class Trainer:
         while len(updates) > keep:
             update = updates.popleft()
             loss, stops, grad_norm = update.results.read()
-            self.stopping = self.stopping or stops > 0
+            is_alone = self.runtime.world_size == 1  # and its signal perhaps not in the results, which are of a graph
+            self.stopping = self.stopping or stops > 0 or (is_alone and self.run.stop.signal is not None)
             uses_scaler = self.scaler.is_enabled()  # where gradients overflow, it lowers its scale
             if not math.isfinite(loss if uses_scaler else loss + grad_norm):
                 problem = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
@@ -299,26 +299,23 @@ class Trainer:
         """
         rate = learning_rate(self.state, self.settings)
         self.seed_dropout()
-        numbers = torch.tensor([rate, self.run.stop.signal is not None])
-        numbers = to_device(numbers, self.runtime.device)
-        results = self.graph.call(self.update, batch, numbers, on_failure=self.forget_update)
+        rate_on_device = to_device(torch.tensor(rate), self.runtime.device)
+        results = self.graph.call(self.update, batch, rate_on_device, on_failure=self.forget_update)
         self.state.step += 1
         return Update(self.state.step, rate, HostCopy(results))
 
-    def update(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """Update the weights with the gradients of a batch, unless these are not finite.
-
-        `numbers` are the learning rate, and whether this process received a signal.
+    def update(self, batch: Tensor, rate: Tensor) -> Tensor:
+        """Update the weights with the gradients of a batch, at a learning rate, unless they are not finite.
 
         Returns:
             The loss, the number of processes that received a signal, and the gradients' norm.
         """
-        rate, signaled = numbers
         set_learning_rate(self.optimizers, rate)
         own_loss = self.backward(batch)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         grad_norm = clip_gradients(self.parameters, self.settings.grad_clip)
+        signaled = torch.full_like(own_loss, self.run.stop.signal is not None)
         shared = torch.stack((own_loss / self.runtime.world_size, signaled))
         self.runtime.sum_(shared)
         results = torch.cat((shared, grad_norm[None]))

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from glyphgpt.cli import ROOT, command, from_here
+from glyphgpt.cli import ROOT, command, from_here, is_path
 from glyphgpt.errors import UserError
 from glyphgpt.files import BEST, LAST, META, atomic_path, copy_mode, fsync_dir, fsync_file
 from glyphgpt.settings import CountOrZero, ModelConfig, NotNegative
@@ -206,7 +206,7 @@ def load_checkpoint(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in wanted}
     except FileNotFoundError as error:
         in_out = Path("out") / path
-        hint = f"; did you mean {in_out}?" if in_out.is_dir() else ""
+        hint = f"; did you mean {in_out}?" if is_path(str(in_out)) else ""
         raise UserError(f"{path}: no such run or checkpoint{hint}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

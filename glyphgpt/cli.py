@@ -91,7 +91,7 @@ def read_toml(path: str) -> Values:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # PowerShell writes a byte order mark
     except FileNotFoundError as error:
-        hint = f"; did you mean {path}.toml?" if Path(f"{path}.toml").exists() else ""
+        hint = f"; did you mean {path}.toml?" if is_path(f"{path}.toml") else ""
         raise UsageError(f"{path}: no such file of settings, nor folder of a run{hint}") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot read this settings file: {error.strerror}") from error
@@ -167,6 +167,11 @@ def count(number: float, noun: str) -> str:
     return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
+def is_path(text: str) -> bool:
+    """Return whether a text is the path of something that exists."""
+    return os.path.exists(text)  # noqa: PTH110  (Path.exists raises an error for a text that is too long)
+
+
 def from_here(path: Path) -> str:
     """Return a path, made relative to the working directory if it is inside that directory."""
     here = Path.cwd()
@@ -218,7 +223,7 @@ def explain(settings_class: type[Settings], source: str, key: str, value: object
     digits = isinstance(value, str) and value.isdecimal() and len(value) >= len(str(LARGE_BOUND))
     large = digits or (isinstance(value, int) and abs(value) > LARGE_BOUND)  # Python does not print all numbers
     shown = "such a large number" if large else reprlib.repr(value)
-    remedy = f"; write {name} {value}" if is_switch(field) and Path(str(value)).exists() else ""
+    remedy = f"; write {name} {value}" if is_switch(field) and is_path(str(value)) else ""
     return f"{source}: {name} must be {wanted}, not {shown}{remedy}"
 
 

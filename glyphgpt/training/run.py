@@ -17,7 +17,7 @@ import tomli_w
 from tqdm import tqdm
 
 from glyphgpt.checkpoint import Checkpoint, TrainState, load_checkpoint, read_metadata, save_checkpoint
-from glyphgpt.cli import command
+from glyphgpt.cli import command, is_path
 from glyphgpt.data.dataset import Dataset
 from glyphgpt.errors import BROKEN_PIPE_STATUS, UsageError, UserError, is_broken_pipe, shorten, warn
 from glyphgpt.files import (
@@ -106,14 +106,12 @@ def resume_after_restart(settings: TrainSettings, runtime: Runtime) -> TrainSett
 
 
 def check_new(settings: TrainSettings) -> None:
-    """Check that a new run does not replace another one unasked, nor a dataset.
+    """Check that a new run does not replace another one unasked.
 
     Raises:
         UsageError: It would.
     """
     folder = Path(settings.out_dir)
-    if (folder / META).exists():
-        raise UsageError(f"{folder} is a dataset; choose another --out_dir")
     if not (settings.resume or settings.overwrite) and any((folder / name).exists() for name in (BEST, LAST)):
         resume = f"continue it: {command('train.py', '--resume', folder)}; or " if (folder / LAST).exists() else ""
         raise UsageError(f"{folder} already holds a run; {resume}add --overwrite to replace it, or --out_dir=ANOTHER")
@@ -184,9 +182,11 @@ class Run:
         """Keep other trainings out of the folder.
 
         Raises:
-            UsageError: Another process uses the folder.
+            UsageError: Another process uses the folder, or it holds a dataset.
             UserError: There is no run to resume, or the folder cannot be written to.
         """
+        if is_path(str(self.folder / META)):
+            raise UsageError(f"{self.folder} is a dataset; choose another --out_dir")
         if self.settings.resume and not (self.folder / LAST).exists():
             instead = "use --overwrite" if (self.folder / BEST).exists() else "leave --resume out"
             raise UserError(f"{self.folder}: no run to resume here; {instead} to start a new one")

@@ -145,7 +145,7 @@ def test_prepared_tiny_shakespeare_has_the_counts_of_nanogpt(tmp_path: Path, tin
         "(1,003,854 to train, 111,540 to validate)\n"
         "vocabulary: 65 (char), 1.00 characters per token\n"
         f"report: {tmp_path / 'shakespeare_char' / REPORT} "
-        "(40,001 lines; 76% Latin letters, 19% white space, 5% punctuation, 0% digits)\n"
+        "(40,000 lines; 76% Latin letters, 19% white space, 5% punctuation, 0% digits)\n"
         f"next: python train.py config/quick.toml --data_dir={tmp_path}\n"
     )
     dataset = load_dataset(tmp_path / "shakespeare_char", tmp_path)

@@ -86,7 +86,7 @@ def test_single_checkpoint_counts_as_a_run(name: str, uninterrupted: Path, data_
     (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     with pytest.raises(UsageError, match="already holds a run"):
         train.main(tiny_settings(data_dir, tmp_path))
-    assert contents(tmp_path) == {name: (uninterrupted / name).read_bytes()}
+    assert contents(tmp_path) == {name: (uninterrupted / name).read_bytes(), LOCK: b""}
 
 
 def test_overwrite_replaces_only_the_run(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
