@@ -36,7 +36,7 @@ from glyphgpt.checkpoint import (
     weight_shapes,
 )
 from glyphgpt.errors import UserError
-from glyphgpt.files import BEST, LAST
+from glyphgpt.files import BEST, LAST, META
 from glyphgpt.settings import ModelConfig
 from glyphgpt.training.torch_state import model_arrays
 
@@ -292,6 +292,17 @@ def test_missing_file_and_folder_are_rejected(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "missing")
     with pytest.raises(UserError, match=r"cannot be read: \S"):
         load_checkpoint(tmp_path)
+
+
+def test_what_is_not_a_run_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^mine: no such run or checkpoint; did you mean out/mine\?$"):
+        load_checkpoint(Path("mine"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / META).touch()
+    with pytest.raises(UserError, match=r"^text is a dataset, not a run; train on it: python \S*train\.py --dataset=text "):
+        find_checkpoint(Path("text"))
 
 
 def test_format_is_as_documented(tmp_path: Path) -> None:

@@ -315,11 +315,11 @@ def test_damaged_checkpoint_is_one_line_and_status_1(run: Path, tmp_path: Path) 
     assert re.fullmatch(r"error: .*truncated\.safetensors: damaged.*\n", done.stderr)
 
 
-@pytest.mark.parametrize("words", [[], ["one", "two"]])
-def test_number_of_words_must_be_one(words: list[str]) -> None:
+@pytest.mark.parametrize(("words", "hint"), [([], ""), (["one", "a prompt"], "; a prompt is --prompt='a prompt'")])
+def test_number_of_words_must_be_one(words: list[str], hint: str) -> None:
     done = script("sample.py", *words)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: name one run or checkpoint: python sample\.py RUN .*\n", done.stderr)
+    assert re.fullmatch(rf"error: name one run or checkpoint: python sample\.py RUN .*\]{hint}\n", done.stderr)
 
 
 def test_broken_pipe_is_not_an_error(run: Path) -> None:

@@ -74,6 +74,13 @@ def test_a_run_does_not_mix_with_a_dataset(mode: dict[str, bool], data_dir: Path
     assert contents(data_dir / "small") == before
 
 
+def test_a_resumed_run_says_where_it_resumes(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
+    assert "resumed" not in capsys.readouterr().out
+    train.main(tiny_settings(data_dir, tmp_path, max_steps=3, resume=True))
+    assert "\nresumed after step 2 of 3\n" in capsys.readouterr().out
+
+
 def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(uninterrupted: Path, data_dir: Path) -> None:
     before = contents(uninterrupted)
     with pytest.raises(UsageError, match=r"has done 20 steps already; max_steps must be at least 20, not 19$"):
