@@ -301,7 +301,7 @@ def test_what_is_not_a_run_is_recognized(tmp_path: Path, monkeypatch: pytest.Mon
         load_checkpoint(Path("mine"))
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / META).touch()
-    with pytest.raises(UserError, match=r"^text is a dataset, not a run; train on it: python \S*train\.py --dataset=text "):
+    with pytest.raises(UserError, match=r"^text is a dataset, not a run; train on it: python .* --dataset=text "):
         find_checkpoint(Path("text"))
 
 

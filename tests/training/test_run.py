@@ -74,9 +74,9 @@ def test_a_run_does_not_mix_with_a_dataset(mode: dict[str, bool], data_dir: Path
     assert contents(data_dir / "small") == before
 
 
-def test_a_resumed_run_says_where_it_resumes(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_where_it_resumes(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
-    assert "resumed" not in capsys.readouterr().out
+    assert "resumed after" not in capsys.readouterr().out
     train.main(tiny_settings(data_dir, tmp_path, max_steps=3, resume=True))
     assert "\nresumed after step 2 of 3\n" in capsys.readouterr().out
 
