@@ -98,7 +98,7 @@ def test_an_interrupted_run_has_a_report_with_the_command_to_resume(
     assert stop.value.code == 128 + signal.SIGTERM
     assert (tmp_path / REPORT).exists()
     data = page_data(tmp_path)
-    assert data["outcome"] == "Interrupted at step 7 of 20.", "step 7 is in the checkpoint, but not in the metrics"
+    assert data["outcome"] == "Interrupted at step 6 of 20.", "step 6 is in the checkpoint, but not in the metrics"
     assert data["commands"][1] == ("Continue training", f"python train.py --resume {tmp_path}")
 
 
