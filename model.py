@@ -465,7 +465,10 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+        weight = self.token_embedding.weight if self.head is None else self.head.weight
+        if hidden.is_cuda and hidden.dim() == 3:  # tensor cores want many rows in multiples of 64
+            weight = F.pad(weight, (0, 0, 0, -self.config.vocab_size % 64))
+        return F.linear(hidden, weight)[..., : self.config.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of tokens (B, T), T <= block_size.
