@@ -41,6 +41,7 @@ from glyphgpt.training.evaluation import check_vocabulary
 from glyphgpt.training.metrics import Metrics, overfitting
 
 LOG_SECONDS = 15  # longest time between log lines if no progress bar is shown
+RECENT_UPDATES = 20  # whose durations determine the utilization of a GPU
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Run:
         self.folder = Path(settings.out_dir)
         self.stop = StopRequest()
         self.tokens_per_step, self.seconds_at_peak = settings.tokens_per_step, seconds_at_peak
-        self.times = deque[float](maxlen=settings.log_every + 1)  # of the last updates
+        self.times = deque[float](maxlen=RECENT_UPDATES + 1)  # of the last updates
         self.has_files = settings.resume
         """Whether the folder's files are those of this run, and not of an earlier one."""
         self.log_time = time.perf_counter()

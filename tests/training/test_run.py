@@ -74,6 +74,15 @@ def test_a_run_does_not_mix_with_a_dataset(mode: dict[str, bool], data_dir: Path
     assert contents(data_dir / "small") == before
 
 
+def test_the_utilization_is_the_median_of_the_last_updates(data_dir: Path, tmp_path: Path) -> None:
+    settings, runtime = tiny_settings(data_dir, tmp_path, log_every=10**9), Runtime(torch.device("cpu"), torch.float32)
+    run = Run(settings, runtime, seconds_at_peak=0.5)
+    assert run.utilization() == {}
+    run.times.extend([0.0, 100.0, 101.0, 103.0, 105.0])
+    assert run.utilization() == {"mfu": 0.25}
+    assert Run(settings, runtime).utilization() == {}
+
+
 def test_a_run_says_where_it_resumes(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(tiny_settings(data_dir, tmp_path, max_steps=2))
     assert "resumed after" not in capsys.readouterr().out
