@@ -29,7 +29,7 @@ from glyphgpt.data.dataset import Dataset, find_dataset, load_dataset
 from glyphgpt.data.rows import Row, training_rows
 from glyphgpt.errors import UsageError
 from glyphgpt.files import BEST, LAST
-from glyphgpt.gpu import WARM_UP_CALLS, CudaGraph, HostCopy, peak_flops, to_device
+from glyphgpt.gpu import WARM_UP_CALLS, CudaGraph, HostCopy, graph_pays, peak_flops, to_device
 from glyphgpt.inference.generate import SamplingParams, generate_text
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.inference.score import Score
@@ -60,9 +60,6 @@ from model import GPT, GPTConfig
 
 MEASURED_STEPS = 12
 """Most steps that measure a run's speed; the first one does not count."""
-GRAPHED_SECONDS, TYPICAL_PEAK = 0.004, 1e14
-"""Longest duration of a training step, at the GPU's peak, that is a CUDA graph, and the peak of an unknown GPU. In a
-longer step the host has the time to start kernels one by one, and a graph would hold on to their memory."""
 LEAST_SCALE = 1e-3
 """The least scale of float16's gradients, which begins with 65,536 and is halved at every overflow."""
 
@@ -171,17 +168,15 @@ class Trainer:
         self.val_reader = Reader(dataset.val, runtime.device)
         self.state = TrainState()
         on_gpu = runtime.device.type == "cuda"
-        # the backward pass takes twice the forward pass's multiply-accumulates, of two operations each
-        flops = 6 * ModelSummary(settings, self.config.vocab_size, self.sequences_per_step).macs if on_gpu else 0
-        peak = peak_flops(runtime)
+        summary = ModelSummary(settings, self.config.vocab_size, self.sequences_per_step)
+        flops, peak = summary.training_flops if on_gpu else 0, peak_flops(runtime)
         self.run = Run(settings, runtime, seconds_at_peak=flops / peak if peak else 0.0)
         self.report = LiveReport(self.run.folder, self.run.log, enabled=runtime.is_main and settings.report)
         self.stopping = False
         self.updates_ahead = int(on_gpu)
         """How many updates may be started before the results of an earlier one are read."""
-        # recomputed activations need the state of the random numbers on the host
-        can_capture = on_gpu and runtime.world_size == 1 and not settings.activation_checkpointing
-        self.graph = CudaGraph(enabled=can_capture and flops / (peak or TYPICAL_PEAK) <= GRAPHED_SECONDS)
+        can_capture = not settings.activation_checkpointing  # which reads the state of the random numbers on the host
+        self.graph = CudaGraph(enabled=can_capture and graph_pays(runtime, flops))
 
     def make_model(self, init_model: GPT | None) -> GPT:
         """Return the model on its device, with the weights of `init_model` if there is one."""
@@ -260,8 +255,9 @@ class Trainer:
         while len(updates) > keep:
             update = updates.popleft()
             loss, stops, grad_norm = update.results.read()
-            is_alone = self.runtime.world_size == 1  # and its signal perhaps not in the results, which are of a graph
-            self.stopping = self.stopping or stops > 0 or (is_alone and self.run.stop.signal is not None)
+            # a CUDA graph does not see a signal; without other processes, nobody has to agree on the step to stop at
+            signaled = self.runtime.world_size == 1 and self.run.stop.signal is not None
+            self.stopping = self.stopping or stops > 0 or signaled
             uses_scaler = self.scaler.is_enabled()  # where gradients overflow, it lowers its scale
             if not math.isfinite(loss if uses_scaler else loss + grad_norm):
                 problem = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
@@ -331,7 +327,7 @@ class Trainer:
             parameter.grad = None
 
     def forget_update(self) -> None:
-        """Forget the gradients of an update that was begun, and that the scaler has seen them."""
+        """Undo what an update that could not be captured has changed: the gradients, and the scaler's view of them."""
         self.clear_gradients()
         state = self.scaler.state_dict()
         self.scaler = self.make_scaler()

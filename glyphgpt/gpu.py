@@ -15,6 +15,9 @@ from glyphgpt.runtime import Runtime, is_out_of_memory
 
 WARM_UP_CALLS = 3
 """Calls of a function before it is captured, in which libraries allocate their memory and choose their kernels."""
+GRAPHED_SECONDS, TYPICAL_PEAK = 0.004, 1e14
+"""Longest duration of a training step, at the GPU's peak, that is a CUDA graph, and the peak of an unknown GPU. In a
+longer step the host has the time to start kernels one by one, and a graph would hold on to their memory."""
 PEAK_FLOPS = {
     "B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "H100": 989e12,
     "A100": 312e12, "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
@@ -130,3 +133,9 @@ def peak_flops(runtime: Runtime) -> float:
     known = (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b(?! (?:D|Laptop|Ti)\b)", name))
     processes_per_gpu = max(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.cuda.device_count())
     return runtime.world_size / processes_per_gpu * next(known, 0.0)
+
+
+def graph_pays(runtime: Runtime, flops: float) -> bool:
+    """Return whether a training step of so many operations is faster as a CUDA graph."""
+    seconds = flops / (peak_flops(runtime) or TYPICAL_PEAK)
+    return runtime.device.type == "cuda" and runtime.world_size == 1 and seconds <= GRAPHED_SECONDS

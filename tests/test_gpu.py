@@ -12,7 +12,7 @@ import torch
 import sample
 import train
 from conftest import MODERN, ROOT, as_flags, decoder_of, random_model, read_metrics, saved_step, tiny_settings, torchrun
-from glyphgpt.gpu import CudaGraph, peak_flops
+from glyphgpt.gpu import CudaGraph, graph_pays, peak_flops
 from glyphgpt.inference.beam_search import beam_search
 from glyphgpt.inference.generate import SamplingParams
 from glyphgpt.inference.torch_lm import TorchLM, draw
@@ -100,6 +100,18 @@ def test_processes_that_share_a_gpu_have_its_peak_together(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert peak_flops(Runtime(torch.device("cuda"), torch.bfloat16, 0, 2)) == 312e12
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "flops", "expected"),
+    [("cuda", 1, 3.9e12, True), ("cuda", 1, 4e12, False), ("cuda", 2, 1e9, False), ("cpu", 1, 1e9, False)],
+)
+def test_short_steps_of_a_single_gpu_become_graphs(
+    device: str, processes: int, flops: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: processes)
+    assert graph_pays(Runtime(torch.device(device), torch.bfloat16, 0, processes), flops) == expected
 
 
 @pytest.mark.gpu

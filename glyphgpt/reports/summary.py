@@ -79,6 +79,11 @@ class ModelSummary:
         return self.total(lambda layer: layer.macs)
 
     @property
+    def training_flops(self) -> int:
+        """Operations of a training step: two for each MAC of the forward and the backward pass."""
+        return 6 * self.macs
+
+    @property
     def training_bytes(self) -> int:
         """Estimate of the memory for training in float32: weights, gradients, AdamW's two means, and activations.
 
@@ -93,7 +98,7 @@ class ModelSummary:
         tokens = self.batch_size * self.network.block_size
         return [
             "A training step takes about three times the MACs of the forward pass, at two operations each: "
-            f"{6 * self.macs / 1e9:,.2f} GFLOP for {tokens:,} tokens.",
+            f"{self.training_flops / 1e9:,.2f} GFLOP for {tokens:,} tokens.",
             f"Training memory: about {self.training_bytes / 2**20:,.0f} MiB, if everything is kept in float32.",
         ]
 
