@@ -80,6 +80,8 @@ def test_the_utilization_is_the_median_of_the_last_updates(data_dir: Path, tmp_p
     assert run.utilization() == {}
     run.times.extend([0.0, 100.0, 101.0, 103.0, 105.0])
     assert run.utilization() == {"mfu": 0.25}
+    run.times.extend([*range(200, 300), *range(300, 405, 5)])  # 20 updates of 5 seconds after 100 of one
+    assert run.utilization() == {"mfu": 0.1}
     assert Run(settings, runtime).utilization() == {}
 
 
