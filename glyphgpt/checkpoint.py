@@ -248,7 +248,7 @@ def find_checkpoint(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     if (path / META).exists():
-        train = command("train.py", f"--dataset={path.name}", f"--out_dir=out/{path.name}", "--minutes=1")
+        train = command("train.py", f"--dataset={path}", f"--out_dir=out/{path.name}", "--minutes=1")
         raise UserError(f"{path} is a dataset, not a run; train on it: {train}")
     train = command("train.py", from_here(ROOT / "config" / "quick.toml"), f"--out_dir={path}")
     raise UserError(f"{path}: no checkpoint in this folder; train first, for example: {train}")

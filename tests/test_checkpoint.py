@@ -299,10 +299,13 @@ def test_what_is_not_a_run_is_recognized(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "out" / "mine").mkdir(parents=True)
     with pytest.raises(UserError, match=r"^mine: no such run or checkpoint; did you mean out/mine\?$"):
         load_checkpoint(Path("mine"))
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / META).touch()
-    with pytest.raises(UserError, match=r"^text is a dataset, not a run; train on it: python .* --dataset=text "):
-        find_checkpoint(Path("text"))
+    (tmp_path / "texts" / "mine").mkdir(parents=True)
+    (tmp_path / "texts" / "mine" / META).touch()
+    with pytest.raises(
+        UserError,
+        match=r"^texts/mine is a dataset, not a run; .* --dataset=texts/mine --out_dir=out/mine ",
+    ):
+        find_checkpoint(Path("texts/mine"))
 
 
 def test_format_is_as_documented(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from glyphgpt.cli import ROOT, command
+from glyphgpt.cli import ROOT, command, is_path
 from glyphgpt.data.background import BackgroundWorker
+from glyphgpt.data.sources import list_names
 from glyphgpt.data.tokenizers import Tokenizer, Tokens, token_dtype, tokenizer_from_dict
 from glyphgpt.errors import UserError, format_os_error, wrap_write_errors
 from glyphgpt.files import META, file_sha256
@@ -322,8 +323,8 @@ def read_meta(folder: Path) -> DatasetMeta:
         flags = [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
         own = command("prepare.py", "FILE", f"--name={folder.name}", *flags)
         names = [path.parent.name for path in sorted(folder.parent.glob(f"*/{META}"))]
-        found = f"; datasets in {folder.parent}: {', '.join(names)}" if names else ""
-        is_recipe = (ROOT / "data" / f"{folder.name}.toml").exists()
+        found = f"; datasets in {folder.parent}: {list_names(names)}" if names else ""
+        is_recipe = is_path(str(ROOT / "data" / f"{folder.name}.toml"))
         prepare = f"{command('prepare.py', folder.name, *flags)} (a recipe)" if is_recipe else own
         raise UserError(f"{folder}: no dataset here; prepare it first: {prepare}{found}") from error
     except OSError as error:

@@ -269,6 +269,8 @@ def test_a_missing_dataset_is_reported_with_the_command_that_prepares_it(tmp_pat
         f"{tmp_path / 'mine'}: no dataset here; prepare it first: python prepare.py FILE --name=mine "
         f"--data_dir={tmp_path}"
     )
+    with pytest.raises(UserError, match="no dataset here"):
+        load(tmp_path / ("9" * 252))  # a name that is too long with .toml
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / META).touch()
     with pytest.raises(UserError) as caught:
