@@ -17,6 +17,8 @@ from glyphgpt.files import BEST, LAST
 from glyphgpt.inference.loading import language_model, open_checkpoint
 from glyphgpt.inference.numpy_gpt import NumpyGPT
 from glyphgpt.inference.torch_lm import TorchLM
+from glyphgpt.runtime import Runtime
+from glyphgpt.training.torch_state import build_model
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,15 @@ def test_device_decides_the_model(
     monkeypatch.setattr("glyphgpt.inference.loading.has_gpu_driver", lambda: driver)
     with language_model(checkpoint, device, "auto", "num_samples") as model:
         assert isinstance(model, expected)
+
+
+def test_a_gpu_gets_converted_weights(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runtime = build_model(checkpoint), Runtime(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr("glyphgpt.inference.loading.torch_model", lambda *_: nullcontext((model, runtime)))
+    with language_model(checkpoint, "cuda", "auto", "num_samples") as lm:
+        assert isinstance(lm, TorchLM)
+        assert lm.model.blocks[0].mlp.up.weight.dtype == lm.model.head.weight.dtype == torch.bfloat16
+        assert lm.model.token_embedding.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("tokens", "uses_gpu"), [(500, False), (10**9, True), (None, True)])
